@@ -1,0 +1,289 @@
+"""Sound -> samples -> log-mel. Knows nothing of the model or the tokenizer.
+
+The functions stand in the order in which the data flows: source -> bytes -> samples -> 16 kHz mono -> windows ->
+log-mel.
+"""
+
+import base64
+import binascii
+import io
+import math
+import os
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+import av
+import numpy as np
+import torch
+
+
+try:
+    import torchaudio
+except Exception:
+    # Built for another torch or CUDA version it raises more than ImportError, and PyAV resamples as well.
+    torchaudio = None
+
+
+SAMPLING_RATE = 16_000  # Hz, what Whisper hears
+ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
+MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
+MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
+INTEGER_SCALE = {torch.uint8: (128, 2**7), torch.int16: (0, 2**15), torch.int32: (0, 2**31)}  # zero and full scale
+TIMEOUT = 30  # seconds without data from a server
+
+# Where a content item, a `datasets` row or an OpenAI message part keeps its sound.
+SOURCE_KEYS = ("audio", "audio_url", "input_audio", "url", "path", "base64", "bytes", "array", "data")
+
+
+class AudioError(ValueError):
+    """Sound that cannot be opened, decoded or trusted. The message names the source (shortened) and the reason."""
+
+
+def fetch_audio(ele, sr: int = SAMPLING_RATE, device: str | torch.device | None = None) -> torch.Tensor:
+    """
+    Opens sound from anywhere.
+
+    Args:
+        ele: A path, `file://`, `http(s)://` or `data:` address, base64 text, bytes, a binary file object; samples as
+            a numpy array or tensor, `[samples]`, `[channels, samples]` or `[samples, channels]`; samples with their
+            rate, as a tuple (either order) or a dict of `array` and `sampling_rate`; a `datasets` dict of `bytes` and
+            `path`, or its decoder object; a content item (`audio`, `audio_url`, `input_audio`, `url`, `path`,
+            `base64`). Bare samples are taken to be at `sr`: `apply_chat_template` of other libraries and vLLM hand
+            them over so.
+        sr (`int`, defaults to 16000): Sampling rate of the result, in Hz.
+        device: Where the result lies, and where it is resampled if torchaudio imports. The default is the CPU, or
+            the device of a tensor that is given.
+
+    Returns:
+        `torch.Tensor`: float32 `[samples]`, the mean of all channels. Integer samples are scaled to [-1, 1); float
+        samples are kept as they are.
+
+    Raises:
+        AudioError: a `ValueError`, if the source is missing, unreadable, empty, ambiguous or not finite.
+    """
+    source, rate = unwrap(ele)
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        samples = to_mono(source)
+        rate = sr if rate is None else check_rate(rate)
+    else:
+        samples, rate = decode(read(source), describe(source))
+    if not samples.numel():
+        raise AudioError(f"{describe(source)} holds no samples.")
+    if not bool(torch.isfinite(samples).all()):
+        raise AudioError(f"{describe(source)} holds samples that are not finite (NaN or infinity).")
+    if float(samples.abs().max()) > MAX_PEAK:
+        raise AudioError(
+            f"{describe(source)} has a peak of {float(samples.abs().max()):g}, but full scale is 1.0: integer samples "
+            "stored as floats have to be divided by their own full scale first (32768 for 16 bit)."
+        )
+    return resample(samples.to(device), rate, sr)
+
+
+def unwrap(ele) -> tuple:
+    """
+    Finds the source inside what the ecosystem hands around.
+
+    Returns:
+        The source (address, bytes, file object, array or tensor) and the sampling rate that came with it, or None.
+    """
+    if isinstance(ele, dict):
+        found = {key: ele[key] for key in SOURCE_KEYS if ele.get(key) is not None}
+        if "array" in found or "bytes" in found:  # in a `datasets` row `path` then only names where they come from
+            found.pop("path", None)
+        if len(found) != 1:
+            raise AudioError(
+                f"An audio item needs exactly one source, under one of {', '.join(SOURCE_KEYS)}; this one has "
+                f"{', '.join(found) or 'none'} (its keys are {', '.join(map(str, ele))})."
+            )
+        source, rate = unwrap(*found.values())
+        return (np.asarray(source) if isinstance(source, list) else source), ele.get("sampling_rate", rate)
+    if isinstance(ele, tuple) and len(ele) == 2:
+        for samples, rate in (ele, ele[::-1]):
+            if isinstance(samples, (np.ndarray, torch.Tensor)) and isinstance(rate, (int, float)):
+                return samples, rate
+    if hasattr(ele, "get_all_samples"):  # `datasets`' own decoder, torchcodec's AudioDecoder
+        decoded = ele.get_all_samples()
+        return decoded.data, decoded.sample_rate
+    return ele, None
+
+
+def at_rate(ele, rate: int):
+    """`ele`, with `rate` for its sampling rate if it is bare samples that came without one."""
+    source, own_rate = unwrap(ele)
+    return (source, own_rate or rate) if isinstance(source, (np.ndarray, torch.Tensor)) else source
+
+
+def read(source) -> io.BytesIO | str:
+    """Turns a source that is not samples into a file object, or a local path, that PyAV opens."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source)
+    if hasattr(source, "read"):
+        return io.BytesIO(source.read())
+    if isinstance(source, Path):
+        source = os.fspath(source)
+    if not isinstance(source, str):
+        raise AudioError(
+            f"{describe(source)} is no sound: expected a path, an address, base64 text, bytes, a binary file object, "
+            "a numpy array or a tensor, or a dict that holds one of these."
+        )
+    scheme = urlsplit(source[:4096]).scheme.lower()
+    try:
+        if scheme in ("http", "https"):
+            with urllib.request.urlopen(source, timeout=TIMEOUT) as response:
+                return io.BytesIO(response.read())
+        if scheme == "data":
+            header, _, payload = source.partition(",")
+            if header.endswith(";base64"):
+                return io.BytesIO(base64.b64decode(unquote(payload), validate=True))
+            return io.BytesIO(unquote_to_bytes(payload))
+        path = unquote(urlsplit(source).path) if scheme == "file" else source
+        if len(path) < 4096 and os.path.isfile(path):
+            return path
+    except (OSError, HTTPException, ValueError) as error:
+        raise AudioError(f"{describe(source)} cannot be read: {error}") from error
+    try:
+        return io.BytesIO(base64.b64decode(source, validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise AudioError(f"{describe(source)} is neither an existing file, nor an address, nor base64.") from error
+
+
+def decode(file, name: str) -> tuple[torch.Tensor, int]:
+    """
+    Decodes the first sound track of an audio or video file with PyAV, whose wheel carries FFmpeg.
+
+    Returns:
+        float32 `[samples]` mono and the sampling rate in Hz.
+    """
+    pieces, rate = [], None
+    try:
+        with av.open(file, metadata_errors="ignore") as container:
+            if not container.streams.audio:
+                raise AudioError(f"{name} has no sound track.")
+            for frame in container.decode(container.streams.audio[0]):
+                if rate not in (None, frame.sample_rate):
+                    raise AudioError(f"{name} changes its sampling rate from {rate} to {frame.sample_rate} Hz midway.")
+                rate = frame.sample_rate
+                samples = frame.to_ndarray()  # [channels, samples], or [1, samples * channels] if packed
+                channels = frame.layout.nb_channels
+                pieces.append(to_mono(samples if frame.format.is_planar else samples.reshape(-1, channels).T, axis=0))
+    except (av.FFmpegError, OSError) as error:
+        raise AudioError(f"{name} cannot be decoded: {error}") from error
+    return torch.cat(pieces) if pieces else torch.empty(0), rate
+
+
+def to_mono(samples: np.ndarray | torch.Tensor, axis: int | None = None) -> torch.Tensor:
+    """
+    Scales integers to [-1, 1) and averages the channels.
+
+    Args:
+        samples: `[samples]`, `[channels, samples]` or `[samples, channels]`, float, int16, int32 or uint8.
+        axis (`int`, *optional*): The channel axis, where it is known. The default is the axis of at most 8.
+
+    Returns:
+        `torch.Tensor`: float32 `[samples]`.
+    """
+    name = describe(samples)
+    if isinstance(samples, np.ndarray) and samples.dtype.kind in "fiu":
+        # A copy in native byte order: torch reads neither foreign bytes nor negative strides.
+        samples = torch.from_numpy(np.array(samples, dtype=samples.dtype.newbyteorder("="), order="C"))
+    if not (isinstance(samples, torch.Tensor) and (samples.is_floating_point() or samples.dtype in INTEGER_SCALE)):
+        raise AudioError(f"{name} is no sound: expected float, int16, int32 or uint8 samples.")
+    if samples.ndim == 2 and axis is None:
+        channel_axes = [i for i in (0, 1) if samples.shape[i] == 1]
+        channel_axes = channel_axes or [i for i in (0, 1) if samples.shape[i] <= MAX_CHANNELS]
+        if len(channel_axes) != 1 and samples.numel() != 1:
+            raise AudioError(
+                f"{name} could be [channels, samples] or [samples, channels], or is neither: exactly one axis has to "
+                f"be the channels, at most {MAX_CHANNELS}. Give mono samples instead."
+            )
+        axis = channel_axes[0]
+    elif samples.ndim not in (1, 2):
+        raise AudioError(f"{name} is no sound: expected [samples], [channels, samples] or [samples, channels].")
+    samples = samples.detach()
+    if samples.dtype in INTEGER_SCALE:
+        zero, scale = INTEGER_SCALE[samples.dtype]
+        # float64 holds every int32, float32 does not.
+        samples = (samples.to(torch.float64) - zero) / scale
+    samples = samples.to(torch.float32)
+    return samples.mean(axis) if samples.ndim == 2 else samples
+
+
+def check_rate(rate) -> int:
+    if int(rate) != rate or rate <= 0:
+        raise AudioError(f"A sampling rate is a positive whole number of Hz, not {rate!r}.")
+    return int(rate)
+
+
+def resample(samples: torch.Tensor, rate: int, sr: int) -> torch.Tensor:
+    """
+    Resamples float32 `[samples]` from `rate` to `sr` Hz: with torchaudio on the accelerator where the samples lie,
+    else with FFmpeg's libswresample on the CPU.
+    """
+    if rate == sr:
+        return samples
+    if samples.device.type != "cpu" and torchaudio is not None:
+        return torchaudio.functional.resample(samples, rate, sr)
+    frame = av.AudioFrame.from_ndarray(samples.cpu().numpy()[None], format="flt", layout="mono")
+    frame.sample_rate = rate
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=sr)
+    pieces = [piece.to_ndarray()[0] for part in (frame, None) for piece in resampler.resample(part)]
+    # The filter's tail may carry some samples past the end of the sound.
+    resampled = np.concatenate(pieces)[: math.ceil(len(samples) * sr / rate)]
+    return torch.from_numpy(resampled).to(samples.device)
+
+
+def tokens_per_window(feature_extractor) -> int:
+    """Audio tokens that one window becomes: 3000 log-mel frames -> 1500 tokens in Whisper's own sizes."""
+    return feature_extractor.nb_max_frames // ENCODER_STRIDE
+
+
+def split_windows(samples: torch.Tensor, feature_extractor) -> list[torch.Tensor]:
+    """`[samples]` -> ceil(samples / window) pieces of at most one window (480,000 samples = 30 s in Whisper)."""
+    return list(samples.split(feature_extractor.n_samples))
+
+
+def log_mel(windows: list[torch.Tensor], feature_extractor) -> torch.Tensor:
+    """
+    Whisper's log-mel spectrogram (https://github.com/openai/whisper, `audio.py`), equal to what
+    [`WhisperFeatureExtractor`] gives for zero-padded windows but without transforming the padding.
+
+    Args:
+        windows: float32 `[samples]` each, at most `feature_extractor.n_samples` long, all on one device.
+        feature_extractor ([`WhisperFeatureExtractor`]): its numbers are used, and its mel filters.
+
+    Returns:
+        `torch.Tensor`: float32 `[windows, mel bins, frames]` on the device of the windows.
+    """
+    if feature_extractor.dither:
+        raise ValueError(f"The feature extractor adds noise (dither={feature_extractor.dither}); set dither to 0.")
+    n_fft, hop = feature_extractor.n_fft, feature_extractor.hop_length
+    frames, n_samples = feature_extractor.nb_max_frames, feature_extractor.n_samples
+    device = windows[0].device
+    hann = torch.hann_window(n_fft, device=device)
+    filters = torch.from_numpy(feature_extractor.mel_filters).to(device, torch.float32).T  # [mel bins, n_fft / 2 + 1]
+
+    features = torch.full((len(windows), len(filters), frames), math.log10(1e-10), device=device)
+    for window, feature in zip(windows, features):
+        # A frame is centred on its sample: those that reach no sound are silence and stay as they are.
+        heard = min(frames, math.ceil((len(window) + n_fft // 2) / hop))
+        padded = min(n_samples, heard * hop + n_fft)
+        samples = torch.nn.functional.pad(window, (0, padded - len(window)))
+        power = torch.stft(samples, n_fft, hop, window=hann, return_complex=True)[:, :heard].abs() ** 2
+        feature[:, :heard] = (filters @ power).clamp(min=1e-10).log10()
+    features = torch.maximum(features, features.amax((1, 2), keepdim=True) - 8.0)
+    return (features + 4.0) / 4.0
+
+
+def describe(source) -> str:
+    """A source in a few words, for messages: never its whole content."""
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        kind = "array" if isinstance(source, np.ndarray) else "tensor"
+        return f"The {kind} of shape {tuple(source.shape)} and dtype {source.dtype}"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"The sound of {len(source)} bytes"
+    if isinstance(source, (str, Path)):
+        text = str(source)
+        return f"The sound {text if len(text) <= 80 else text[:60] + '...' + text[-17:]!r}"
+    return f"The {type(source).__name__}"

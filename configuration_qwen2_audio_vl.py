@@ -1,0 +1,143 @@
+"""What the model is: Qwen2-VL's configuration plus a Whisper encoder and the three audio tokens."""
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, Qwen2VLConfig, WhisperConfig
+
+
+MODELING = "modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration"
+
+# By the remote-code convention `AutoModel` gives the model that can `generate`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_qwen2_audio_vl.Qwen2AudioVLConfig",
+    "AutoProcessor": "processing_qwen2_audio_vl.Qwen2AudioVLProcessor",
+    "AutoModel": MODELING,
+    "AutoModelForMultimodalLM": MODELING,
+    "AutoModelForImageTextToText": MODELING,
+    "AutoModelForCausalLM": MODELING,
+}
+
+CODE_FILES = (
+    "configuration_qwen2_audio_vl.py",
+    "modeling_qwen2_audio_vl.py",
+    "processing_qwen2_audio_vl.py",
+    "audio_utils.py",
+)
+
+
+QWEN2_VL_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_window_layers": 28,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+WHISPER_LARGE_V3_TURBO = {
+    "d_model": 1280,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+    "num_mel_bins": 128,
+}
+
+
+@strict
+class Qwen2AudioVLConfig(Qwen2VLConfig):
+    """
+    Configuration of Qwen2-VL with ears. The defaults are Qwen2-VL-7B and whisper-large-v3-turbo.
+
+    Args:
+        audio_config (`WhisperConfig` or `dict`, *optional*):
+            The Whisper encoder; only its encoder half is used.
+        audio_token_id (`int`, defaults to 151657):
+            Id of `<|audio_pad|>`, whose embeddings are replaced by the projected encoder outputs.
+        audio_bos_token_id (`int`, defaults to 151658):
+            Id of `<|audio_bos|>`, which opens a clip.
+        audio_eos_token_id (`int`, defaults to 151659):
+            Id of `<|audio_eos|>`, which closes a clip.
+
+    All other arguments are [`Qwen2VLConfig`]'s.
+
+    Raises:
+        ValueError: if values contradict each other; the message names both.
+    """
+
+    model_type = "qwen2_audio_vl"
+    sub_configs = {**Qwen2VLConfig.sub_configs, "audio_config": WhisperConfig}  # of the older releases
+    sub_configs_defaults = {**getattr(Qwen2VLConfig, "sub_configs_defaults", {}), "audio_config": WhisperConfig}
+
+    audio_config: dict | PreTrainedConfig | None = None
+    audio_token_id: int = 151657
+    audio_bos_token_id: int = 151658
+    audio_eos_token_id: int = 151659
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None and "hidden_size" not in kwargs:  # older Qwen2-VL files have its values on top
+            self.text_config = dict(QWEN2_VL_7B)
+        if self.audio_config is None:
+            self.audio_config = dict(WHISPER_LARGE_V3_TURBO)
+        if isinstance(self.audio_config, dict):
+            self.audio_config = WhisperConfig(**self.audio_config)
+        super().__post_init__(**kwargs)
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self):
+        hidden_size = self.text_config.hidden_size
+        # Qwen2-VL calls the width of its merger's output, which is the width of the language model, `hidden_size`.
+        if self.vision_config.hidden_size != hidden_size:
+            raise ValueError(
+                f"vision_config.hidden_size is {self.vision_config.hidden_size} but text_config.hidden_size is "
+                f"{hidden_size}: the vision merger must project to the width of the language model."
+            )
+        if self.audio_config.d_model % self.audio_config.encoder_attention_heads:
+            raise ValueError(
+                f"audio_config.d_model is {self.audio_config.d_model}, which audio_config.encoder_attention_heads, "
+                f"{self.audio_config.encoder_attention_heads}, does not divide."
+            )
+        ids = {
+            name: getattr(self, name)
+            for name in (
+                "image_token_id",
+                "video_token_id",
+                "vision_start_token_id",
+                "vision_end_token_id",
+                "audio_token_id",
+                "audio_bos_token_id",
+                "audio_eos_token_id",
+            )
+        }
+        for name, token_id in ids.items():
+            if name.startswith("audio") and not 0 <= token_id < self.text_config.vocab_size:
+                raise ValueError(
+                    f"{name} is {token_id}, outside the vocabulary of {self.text_config.vocab_size} ids "
+                    "(text_config.vocab_size)."
+                )
+            twins = [other for other in ids if ids[other] == token_id]
+            if len(twins) > 1:
+                raise ValueError(f"{' and '.join(twins)} are all {token_id}: each needs an id of its own.")
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves as [`PreTrainedConfig`] does, with every Auto class and the code that they load beside it.
+
+        A configuration that came from the Hub names its classes as `repo--module.Class`, and saving a model restores
+        only the one Auto class that it was loaded with; a fine-tuned folder has to stand alone.
+        """
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+        # Code loaded from the Hub lies in one folder; loaded from a local folder, file by file in several.
+        origins = [Path(__file__).parent, *([Path(self.name_or_path)] if self.name_or_path else [])]
+        for name in CODE_FILES:
+            origin = next((folder / name for folder in origins if (folder / name).is_file()), None)
+            target = Path(save_directory) / name
+            if origin is not None and not (target.exists() and target.samefile(origin)):
+                shutil.copyfile(origin, target)
+
+
+Qwen2AudioVLConfig.register_for_auto_class()
+
+__all__ = ["AUTO_MAP", "CODE_FILES", "Qwen2AudioVLConfig"]

@@ -1,0 +1,57 @@
+"""Small base checkpoints with random weights, in the published layouts, with the real Qwen2-VL tokenizer."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
+
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+def make_qwen2_vl(folder: Path, dtype: torch.dtype = torch.float32, tie_word_embeddings: bool = False) -> Path:
+    """Writes a Qwen2-VL checkpoint of 2 layers; its tokenizer and its 152,064 embeddings are of full size."""
+    torch.manual_seed(0)
+    config = Qwen2VLConfig(
+        text_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 32768,
+            "vocab_size": 152064,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        },
+        vision_config={"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64},
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    model = Qwen2VLForConditionalGeneration(config).to(dtype)
+    # Sharper than the usual 0.02, so that greedy decoding of random weights has clear winners.
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "embed_tokens" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
+        shutil.copyfile(ASSETS / "qwen2-vl-7b" / file, folder / file)
+    return folder
+
+
+def make_whisper(folder: Path, window_seconds: int = 30, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes a Whisper checkpoint of 2 layers; windows shorter than Whisper's own 30 s make for short prompts."""
+    torch.manual_seed(1)
+    sizes = {"d_model": 64, "num_mel_bins": 128, "max_source_positions": 50 * window_seconds, "vocab_size": 64}
+    for half in ("encoder", "decoder"):
+        sizes |= {f"{half}_layers": 2, f"{half}_attention_heads": 2, f"{half}_ffn_dim": 128}
+    config = WhisperConfig(**sizes, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0)
+    WhisperForConditionalGeneration(config).to(dtype).save_pretrained(folder)
+    extractor = json.loads((ASSETS / "whisper-large-v3-turbo" / "preprocessor_config.json").read_text())
+    extractor |= {
+        "chunk_length": window_seconds,
+        "n_samples": 16_000 * window_seconds,
+        "nb_max_frames": 100 * window_seconds,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(extractor))
+    return folder

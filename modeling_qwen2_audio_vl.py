@@ -1,0 +1,372 @@
+"""Model inputs -> logits: a Whisper encoder and a projector beside Qwen2-VL's vision tower, which is left as it is."""
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, Qwen2VLForConditionalGeneration, Qwen2VLModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import can_return_tuple, torch_compilable_check
+
+from .configuration_qwen2_audio_vl import Qwen2AudioVLConfig
+
+
+AUDIO_TOKEN_TYPE = 3  # in `mm_token_type_ids`, beside 0 text, 1 image, 2 video
+
+
+class FrozenAudioEncoder:
+    """Keeps the audio encoder frozen until its user calls `audio_encoder.requires_grad_(True)`."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
+        # Loading puts new parameters, which all learn, in the place of those that were frozen at construction.
+        model.base_model.audio_encoder.requires_grad_(False)
+        return loaded
+
+
+class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
+    """Qwen2-VL without its head, with ears. Keeps no state between calls."""
+
+    config: Qwen2AudioVLConfig
+    input_modalities = ("image", "video", "audio", "text")
+
+    def __init__(self, config: Qwen2AudioVLConfig):
+        super().__init__(config)
+        self.audio_encoder = WhisperEncoder._from_config(config.audio_config).requires_grad_(False)
+        self.audio_projector = nn.Linear(config.audio_config.d_model, config.text_config.hidden_size, bias=False)
+        self.post_init()
+
+    @property
+    def audio_encoder_learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.audio_encoder.parameters())
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if not self.audio_encoder_learns:
+            self.audio_encoder.eval()
+        return self
+
+    @can_return_tuple
+    def get_audio_features(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """
+        Encodes and projects log-mel windows.
+
+        Args:
+            input_features (`torch.Tensor` of shape `(windows, mel bins, frames)`):
+                Log-mel spectrograms of any float dtype, from the processor.
+            kwargs: [`WhisperEncoder`]'s, such as `output_hidden_states`.
+
+        Returns:
+            `last_hidden_state` `(windows, tokens, d_model)` of the encoder, and `pooler_output` `(windows, tokens,
+            hidden size)`: what takes the place of the audio tokens, 1500 per window in Whisper's own sizes.
+
+        Raises:
+            ValueError: if the mel bins or the frames are not those of the encoder.
+        """
+        audio_config = self.config.audio_config
+        frames = audio_config.max_source_positions * self.audio_encoder.conv1.stride[0] * self.audio_encoder.conv2.stride[0]
+        if input_features.ndim != 3 or input_features.shape[1:] != (audio_config.num_mel_bins, frames):
+            raise ValueError(
+                f"input_features has shape {tuple(input_features.shape)}, but the audio encoder hears (windows, "
+                f"{audio_config.num_mel_bins} mel bins, {frames} frames): the feature extractor belongs to another encoder."
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.audio_encoder_learns):
+            outputs = self.audio_encoder(like(input_features, self.audio_encoder.conv1.weight), return_dict=True, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.audio_projector(like(outputs.last_hidden_state, self.audio_projector.weight)),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def get_audio_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where the audio tokens stand: bool `(batch, sequence)`, from ids or, where there are none, embeddings."""
+        if input_ids is not None and input_ids.numel():
+            return input_ids == self.config.audio_token_id
+        token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def get_rope_index(self, input_ids, mm_token_type_ids, *args, **kwargs):
+        """As in Qwen2-VL, with audio counted as text: each audio token advances all three axes by one."""
+        mm_token_type_ids = mm_token_type_ids.masked_fill(mm_token_type_ids == AUDIO_TOKEN_TYPE, 0)
+        return super().get_rope_index(input_ids, mm_token_type_ids, *args, **kwargs)
+
+    def compute_3d_position_ids(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """
+        M-RoPE positions `(3, batch, sequence)` of the tokens given, which follow those in the cache; None where plain
+        counting is right. Qwen2-VL keeps the distance between a token's place and its position (`rope_deltas`) on the
+        model, where the next call or another thread finds it; here it travels with the cache that it belongs to.
+        """
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        offset = getattr(past_key_values, "mrope_offset", None) if past_length else None
+        batch, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+        if input_ids is not None and (image_grid_thw is not None or video_grid_thw is not None):
+            if mm_token_type_ids is None:
+                raise ValueError(
+                    "image_grid_thw or video_grid_thw was given without mm_token_type_ids, which M-RoPE needs to tell "
+                    "images, videos and audio apart; the processor returns it beside input_ids."
+                )
+            if attention_mask is not None:
+                attention_mask = attention_mask[:, -length:]
+            positions, _ = self.get_rope_index(
+                input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, attention_mask=attention_mask
+            )
+        elif offset is None:
+            return None
+        else:
+            positions = torch.arange(length, device=offset.device).expand(3, batch, length)
+        if offset is not None:
+            # Beams and returned sequences may have multiplied the rows since the offset was taken.
+            positions = positions + offset.repeat_interleave(batch // len(offset), dim=0).to(positions.device)
+        return positions + past_length
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """See [`Qwen2AudioVLForConditionalGeneration.forward`]; returns the last hidden state instead of logits."""
+        mm_encoder_outputs = dict(mm_encoder_outputs or {})
+        audio_outputs = mm_encoder_outputs.pop("audio", None)
+        if mm_encoder_outputs:
+            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        if input_features is not None and audio_outputs is not None:
+            raise ValueError("Give either input_features or mm_encoder_outputs['audio'], not both.")
+
+        embedded_here = inputs_embeds is None
+        if embedded_here:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        is_prefill = inputs_embeds.shape[1] > 1
+        if input_features is not None or audio_outputs is not None:
+            is_audio = self.get_audio_mask(input_ids, inputs_embeds)
+            if input_features is not None:
+                num_embeddings = len(input_features) * self.config.audio_config.max_source_positions
+            else:
+                num_embeddings = audio_outputs.pooler_output[..., 0].numel()
+            check_audio(is_audio.sum(), num_embeddings)
+            if audio_outputs is None:
+                audio_outputs = self.get_audio_features(input_features, return_dict=True)
+            audio_embeds = audio_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(is_audio.unsqueeze(-1).to(inputs_embeds.device), audio_embeds)
+        elif embedded_here and is_prefill:  # a decode step must not wait for the device
+            check_audio(self.get_audio_mask(input_ids, None).sum(), 0)
+
+        if position_ids is None:
+            position_ids = self.compute_3d_position_ids(
+                input_ids,
+                inputs_embeds,
+                image_grid_thw=kwargs.get("image_grid_thw"),
+                video_grid_thw=kwargs.get("video_grid_thw"),
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                mm_token_type_ids=kwargs.get("mm_token_type_ids"),
+            )
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        if is_prefill and outputs.past_key_values is not None:
+            cache, offset = outputs.past_key_values, None
+            if position_ids is not None:
+                last = position_ids[-1] if position_ids.ndim == 3 else position_ids
+                offset = last[:, -1:] + 1 - cache.get_seq_length()
+            cache.mrope_offset = offset
+        return outputs
+
+
+class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditionalGeneration):
+    """Qwen2-VL with ears: images, video, audio and text in, text out."""
+
+    config: Qwen2AudioVLConfig
+    input_modalities = ("image", "video", "audio", "text")
+
+    def __init__(self, config: Qwen2AudioVLConfig):
+        # Past Qwen2VLForConditionalGeneration, which would build a deaf model first.
+        super(Qwen2VLForConditionalGeneration, self).__init__(config)
+        self.model = Qwen2AudioVLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_audio_features(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`Qwen2AudioVLModel.get_audio_features`]."""
+        return self.model.get_audio_features(input_features, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        input_features: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> tuple | CausalLMOutputWithPast:
+        """
+        [`Qwen2VLForConditionalGeneration.forward`] with two more ways in:
+
+        Args:
+            input_features (`torch.Tensor` of shape `(windows, mel bins, frames)`, *optional*):
+                Log-mel windows in the order of their placeholders, row after row of the batch.
+            mm_token_type_ids (`torch.IntTensor` of shape `(batch, sequence)`, *optional*):
+                0 text, 1 image, 2 video, 3 audio.
+            mm_encoder_outputs (`dict`, *optional*):
+                What `get_audio_features` returned, under "audio", instead of `input_features`: a clip that is asked
+                about many times is encoded once. On transformers >= 5.18 also "image" and "video".
+
+        Raises:
+            ValueError: if the audio tokens and the audio features differ in number, in either direction.
+        """
+        if mm_encoder_outputs:
+            kwargs["mm_encoder_outputs"] = mm_encoder_outputs  # no argument of upstream's forward before 5.18
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            logits_to_keep=logits_to_keep,
+            input_features=input_features,
+            **kwargs,
+        )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        # Overridden as Qwen2-VL's version reads and writes the state that this model does without.
+        text_positions = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
+        input_ids, inputs_embeds = model_kwargs.get("input_ids"), model_kwargs.get("inputs_embeds")
+        if inputs_embeds is None:
+            input_ids = inputs_tensor
+        elif not input_ids.numel():
+            input_ids = None
+        past_key_values, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        new = text_positions.shape[1] - past_length
+        if new <= 0:
+            raise ValueError(
+                f"The cache holds {past_length} tokens but the prompt only {text_positions.shape[1]}. Continue a "
+                "conversation with the input_ids of all of it, or with the new ones and the attention_mask of all."
+            )
+        new_positions = self.model.compute_3d_position_ids(
+            None if input_ids is None else input_ids[:, -new:],
+            None if inputs_embeds is None else inputs_embeds[:, -new:],
+            image_grid_thw=model_kwargs.get("image_grid_thw"),
+            video_grid_thw=model_kwargs.get("video_grid_thw"),
+            attention_mask=model_kwargs.get("attention_mask"),
+            past_key_values=past_key_values,
+            mm_token_type_ids=None if types is None else types[:, -new:],
+        )
+        positions = text_positions.expand(4, -1, -1).clone()  # text positions first, for the attention mask
+        if new_positions is not None:
+            positions[1:, :, -new:] = new_positions
+        return positions
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # The last stop before the prompt is repeated for beams and returned sequences: every clip is encoded here,
+        # once, and its embeddings are repeated with their row, where repeating input_features would mix rows up.
+        audio = self._prepare_audio(input_ids, model_kwargs, expand_size)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if audio is not None:
+            model_kwargs["mm_encoder_outputs"] = {**(model_kwargs.get("mm_encoder_outputs") or {}), "audio": audio}
+        return input_ids, model_kwargs
+
+    def _prepare_audio(self, input_ids, model_kwargs: dict, expand_size: int) -> BaseModelOutputWithPooling | None:
+        """Takes the audio out of `model_kwargs`; returns the embeddings of the windows that are not in the cache yet."""
+        mm_encoder_outputs = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
+        input_features, audio = model_kwargs.pop("input_features", None), mm_encoder_outputs.pop("audio", None)
+        if mm_encoder_outputs:
+            model_kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        if input_features is not None and audio is not None:
+            raise ValueError("Give either input_features or mm_encoder_outputs['audio'], not both.")
+        given = input_features if audio is None else audio.pooler_output
+
+        is_audio = self.model.get_audio_mask(input_ids, model_kwargs.get("inputs_embeds"))
+        past_length = 0 if model_kwargs.get("past_key_values") is None else model_kwargs["past_key_values"].get_seq_length()
+        new = model_kwargs["position_ids"].shape[-1] - past_length
+        tokens = self.config.audio_config.max_source_positions
+        all_tokens, new_tokens = is_audio.sum(-1).tolist(), is_audio[:, -new:].sum(-1).tolist()
+        if given is None:
+            if model_kwargs.get("inputs_embeds") is None:
+                check_audio(sum(new_tokens), 0)
+            return None
+        # The processor was given either the whole conversation or only its new turn.
+        in_order = all_tokens if len(given) * tokens == sum(all_tokens) else new_tokens
+        check_audio(sum(in_order), len(given) * tokens)
+        kept, end = [], 0
+        for row_tokens, row_new in zip(in_order, new_tokens):
+            end += row_tokens // tokens
+            kept.append(list(range(end - row_new // tokens, end)))
+        if not any(kept):
+            return None
+        if audio is None:
+            unique = [window for row in kept for window in row]
+            audio = self.get_audio_features(input_features[unique], return_dict=True)
+            given, kept = audio.pooler_output, [[unique.index(window) for window in row] for row in kept]
+        rows = [window for row in kept for _ in range(expand_size) for window in row]
+        return BaseModelOutputWithPooling(pooler_output=given[rows])
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("mm_encoder_outputs", None)  # releases before 5.18 drop only the raw inputs after the prefill
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+
+def like(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the dtype and on the device of `weight`; accelerate's hooks move it where weights are offloaded."""
+    dtype = weight.dtype if weight.is_floating_point() else tensor.dtype
+    return tensor.to(dtype) if weight.is_meta else tensor.to(weight.device, dtype)
+
+
+def check_audio(num_tokens, num_embeddings: int):
+    torch_compilable_check(
+        num_tokens == num_embeddings,
+        lambda: f"Audio tokens and audio features do not match: the prompt has {int(num_tokens)} audio tokens, but "
+        f"{num_embeddings} audio embeddings were given. Every audio token in input_ids needs its embedding from "
+        "input_features, and every window in input_features its tokens; the processor makes both from one call.",
+    )
+
+
+Qwen2AudioVLForConditionalGeneration.register_for_auto_class("AutoModel")
+
+__all__ = ["Qwen2AudioVLForConditionalGeneration", "Qwen2AudioVLModel"]

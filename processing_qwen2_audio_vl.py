@@ -1,0 +1,236 @@
+"""Messages -> model inputs: Qwen2-VL's processor with sound beside images and video."""
+
+import difflib
+import inspect
+import re
+
+import numpy as np
+from transformers import BatchFeature, ProcessorMixin
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+
+from .audio_utils import SOURCE_KEYS, at_rate, fetch_audio, log_mel, split_windows, tokens_per_window
+
+
+AUDIO_TYPES = ("audio", "audio_url", "input_audio")
+CONTENT_TYPES = ("text", "image", "image_url", "video", "video_url", *AUDIO_TYPES)
+MODALITIES = {
+    "text_kwargs": "tokenizer",
+    "images_kwargs": "image_processor",
+    "videos_kwargs": "video_processor",
+    "audio_kwargs": "feature_extractor",
+}
+AUDIO_KWARGS = ("sampling_rate", "device")  # a clip is never padded, truncated or resized: it becomes whole windows
+
+
+class Qwen2AudioVLProcessor(Qwen2VLProcessor):
+    """
+    Image processor, video processor, tokenizer and [`WhisperFeatureExtractor`] in one.
+
+    One `<|audio_pad|>` in the text stands for one clip, and becomes `<|audio_bos|>`, 1500 x `<|audio_pad|>` for every
+    window of 30 s, and `<|audio_eos|>` (numbers of Whisper's own sizes; they follow from the feature extractor).
+    """
+
+    def __init__(
+        self, image_processor=None, tokenizer=None, video_processor=None, feature_extractor=None, chat_template=None
+    ):
+        # Past Qwen2VLProcessor, which hands on three parts by position.
+        ProcessorMixin.__init__(
+            self, image_processor, tokenizer, video_processor, feature_extractor, chat_template=chat_template
+        )
+        for name in ("image", "video", "audio", "audio_bos", "audio_eos"):
+            token = f"<|{name}|>" if "_" in name else f"<|{name}_pad|>"
+            token_id = tokenizer.convert_tokens_to_ids(token)
+            if token_id is None or token_id == tokenizer.unk_token_id:
+                raise ValueError(f"The tokenizer has no {token} token; `upload.py build` adds it.")
+            setattr(self, f"{name}_token", token)
+            setattr(self, f"{name}_token_id", token_id)
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, sounds=None, **kwargs) -> BatchFeature:
+        """
+        Args:
+            images, text, videos: As in [`Qwen2VLProcessor`]; one `<|image_pad|>` or `<|video_pad|>` each in the text.
+            audio: One clip, or a list of clips in reading order, or one list of clips per text; each is anything that
+                `audio_utils.fetch_audio` takes.
+            sounds: The same; where `apply_chat_template` puts what it found in the messages.
+            sampling_rate (`int`, *optional*): Rate in Hz of clips that are bare samples. The default is the feature
+                extractor's; clips that carry a rate, and files, are resampled from their own.
+            device (`str` or `torch.device`, *optional*): Where features are made, and where they lie.
+            kwargs: Of the tokenizer, the image processor and the video processor, flat or in `text_kwargs`,
+                `images_kwargs`, `videos_kwargs`.
+
+        Returns:
+            [`BatchFeature`] with `input_ids`, `attention_mask`, `mm_token_type_ids` (0 text, 1 image, 2 video,
+            3 audio), the pixels and grids of images and videos, and `input_features`, float32 `(windows, mel bins,
+            frames)` in the order of their placeholders.
+
+        Raises:
+            TypeError: on arguments that no part knows.
+            ValueError: if placeholders and data differ in number, if truncation would cut a clip, if a prompt passes
+                the positions that the model has; [`AudioError`], a ValueError, if a clip cannot be heard.
+        """
+        self._refuse_unknown(kwargs)
+        audio = sounds if audio is None else audio
+        inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if audio is not None and text is not None:
+            self._check_prompts(inputs["input_ids"])
+        return inputs
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        images, text, videos, _ = super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
+        clips = audio if isinstance(audio, list) else [] if audio is None else [audio]
+        is_nested = any(isinstance(clip, list) for clip in clips)
+        if text is not None:
+            # The expansion brings its own markers.
+            bos, pad, eos = map(re.escape, (self.audio_bos_token, self.audio_token, self.audio_eos_token))
+            text = [re.sub(f"(?:{bos})?{pad}(?:{eos})?", self.audio_token, sample) for sample in text]
+            if not kwargs.get("sanitize_control_tokens"):  # else some are a user's words, and upstream counts the others
+                found = [sample.count(self.audio_token) for sample in text]
+                given = [len(clip) if isinstance(clip, list) else 1 for clip in clips] if is_nested else len(clips)
+                if given != (found if is_nested else sum(found)):
+                    raise ValueError(
+                        f"The text has {found} {self.audio_token} placeholders (one number per text), but `audio` has "
+                        f"{given} clips. Every clip needs one placeholder; give the clips in reading order, as one "
+                        "flat list or as one list per text."
+                    )
+        if not clips:
+            return images, text, videos, None
+        if is_nested:
+            clips = [clip for row in clips for clip in (row if isinstance(row, list) else [row])]
+        audio_kwargs = {**kwargs, **kwargs.get("audio_kwargs", {})}
+        extractor_rate = self.feature_extractor.sampling_rate
+        rate, device = audio_kwargs.get("sampling_rate") or extractor_rate, audio_kwargs.get("device")
+        return images, text, videos, [fetch_audio(at_rate(clip, rate), extractor_rate, device) for clip in clips]
+
+    def _process_audio(self, audio, **kwargs):
+        windows = [split_windows(samples, self.feature_extractor) for samples in audio]
+        for clip in windows:  # before the spectrogram of what cannot fit anyway
+            self._check_length(len(clip) * tokens_per_window(self.feature_extractor))
+        features = log_mel([window for clip in windows for window in clip], self.feature_extractor)
+        data = {"input_features": features, "audio_windows": [len(clip) for clip in windows]}
+        return data, [self.replace_audio_token(data, idx) for idx in range(len(windows))]
+
+    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
+        tokens = audio_inputs["audio_windows"][audio_idx] * tokens_per_window(self.feature_extractor)
+        return self.audio_bos_token + self.audio_token * tokens + self.audio_eos_token
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return [*super().unused_input_names, "audio_windows"]
+
+    def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
+        """
+        As in [`ProcessorMixin`], with sound: content items of type `audio` (source under `audio`, `url`, `path`,
+        `base64`, `bytes` or `array`, and its `sampling_rate`), `audio_url` and OpenAI's `input_audio`. With
+        `load_audio_from_video=True` the sound track of each video follows it. The messages are not changed.
+
+        Raises:
+            TypeError: on arguments that neither the template nor any part knows.
+            ValueError: on content that the model cannot take, naming it.
+        """
+        processor_kwargs = dict(processor_kwargs or {})
+        own_parameters = inspect.signature(super().apply_chat_template).parameters
+        for name in [name for name in kwargs if name in self._known_kwargs() and name not in own_parameters]:
+            processor_kwargs[name] = kwargs.pop(name)
+        load_audio_from_video = kwargs.pop("load_audio_from_video", False)
+        is_batch = isinstance(conversation[0], (list, tuple))
+        sounds, conversations = [], []
+        for messages in conversation if is_batch else [conversation]:
+            conversations.append([self._take_sounds(message, sounds, load_audio_from_video) for message in messages])
+        if sounds and kwargs.get("tokenize"):
+            processor_kwargs["sounds"] = sounds
+        return super().apply_chat_template(
+            conversations if is_batch else conversations[0],
+            chat_template=chat_template,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
+        )
+
+    def _take_sounds(self, message: dict, sounds: list, load_audio_from_video: bool) -> dict:
+        """A copy of a message, with every content item in transformers' form; the sources of sound go to `sounds`."""
+        if not isinstance(message.get("content"), (list, tuple)):
+            return dict(message)
+        items, track_slot = [], False
+        for item in message["content"]:
+            item = normalize_content(item)
+            source = {key: item[key] for key in (*SOURCE_KEYS, "sampling_rate") if item.get(key) is not None}
+            if item["type"] == "audio":
+                if source:
+                    sounds.append(source)
+                if source or not track_slot:
+                    items.append({"type": "audio"})
+                track_slot = False
+                continue
+            items.append(item)
+            track_slot = item["type"] == "video" and load_audio_from_video
+            if track_slot:  # transformers' own convention is an empty audio item after the video, which may be left out
+                items.append({"type": "audio"})
+                sounds.append(next(item[key] for key in ("video", "url", "path") if item.get(key) is not None))
+        return {**message, "content": items}
+
+    def _known_kwargs(self) -> set[str]:
+        annotations = self.valid_processor_kwargs.__annotations__
+        known = {"common_kwargs", *annotations, *AUDIO_KWARGS}
+        return known.union(*(self._modality_kwargs(modality) for modality in MODALITIES if modality != "audio_kwargs"))
+
+    def _modality_kwargs(self, modality: str) -> set[str]:
+        part = getattr(self, MODALITIES[modality])
+        own = getattr(getattr(part, "valid_kwargs", None), "__annotations__", {})
+        return {*self.valid_processor_kwargs.__annotations__[modality].__annotations__, *own}
+
+    def _refuse_unknown(self, kwargs: dict):
+        for given, known in [(kwargs, self._known_kwargs())] + [
+            (kwargs[modality], AUDIO_KWARGS if modality == "audio_kwargs" else self._modality_kwargs(modality))
+            for modality in MODALITIES
+            if modality in kwargs
+        ]:
+            for name in given:
+                if name not in known:
+                    likely = difflib.get_close_matches(name, [*known, "text", "images", "videos", "audio"], n=1)
+                    raise TypeError(
+                        f"{type(self).__name__} got an unexpected keyword argument {name!r}"
+                        + (f"; did you mean {likely[0]!r}?" if likely else ".")
+                    )
+
+    def _check_prompts(self, input_ids):
+        """Refuses truncated markers, and prompts that pass the positions of the model (images and video take few)."""
+        for ids in input_ids:
+            ids = np.asarray(ids)
+            if (ids == self.audio_bos_token_id).sum() != (ids == self.audio_eos_token_id).sum():
+                raise ValueError(
+                    f"The prompt has {(ids == self.audio_bos_token_id).sum()} {self.audio_bos_token} but "
+                    f"{(ids == self.audio_eos_token_id).sum()} {self.audio_eos_token}: truncation cut a clip. Raise "
+                    "max_length, or leave truncation off."
+                )
+            elsewhere = (self.image_token_id, self.video_token_id, self.tokenizer.pad_token_id)
+            self._check_length(int(np.isin(ids, elsewhere, invert=True).sum()))
+
+    def _check_length(self, num_tokens: int):
+        limit = self.tokenizer.model_max_length  # the model's max_position_embeddings
+        if num_tokens > limit:
+            raise ValueError(
+                f"The prompt has {num_tokens} tokens of text and audio, but the model has {limit} positions "
+                f"(max_position_embeddings); {tokens_per_window(self.feature_extractor)} tokens are "
+                f"{self.feature_extractor.chunk_length} s of sound. Shorten the sound or split the conversation."
+            )
+
+
+def normalize_content(item) -> dict:
+    """A content item in transformers' form: `type` is text, image, video or audio, and OpenAI's addresses are `url`."""
+    kind = item.get("type") or next((kind for kind in CONTENT_TYPES if kind in item), None) if isinstance(item, dict) else None
+    if kind not in CONTENT_TYPES:
+        found = f"type {kind!r} and keys {list(item)}" if isinstance(item, dict) else f"Python type {type(item).__name__}"
+        raise ValueError(f"Content of {found} cannot be taken: expected a dict of type {', '.join(CONTENT_TYPES)}.")
+    if kind == "text" and not isinstance(item.get("text"), str):
+        raise ValueError(f"A text item needs a string under 'text'; this one has keys {list(item)}.")
+    if kind in AUDIO_TYPES:
+        return {**item, "type": "audio"}
+    for modality in ("image", "video"):
+        address = item.get(f"{modality}_url")
+        if kind.startswith(modality) and address is not None:
+            return {"type": modality, "url": address["url"] if isinstance(address, dict) else address}
+    return {**item, "type": kind}
+
+
+Qwen2AudioVLProcessor.register_for_auto_class()
+
+__all__ = ["Qwen2AudioVLProcessor"]

@@ -1,0 +1,129 @@
+import os
+import tempfile
+
+
+# Remote code is copied to a cache of the Hub's client; the tests use a cache of their own and no network.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="qwen2-audio-vl-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import shutil  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoModel, AutoProcessor  # noqa: E402
+
+import upload  # noqa: E402
+from demo.bases import ASSETS, make_qwen2_vl, make_whisper  # noqa: E402
+
+
+WINDOW = 16_000  # samples in a window of the small models, 1 s
+TOKENS = 50  # audio tokens per window of the small models
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    """Small checkpoints as published: Qwen2-VL, Whisper with windows of 1 s, Whisper with its own 30 s."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "qwen2_vl": make_qwen2_vl(folder / "qwen2-vl"),
+        "whisper": make_whisper(folder / "whisper", window_seconds=1),
+        "whisper_30s": make_whisper(folder / "whisper-30s"),
+    }
+
+
+@pytest.fixture(scope="session")
+def repo(bases, tmp_path_factory) -> Path:
+    """A built repository folder whose windows are 1 s long, 50 tokens, so that prompts stay short."""
+    return upload.build(bases["qwen2_vl"], bases["whisper"], tmp_path_factory.mktemp("repo"))
+
+
+@pytest.fixture(scope="session")
+def repo_30s(bases, tmp_path_factory) -> Path:
+    """A built repository folder with Whisper's own windows: 30 s, 1500 tokens."""
+    return upload.build(bases["qwen2_vl"], bases["whisper_30s"], tmp_path_factory.mktemp("repo-30s"))
+
+
+@pytest.fixture(scope="session")
+def processor(repo):
+    return AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def shared_model(repo):
+    return AutoModel.from_pretrained(repo, trust_remote_code=True, dtype="auto")
+
+
+@pytest.fixture
+def model(shared_model):
+    yield shared_model.eval()
+    assert not any(parameter.grad is not None for parameter in shared_model.parameters())
+
+
+@pytest.fixture
+def fresh_model(repo):
+    """A model of the test's own, to train or to change."""
+    return AutoModel.from_pretrained(repo, trust_remote_code=True, dtype="auto")
+
+
+@pytest.fixture(scope="session")
+def speech() -> Path:
+    return ASSETS / "audio" / "jfk.wav"  # 11.0 s, 16 kHz mono
+
+
+@pytest.fixture(scope="session")
+def photo() -> Path:
+    return ASSETS / "images" / "chelsea.png"
+
+
+@pytest.fixture
+def noise():
+    """Clips that differ: `noise(seconds, seed)` is float32 samples at 16 kHz."""
+
+    def make(seconds: float, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.randn(round(seconds * WINDOW), generator=generator) * 0.1).numpy()
+
+    return make
+
+
+@pytest.fixture
+def ask(processor):
+    """`ask(item, item, ...)` or `ask([item, ...], [item, ...])` for a batch: model inputs of user messages."""
+
+    def make(*items, **processor_kwargs):
+        def message(content):
+            return [{"role": "user", "content": list(content)}]
+
+        is_batch = isinstance(items[0], list)
+        return processor.apply_chat_template(
+            [message(row) for row in items] if is_batch else message(items),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={**({"padding": True} if is_batch else {}), **processor_kwargs},
+        )
+
+    return make
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def audio(source, **more) -> dict:
+    return {"type": "audio", "audio": source, **more}
+
+
+def image(source) -> dict:
+    return {"type": "image", "image": source}
+
+
+def video(frames) -> dict:
+    return {"type": "video", "video": frames}
