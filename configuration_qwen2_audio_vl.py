@@ -68,8 +68,7 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
     """
 
     model_type = "qwen2_audio_vl"
-    sub_configs = {**Qwen2VLConfig.sub_configs, "audio_config": WhisperConfig}  # of the older releases
-    sub_configs_defaults = {**getattr(Qwen2VLConfig, "sub_configs_defaults", {}), "audio_config": WhisperConfig}
+    sub_configs = {**Qwen2VLConfig.sub_configs, "audio_config": WhisperConfig}
 
     audio_config: dict | PreTrainedConfig | None = None
     audio_token_id: int = 151657

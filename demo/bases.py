@@ -11,6 +11,14 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Whisper
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
+def sharpen(model: torch.nn.Module, std: float) -> torch.nn.Module:
+    """Random weights of the usual 0.02 hardly react to their input; these do, so that tests can tell inputs apart."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "embed" not in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
 def make_qwen2_vl(folder: Path, dtype: torch.dtype = torch.float32, tie_word_embeddings: bool = False) -> Path:
     """Writes a Qwen2-VL checkpoint of 2 layers; its tokenizer and its 152,064 embeddings are of full size."""
     torch.manual_seed(0)
@@ -28,12 +36,7 @@ def make_qwen2_vl(folder: Path, dtype: torch.dtype = torch.float32, tie_word_emb
         vision_config={"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64},
         tie_word_embeddings=tie_word_embeddings,
     )
-    model = Qwen2VLForConditionalGeneration(config).to(dtype)
-    # Sharper than the usual 0.02, so that greedy decoding of random weights has clear winners.
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "embed_tokens" not in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
+    sharpen(Qwen2VLForConditionalGeneration(config), std=0.1).to(dtype).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
         shutil.copyfile(ASSETS / "qwen2-vl-7b" / file, folder / file)
     return folder
@@ -46,7 +49,7 @@ def make_whisper(folder: Path, window_seconds: int = 30, dtype: torch.dtype = to
     for half in ("encoder", "decoder"):
         sizes |= {f"{half}_layers": 2, f"{half}_attention_heads": 2, f"{half}_ffn_dim": 128}
     config = WhisperConfig(**sizes, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0)
-    WhisperForConditionalGeneration(config).to(dtype).save_pretrained(folder)
+    sharpen(WhisperForConditionalGeneration(config), std=0.2).to(dtype).save_pretrained(folder)
     extractor = json.loads((ASSETS / "whisper-large-v3-turbo" / "preprocessor_config.json").read_text())
     extractor |= {
         "chunk_length": window_seconds,

@@ -18,10 +18,6 @@ import upload  # noqa: E402
 from demo.bases import ASSETS, make_qwen2_vl, make_whisper  # noqa: E402
 
 
-WINDOW = 16_000  # samples in a window of the small models, 1 s
-TOKENS = 50  # audio tokens per window of the small models
-
-
 def pytest_unconfigure(config):
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
@@ -82,12 +78,13 @@ def photo() -> Path:
 
 
 @pytest.fixture
-def noise():
-    """Clips that differ: `noise(seconds, seed)` is float32 samples at 16 kHz."""
+def sound():
+    """Clips that differ: `sound(seconds, seed)` is a tone in noise, float32 samples at 16 kHz."""
 
     def make(seconds: float, seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
-        return (torch.randn(round(seconds * WINDOW), generator=generator) * 0.1).numpy()
+        time = torch.arange(round(seconds * 16_000)) / 16_000
+        noise = torch.randn(len(time), generator=torch.Generator().manual_seed(seed))
+        return (0.5 * torch.sin(2 * torch.pi * 150 * 2**seed * time) + 0.01 * noise).numpy()
 
     return make
 
@@ -111,19 +108,3 @@ def ask(processor):
         )
 
     return make
-
-
-def text(words: str) -> dict:
-    return {"type": "text", "text": words}
-
-
-def audio(source, **more) -> dict:
-    return {"type": "audio", "audio": source, **more}
-
-
-def image(source) -> dict:
-    return {"type": "image", "image": source}
-
-
-def video(frames) -> dict:
-    return {"type": "video", "video": frames}

@@ -1,0 +1,102 @@
+"""Content items for messages, and the sum of the parts: what this model has to equal, from stock classes alone."""
+
+import torch
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperModel
+
+
+TOKENS = 50  # audio tokens per window of 1 s in the small models
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def audio(source, **more) -> dict:
+    return {"type": "audio", "audio": source, **more}
+
+
+def image(source) -> dict:
+    return {"type": "image", "image": source}
+
+
+def video(frames) -> dict:
+    return {"type": "video", "video": frames}
+
+
+class SumOfParts:
+    """Stock Qwen2-VL, stock Whisper encoder and a matrix product, put together by hand; no cache, one row at a time."""
+
+    def __init__(self, model, whisper_folder):
+        state = {name: tensor for name, tensor in model.state_dict().items() if "audio" not in name}
+        config = Qwen2VLConfig(
+            text_config=model.config.text_config.to_dict(), vision_config=model.config.vision_config.to_dict()
+        )
+        self.qwen = Qwen2VLForConditionalGeneration(config).to(model.dtype).eval()
+        self.qwen.load_state_dict(state)
+        self.encoder = WhisperModel.from_pretrained(whisper_folder).eval().get_encoder()
+        self.projector = model.state_dict()["model.audio_projector.weight"]
+        self.config = model.config
+
+    @torch.no_grad()
+    def audio_embeds(self, input_features):
+        return self.encoder(input_features).last_hidden_state @ self.projector.T
+
+    def positions(self, ids, image_grids, video_grids):
+        """M-RoPE written out: text and audio advance by one; a grid spans t, h, w from where it starts."""
+        grids = {self.config.image_token_id: list(image_grids), self.config.video_token_id: list(video_grids)}
+        merge, position, rows, i = self.config.vision_config.spatial_merge_size, 0, [], 0
+        while i < len(ids):
+            if ids[i] in grids:
+                t, h, w = (int(size) for size in grids[ids[i]].pop(0))
+                h, w = h // merge, w // merge
+                rows += [(position + a, position + b, position + c) for a in range(t) for b in range(h) for c in range(w)]
+                position, i = max(max(row) for row in rows[-t * h * w :]) + 1, i + t * h * w
+            else:
+                rows.append((position,) * 3)
+                position, i = position + 1, i + 1
+        return torch.tensor(rows).T[:, None]  # [3, 1, sequence]
+
+    @torch.no_grad()
+    def hidden_states(self, inputs) -> list[torch.Tensor]:
+        """The last hidden states `[sequence, hidden]` of every row, without its padding."""
+        inputs = dict(inputs)
+        windows = iter(self.audio_embeds(inputs["input_features"])) if "input_features" in inputs else iter(())
+        grids = {name: iter(inputs.get(f"{name}_grid_thw", [])) for name in ("image", "video")}
+        patches = {"image": inputs.get("pixel_values"), "video": inputs.get("pixel_values_videos")}
+        rows = []
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+            ids = ids[mask.bool()]
+            embeds = self.qwen.get_input_embeddings()(ids)
+            is_audio = ids == self.config.audio_token_id
+            if is_audio.any():
+                per_window = self.config.audio_config.max_source_positions
+                embeds[is_audio] = torch.cat([next(windows) for _ in range(int(is_audio.sum()) // per_window)])
+            own_grids = {"image": [], "video": []}
+            for name, token_id in (("image", self.config.image_token_id), ("video", self.config.video_token_id)):
+                missing = int((ids == token_id).sum())
+                features = []
+                while missing:
+                    grid = next(grids[name])
+                    size = int(grid.prod())
+                    own, patches[name] = patches[name][:size], patches[name][size:]
+                    features.append(self.qwen.model.visual(own, grid_thw=grid[None]).pooler_output)
+                    own_grids[name].append(grid)
+                    missing -= len(features[-1])
+                if features:
+                    embeds[ids == token_id] = torch.cat(features)
+            positions = self.positions(ids.tolist(), own_grids["image"], own_grids["video"])
+            states = self.qwen.model.language_model(inputs_embeds=embeds[None], position_ids=positions, use_cache=False)
+            rows.append(states.last_hidden_state[0])
+        return rows
+
+    def logits(self, inputs, last: int) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.stack([self.qwen.lm_head(row[-last:]) for row in self.hidden_states(inputs)])
+
+    def greedy(self, inputs, steps: int) -> torch.Tensor:
+        inputs = dict(inputs)
+        for _ in range(steps):
+            chosen = self.logits(inputs, last=1).argmax(-1)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], chosen], dim=1)
+            inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(chosen)], dim=1)
+        return inputs["input_ids"][:, -steps:]
