@@ -5,7 +5,7 @@ import inspect
 import re
 
 import numpy as np
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
 from .audio_utils import SOURCE_KEYS, at_rate, fetch_audio, log_mel, split_windows, tokens_per_window
@@ -44,6 +44,36 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
                 raise ValueError(f"The tokenizer has no {token} token; `upload.py build` adds it.")
             setattr(self, f"{name}_token", token)
             setattr(self, f"{name}_token_id", token_id)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in [`ProcessorMixin`]; a `config.json` beside the processor's files has to describe the same sound."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError:
+            return processor  # saved on its own, without a model
+        processor.check_config(config)
+        return processor
+
+    def check_config(self, config: dict):
+        """
+        Raises:
+            ValueError: if the model that `config` describes hears other windows, or other tokens, than this makes.
+        """
+        audio_config = config.get("audio_config") or {}
+        for here, made, there, heard in (
+            ("feature_extractor.feature_size", self.feature_extractor.feature_size, "num_mel_bins", audio_config),
+            ("audio tokens per window", tokens_per_window(self.feature_extractor), "max_source_positions", audio_config),
+            ("id of <|audio_pad|>", self.audio_token_id, "audio_token_id", config),
+            ("id of <|audio_bos|>", self.audio_bos_token_id, "audio_bos_token_id", config),
+            ("id of <|audio_eos|>", self.audio_eos_token_id, "audio_eos_token_id", config),
+        ):
+            if heard.get(there, made) != made:
+                raise ValueError(
+                    f"The processor's {here} is {made}, but the model's {there} is {heard[there]}: their files come "
+                    "from different models."
+                )
 
     def __call__(self, images=None, text=None, videos=None, audio=None, sounds=None, **kwargs) -> BatchFeature:
         """

@@ -110,25 +110,16 @@ def build_config(base: Path, encoder: Path, tokenizer):
 
 
 def build_processor(base: Path, encoder: Path, tokenizer, config):
-    feature_extractor = WhisperFeatureExtractor.from_pretrained(encoder)
-    for ours, theirs, name in (
-        (config.audio_config.num_mel_bins, feature_extractor.feature_size, "mel bins (num_mel_bins, feature_size)"),
-        (
-            2 * config.audio_config.max_source_positions,
-            feature_extractor.nb_max_frames,
-            "frames (2 * max_source_positions, nb_max_frames)",
-        ),
-    ):
-        if ours != theirs:
-            raise ValueError(f"The encoder in {encoder} hears {ours} {name}, but its feature extractor makes {theirs}.")
     processor_class = get_class_from_dynamic_module("processing_qwen2_audio_vl.Qwen2AudioVLProcessor", HERE)
-    return processor_class(
+    processor = processor_class(
         image_processor=AutoImageProcessor.from_pretrained(base),
         tokenizer=tokenizer,
         video_processor=AutoVideoProcessor.from_pretrained(base),
-        feature_extractor=feature_extractor,
+        feature_extractor=WhisperFeatureExtractor.from_pretrained(encoder),
         chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8"),
     )
+    processor.check_config(config.to_dict())
+    return processor
 
 
 def build_tokenizer(base: Path):
