@@ -1,0 +1,445 @@
+"""Messages -> model inputs, with the processor that a built folder loads."""
+
+import base64
+import copy
+import functools
+import http.server
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import TOKENS, audio, image, text, video
+from packaging.version import Version
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer, Qwen2VLProcessor, WhisperFeatureExtractor
+
+from demo.bases import ASSETS
+
+
+PAD, BOS, EOS = 151657, 151658, 151659
+IMAGE, VIDEO = 151655, 151656
+
+
+@pytest.fixture(scope="session")
+def processor_30s(repo_30s):
+    return AutoProcessor.from_pretrained(repo_30s, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def served():
+    """A real HTTP server of the recordings."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(ASSETS / "audio"))
+    handler.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def runs(ids) -> list[tuple[int, int]]:
+    """Ids with their run lengths, of audio and vision tokens only."""
+    found = []
+    for token in np.asarray(ids).tolist():
+        if token in (PAD, BOS, EOS, IMAGE, VIDEO):
+            if found and found[-1][0] == token:
+                found[-1] = (token, found[-1][1] + 1)
+            else:
+                found.append((token, 1))
+    return found
+
+
+def test_one_window_of_whisper_is_1500_tokens(processor_30s, speech):
+    inputs = processor_30s(text="<|audio_pad|>What is said?", audio=str(speech), return_tensors="pt")
+    ids = inputs["input_ids"][0].tolist()
+    assert ids[0] == BOS and ids[1:1501] == [PAD] * 1500 and ids[1501] == EOS
+    assert processor_30s.tokenizer.decode(ids[1502:]) == "What is said?"
+    assert inputs["mm_token_type_ids"][0].tolist() == [0] + [3] * 1500 + [0] * (len(ids) - 1501)
+    extractor = WhisperFeatureExtractor(feature_size=128)
+    samples = np.frombuffer(speech.read_bytes()[78:], np.int16).astype(np.float32) / 32768  # after the header
+    expected = extractor(samples, sampling_rate=16000, return_tensors="pt")["input_features"]
+    assert inputs["input_features"].shape == (1, 128, 3000) and inputs["input_features"].dtype == torch.float32
+    torch.testing.assert_close(inputs["input_features"], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "samples, windows", [(1, 1), (479_999, 1), (480_000, 1), (480_001, 2), (560_000, 2), (960_000, 2), (960_001, 3)]
+)
+def test_long_clips_become_windows_in_one_pair_of_markers(samples, windows, processor_30s):
+    clip = np.linspace(-0.5, 0.5, samples, dtype=np.float32)
+    inputs = processor_30s(text="<|audio_pad|>", audio=clip, return_tensors="pt")
+    assert runs(inputs["input_ids"][0]) == [(BOS, 1), (PAD, windows * 1500), (EOS, 1)]
+    assert inputs["input_features"].shape == (windows, 128, 3000)
+    extractor = WhisperFeatureExtractor(feature_size=128)
+    pieces = [clip[start : start + 480_000] for start in range(0, samples, 480_000)]
+    expected = extractor(pieces, sampling_rate=16000, return_tensors="pt")["input_features"]
+    torch.testing.assert_close(inputs["input_features"], expected, atol=1e-5, rtol=0)
+
+
+def test_prompt_longer_than_the_model_is_an_error(processor_30s):
+    with pytest.raises(ValueError, match=r"33000 tokens of text and audio, but the model has 32768 positions"):
+        processor_30s(text="<|audio_pad|>", audio=np.zeros(22 * 480_000, np.float32))
+    eleven = np.zeros(11 * 480_000, np.float32)
+    with pytest.raises(ValueError, match=r"33005 tokens of text and audio, but the model has 32768 positions"):
+        processor_30s(text="<|audio_pad|><|audio_pad|>!", audio=[eleven, eleven])
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["<|audio_pad|>", "<|audio_bos|><|audio_pad|><|audio_eos|>", "<|audio_bos|><|audio_pad|>", "<|audio_pad|><|audio_eos|>"],
+)
+def test_markers_are_not_doubled(written, processor, sound):
+    ids = processor(text=f"a{written}b", audio=sound(0.5))["input_ids"][0]
+    assert runs(ids) == [(BOS, 1), (PAD, TOKENS), (EOS, 1)]
+    twice = processor(text=written * 2, audio=[sound(0.5), sound(1.5)])["input_ids"][0]
+    assert runs(twice) == [(BOS, 1), (PAD, TOKENS), (EOS, 1), (BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
+
+
+def test_reading_order(ask, photo, sound):
+    picture = Image.open(photo).resize((56, 56))
+    frames = np.zeros((4, 56, 56, 3), np.uint8)
+    inputs = ask(image(picture), audio(sound(1.5, 1)), video(frames), audio(sound(0.5, 2)), image(picture), text("?"))
+    assert runs(inputs["input_ids"][0]) == [
+        (IMAGE, 4),
+        (BOS, 1),
+        (PAD, 2 * TOKENS),
+        (EOS, 1),
+        (VIDEO, 8),
+        (BOS, 1),
+        (PAD, TOKENS),
+        (EOS, 1),
+        (IMAGE, 4),
+    ]
+    types = inputs["mm_token_type_ids"][0]
+    for kind, token in ((1, IMAGE), (2, VIDEO), (3, PAD)):
+        assert torch.equal(types == kind, inputs["input_ids"][0] == token)
+
+
+def test_batch_is_left_padded_and_windows_follow_reading_order(ask, processor, sound):
+    rows = [[audio(sound(0.5, 1)), text("Hm?")], [text("No sound here.")], [audio(sound(1.5, 2)), audio(sound(0.5, 3))]]
+    inputs = ask(*rows)
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1, 1] and inputs["attention_mask"][1, 0] == 0
+    alone = [ask(*row) for row in rows]
+    for ids, mask, own in zip(inputs["input_ids"], inputs["attention_mask"], alone, strict=True):
+        assert torch.equal(ids[mask.bool()], own["input_ids"][0])
+    features = [own["input_features"] for own in alone if "input_features" in own]
+    assert torch.equal(inputs["input_features"], torch.cat(features))
+
+
+def test_audio_flat_or_one_list_per_text(processor, sound):
+    clips = [sound(0.5, seed) for seed in range(3)]
+    texts = ["<|audio_pad|> and <|audio_pad|>", "", "<|audio_pad|>"]
+    given = copy.deepcopy([clips[:2], [], clips[2:]])
+    flat = processor(text=texts, audio=clips, padding=True, return_tensors="pt")
+    nested = processor(text=texts, audio=given, padding=True, return_tensors="pt")
+    assert all(torch.equal(flat[name], nested[name]) for name in flat)
+    assert texts[0] == "<|audio_pad|> and <|audio_pad|>"  # the caller's lists are the caller's (trap 10)
+    assert [len(row) for row in given] == [2, 0, 1] and np.array_equal(given[0][0], clips[0])
+
+
+@pytest.mark.parametrize(
+    "texts, clips, message",
+    [
+        (["<|audio_pad|>"], 2, r"\[1\] <\|audio_pad\|> placeholders .* 2 clips"),
+        (["<|audio_pad|><|audio_pad|>"], 1, r"\[2\] <\|audio_pad\|> placeholders .* 1 clips"),
+        (["<|audio_pad|>", "<|audio_pad|>"], [2, 0], r"\[1, 1\] <\|audio_pad\|> placeholders .* \[2, 0\] clips"),
+        (["none"], 1, r"\[0\] .* 1 clips"),
+        (["<|audio_pad|>"], None, r"\[1\] .* 0 clips"),
+    ],
+)
+def test_counts_must_agree(texts, clips, message, processor, sound):
+    if isinstance(clips, list):
+        clips = [[sound(0.5)] * number for number in clips]
+    elif clips is not None:
+        clips = [sound(0.5)] * clips
+    with pytest.raises(ValueError, match=message):
+        processor(text=texts, audio=clips)
+
+
+@pytest.mark.parametrize("max_length", [20, 51, 52, 54])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_truncation_never_cuts_a_clip(max_length, side, processor, sound):
+    assert runs(processor(text="a<|audio_pad|>b", audio=sound(0.5))["input_ids"][0])  # 54 tokens
+    arguments = {"truncation": True, "max_length": max_length, "text_kwargs": {"truncation_side": side}}
+    arguments["text_kwargs"] = {}
+    processor.tokenizer.truncation_side, before = side, processor.tokenizer.truncation_side
+    try:
+        if max_length >= 54:
+            ids = processor(text="a<|audio_pad|>b", audio=sound(0.5), **arguments)["input_ids"][0]
+            assert runs(ids) == [(BOS, 1), (PAD, TOKENS), (EOS, 1)]
+        else:
+            with pytest.raises(ValueError, match="max_length"):
+                processor(text="a<|audio_pad|>bcd efg", audio=sound(0.5), **arguments)
+    finally:
+        processor.tokenizer.truncation_side = before
+
+
+def test_text_arguments_stay_with_the_text(processor, sound):
+    """`padding` and `max_length` must not reach the feature extractor (trap 13)."""
+    plain = processor(text="<|audio_pad|>", audio=sound(0.5))
+    for arguments in (
+        {"padding": "max_length", "max_length": 80},
+        {"padding": True, "truncation": True, "max_length": 700},
+        {"text_kwargs": {"padding": "max_length", "max_length": 80}},
+        {"padding": "max_length", "max_length": 80, "return_attention_mask": True, "pad_to_multiple_of": 16},
+    ):
+        inputs = processor(text="<|audio_pad|>", audio=sound(0.5), **arguments)
+        assert torch.equal(inputs["input_features"], plain["input_features"])
+        assert len(inputs["input_ids"][0]) == (80 if arguments.get("padding") != True else 52)  # noqa: E712
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"audios": []}, "unexpected keyword argument 'audios'; did you mean 'audio'"),
+        ({"sample_rate": 8000}, "'sample_rate'"),
+        ({"samplingrate": 8000}, "did you mean 'sampling_rate'"),
+        ({"audio_kwargs": {"padding": True}}, "'padding'"),
+        ({"audio_kwargs": {"max_length": 5}}, "'max_length'"),
+        ({"images_kwargs": {"max_pixel": 5}}, "'max_pixel'"),
+        ({"raw_speech": []}, "'raw_speech'"),
+    ],
+)
+def test_misspelt_arguments_are_errors(arguments, message, processor, sound):
+    with pytest.raises(TypeError, match=message):
+        processor(text="<|audio_pad|>", audio=sound(0.5), **arguments)
+    with pytest.raises(TypeError, match=message):
+        processor.apply_chat_template(
+            [{"role": "user", "content": [audio(sound(0.5))]}], tokenize=True, return_dict=True, processor_kwargs=arguments
+        )
+
+
+def test_sampling_rate_is_honoured_everywhere(processor, sound):
+    """8 kHz samples that are read as 16 kHz are half as long (seen in the wild)."""
+    clip = sound(1.6)[::2].copy()  # 0.8 s of samples at 16 kHz, 1.6 s at 8 kHz
+    ask = functools.partial(
+        processor.apply_chat_template, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    row = {"array": clip, "sampling_rate": 8000}
+    ways = [
+        processor(text="<|audio_pad|>", audio=clip, sampling_rate=8000),
+        processor(text="<|audio_pad|>", audio=clip, audio_kwargs={"sampling_rate": 8000}),
+        processor(text="<|audio_pad|>", audio=row),
+        processor(text="<|audio_pad|>", audio=[(clip, 8000)]),
+        processor(text="<|audio_pad|>", audio=row, sampling_rate=44100),
+        ask([{"role": "user", "content": [audio(clip, sampling_rate=8000)]}]),
+        ask([{"role": "user", "content": [audio(row)]}]),
+        ask([{"role": "user", "content": [audio(clip)]}], processor_kwargs={"sampling_rate": 8000}),
+        ask([{"role": "user", "content": [audio(clip)]}], sampling_rate=8000),
+    ]
+    for inputs in ways:
+        assert inputs["input_features"].shape[0] == 2
+        torch.testing.assert_close(inputs["input_features"], ways[0]["input_features"])
+    assert processor(text="<|audio_pad|>", audio=clip)["input_features"].shape[0] == 1
+
+
+def test_apply_chat_template_takes_sound_from_anywhere(processor, served):
+    path = ASSETS / "audio" / "english.wav"  # 44.1 kHz
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    url = f"{served}/english.wav"
+    items = [
+        {"type": "audio", "audio": str(path)},
+        {"type": "audio", "path": str(path)},
+        {"type": "audio", "path": path},
+        {"type": "audio", "url": path.as_uri()},
+        {"type": "audio", "url": url},
+        {"type": "audio", "audio_url": url},
+        {"type": "audio_url", "audio_url": {"url": url}},
+        {"type": "audio_url", "audio_url": url},
+        {"type": "audio", "audio": path.read_bytes()},
+        {"type": "audio", "bytes": path.read_bytes()},
+        {"type": "audio", "audio": encoded},
+        {"type": "audio", "base64": encoded},
+        {"type": "audio", "url": f"data:audio/wav;base64,{encoded}"},
+        {"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}},
+        {"audio": str(path)},
+    ]
+    expected = processor(audio=str(path))["input_features"]
+    assert expected.shape == (3, 128, 100)  # 2.74 s
+    messages = [{"role": "user", "content": [*items, text("?")]}]
+    before = copy.deepcopy(messages)
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert messages == before
+    assert runs(inputs["input_ids"][0]) == [(BOS, 1), (PAD, 3 * TOKENS), (EOS, 1)] * len(items)
+    for features in inputs["input_features"].split(3):
+        assert torch.equal(features, expected)
+
+
+def test_messages_with_pictures_in_openai_form(processor, photo, sound):
+    encoded = base64.b64encode(photo.read_bytes()).decode()
+    contents = [
+        [{"type": "image", "path": str(photo)}, audio(sound(0.5))],
+        [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}, audio(sound(0.5))],
+    ]
+    first, second = (
+        processor.apply_chat_template([{"role": "user", "content": c}], tokenize=True, return_dict=True, return_tensors="pt")
+        for c in contents
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        ({"type": "sound", "sound": "x.wav"}, r"type 'sound' and keys \['type', 'sound'\] cannot be taken: expected"),
+        ({"type": "audios", "audio": "x.wav"}, "type 'audios'"),
+        ({"speech": "x.wav"}, r"type None and keys \['speech'\]"),
+        ("just words", "Python type str"),
+        ({"type": "text", "content": "words"}, "needs a string under 'text'"),
+        ({"type": "audio", "file": "x.wav"}, r"\[1\] <\|audio_pad\|> placeholders .* 0 clips"),
+        ({"type": "audio", "path": "x.wav", "url": "y.wav"}, "exactly one source"),
+    ],
+)
+def test_content_that_cannot_be_taken_is_an_error(item, message, processor):
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template([{"role": "user", "content": [item]}], tokenize=True, return_dict=True)
+
+
+def test_template_alone_drops_nothing(processor, sound):
+    """What other servers render without our code: one placeholder per item, in order, and errors in words (trap 7)."""
+    tokenizer = processor.tokenizer
+    render = functools.partial(tokenizer.apply_chat_template, chat_template=processor.chat_template, tokenize=False)
+    content = [{"type": "image"}, {"type": "input_audio"}, {"type": "video_url"}, {"type": "audio_url"}, text("Hm?")]
+    expected = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|vision_end|><|audio_pad|><|vision_start|><|video_pad|><|vision_end|>"
+        "<|audio_pad|>Hm?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert render([{"role": "user", "content": content}], add_generation_prompt=True) == expected
+    with pytest.raises(Exception, match="Content of type sound cannot be taken"):
+        render([{"role": "user", "content": [{"type": "sound"}]}])
+    with pytest.raises(Exception, match="calls no tools"):
+        render([{"role": "user", "content": "Hi"}], tools=[{"type": "function", "function": {"name": "f"}}])
+    numbered = render([{"role": "user", "content": content}], add_vision_id=True, add_audio_id=True)
+    assert "Picture 1: <|vision_start|>" in numbered and "Audio 2: <|audio_pad|>" in numbered
+
+
+@pytest.mark.parametrize("with_system", [False, True])
+def test_template_equals_qwen2_vl_without_audio(with_system, processor):
+    published = json.loads((ASSETS / "qwen2-vl-7b" / "chat_template.json").read_text())["chat_template"]
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, text("What\nis this? "), {"type": "video"}]},
+        {"role": "assistant", "content": "A cat.\n"},
+        {"role": "user", "content": "  Sure?"},
+    ]
+    messages = [{"role": "system", "content": "Be brief."}, *messages] if with_system else messages
+    for options in ({}, {"add_generation_prompt": True}, {"add_vision_id": True}):
+        ours = processor.apply_chat_template(messages, **options)
+        assert ours == tokenizer.apply_chat_template(messages, chat_template=published, tokenize=False, **options)
+
+
+def test_without_audio_equals_qwen2_vl_processor(processor, photo):
+    stock = Qwen2VLProcessor(processor.image_processor, processor.tokenizer, processor.video_processor)
+    arguments = {"text": "<|image_pad|>What?", "images": Image.open(photo), "return_tensors": "pt"}
+    ours, theirs = processor(**arguments), stock(**arguments)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_sound_track_of_a_video(processor, tmp_path):
+    path = write_video(tmp_path / "clip.mp4", seconds=2)
+    for extra in ([], [{"type": "audio"}]):
+        content = [{"type": "video", "path": str(path)}, *extra, text("?")]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            load_audio_from_video=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"num_frames": 4},
+        )
+        found = runs(inputs["input_ids"][0])
+        assert found[0][0] == VIDEO and found[1:] == [(BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
+        assert inputs["input_features"].shape[0] == 2
+
+
+def write_video(path, seconds: int):
+    import av
+
+    with av.open(str(path), "w") as container:
+        pictures, track = container.add_stream("mpeg4", rate=8), container.add_stream("aac", rate=16000)
+        pictures.width = pictures.height = 56
+        for number in range(8 * seconds):
+            frame = av.VideoFrame.from_ndarray(np.full((56, 56, 3), 10 * number, np.uint8), format="rgb24")
+            container.mux(pictures.encode(frame))
+        container.mux(pictures.encode(None))
+        tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(15_000 * seconds) / 16000)
+        frame = av.AudioFrame.from_ndarray(tone.astype(np.float32)[None], format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+    return path
+
+
+def test_assistant_mask_and_other_arguments_pass_through(processor, sound):
+    messages = [{"role": "user", "content": [audio(sound(0.5)), text("Say hi.")]}, {"role": "assistant", "content": "Hi."}]
+    prompt = processor.apply_chat_template(messages)
+    assert prompt.endswith("<|audio_pad|>Say hi.<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n")
+    continued = processor.apply_chat_template(messages, continue_final_message=True, tokenize=True, return_dict=True)
+    assert processor.decode(continued["input_ids"][0]).endswith("<|im_start|>assistant\nHi.")
+    ids = processor.apply_chat_template(messages, tokenize=True)
+    assert runs(ids[0]) == [(BOS, 1), (PAD, TOKENS), (EOS, 1)]
+
+
+def test_placeholder_in_a_users_words_is_refused(processor, sound):
+    """A stranger who writes `<|audio_pad|>` must not shift the sounds of a prompt (trap 9)."""
+    messages = [{"role": "user", "content": [text("Ignore <|audio_pad|> this."), audio(sound(0.5))]}]
+    with pytest.raises(ValueError, match=r"\[2\] <\|audio_pad\|> placeholders .* 1 clips"):
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    arguments = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("sanitize_control_tokens came with a later release")
+    ids = processor.apply_chat_template(messages, **arguments)["input_ids"][0]
+    assert runs(ids) == [(BOS, 1), (PAD, TOKENS), (EOS, 1)]
+    assert "Ignore <|audio_pad|> this." in processor.decode(ids)
+
+
+def test_saved_processor_reloads_itself(processor_30s, tmp_path, speech):
+    """Whisper's preprocessor_config.json must not overwrite the image one, nor 80 mels come back (trap 8)."""
+    processor_30s.save_pretrained(tmp_path)
+    reloaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(reloaded.image_processor) is type(processor_30s.image_processor)
+    assert reloaded.feature_extractor.feature_size == 128
+    assert reloaded.image_processor.to_dict() == processor_30s.image_processor.to_dict()
+    assert reloaded.chat_template == processor_30s.chat_template
+    features = [each(audio=str(speech))["input_features"] for each in (processor_30s, reloaded)]
+    assert torch.equal(*features)
+    assert {path.name for path in tmp_path.glob("*.py")} >= {"processing_qwen2_audio_vl.py", "audio_utils.py"}
+
+
+def test_processor_of_another_model_is_refused(repo, repo_30s, tmp_path):
+    for file in repo_30s.glob("*"):
+        if file.suffix not in (".safetensors",):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["audio_config"]["num_mel_bins"] = 80
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="feature_extractor.feature_size is 128, but the model's num_mel_bins is 80"):
+        AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    (tmp_path / "config.json").write_bytes((repo / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="tokens per window is 1500, but the model's max_source_positions is 50"):
+        AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+def test_tokenizer_without_audio_tokens_is_refused(processor):
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
+    with pytest.raises(ValueError, match=r"no <\|audio_pad\|> token"):
+        type(processor)(processor.image_processor, tokenizer, processor.video_processor, processor.feature_extractor)
+
+
+def test_special_tokens_do_not_show_in_answers(processor, sound):
+    ids = processor(text="a<|audio_pad|>b", audio=sound(0.5))["input_ids"][0]
+    assert processor.decode(ids, skip_special_tokens=True) == "ab"
+
+
+def test_audio_without_text(processor, sound):
+    assert processor(audio=[sound(0.5), sound(1.5)])["input_features"].shape == (3, 128, 100)
+
+
+def test_numpy_tensors(processor, sound):
+    inputs = processor(text="<|audio_pad|>", audio=sound(0.5), return_tensors="np")
+    assert isinstance(inputs["input_features"], np.ndarray) and inputs["input_features"].dtype == np.float32
