@@ -8,7 +8,7 @@ OLDEST := $(VENV)/transformers-5.16.1
 .PHONY: demo test test-oldest lint format clean
 
 demo: $(READY)
-	$(PYTHON) -m demo.run
+	HF_HOME=build/huggingface HF_HUB_OFFLINE=1 $(PYTHON) -m demo.run
 
 test: $(READY)
 	$(PYTHON) -m pytest

@@ -265,7 +265,7 @@ def log_mel(windows: list[torch.Tensor], feature_extractor) -> torch.Tensor:
     filters = torch.from_numpy(feature_extractor.mel_filters).to(device, torch.float32).T  # [mel bins, n_fft / 2 + 1]
 
     features = torch.full((len(windows), len(filters), frames), math.log10(1e-10), device=device)
-    for window, feature in zip(windows, features):
+    for window, feature in zip(windows, features, strict=True):
         # A frame is centred on its sample: those that reach no sound are silence and stay as they are.
         heard = min(frames, math.ceil((len(window) + n_fft // 2) / hop))
         padded = min(n_samples, heard * hop + n_fft)

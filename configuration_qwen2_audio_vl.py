@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2VLConfig, WhisperConfig
@@ -68,7 +69,7 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
     """
 
     model_type = "qwen2_audio_vl"
-    sub_configs = {**Qwen2VLConfig.sub_configs, "audio_config": WhisperConfig}
+    sub_configs: ClassVar[dict] = {**Qwen2VLConfig.sub_configs, "audio_config": WhisperConfig}
 
     audio_config: dict | PreTrainedConfig | None = None
     audio_token_id: int = 151657

@@ -65,15 +65,15 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         Raises:
             ValueError: if the mel bins or the frames are not those of the encoder.
         """
-        audio_config = self.config.audio_config
-        frames = audio_config.max_source_positions * self.audio_encoder.conv1.stride[0] * self.audio_encoder.conv2.stride[0]
-        if input_features.ndim != 3 or input_features.shape[1:] != (audio_config.num_mel_bins, frames):
+        encoder, bins = self.audio_encoder, self.config.audio_config.num_mel_bins
+        frames = self.config.audio_config.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
+        if input_features.ndim != 3 or input_features.shape[1:] != (bins, frames):
             raise ValueError(
-                f"input_features has shape {tuple(input_features.shape)}, but the audio encoder hears (windows, "
-                f"{audio_config.num_mel_bins} mel bins, {frames} frames): the feature extractor belongs to another encoder."
+                f"input_features has shape {tuple(input_features.shape)}, but the audio encoder hears (windows, {bins} "
+                f"mel bins, {frames} frames): the feature extractor belongs to another encoder."
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.audio_encoder_learns):
-            outputs = self.audio_encoder(like(input_features, self.audio_encoder.conv1.weight), return_dict=True, **kwargs)
+            outputs = encoder(like(input_features, encoder.conv1.weight), return_dict=True, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=self.audio_projector(like(outputs.last_hidden_state, self.audio_projector.weight)),
@@ -310,39 +310,41 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         return input_ids, model_kwargs
 
     def _prepare_audio(self, input_ids, model_kwargs: dict, expand_size: int) -> BaseModelOutputWithPooling | None:
-        """Takes the audio out of `model_kwargs`; returns the embeddings of the windows that are not in the cache yet."""
+        """Takes the audio out of `model_kwargs`; returns the embeddings of the windows that the cache does not hold."""
         mm_encoder_outputs = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
         input_features, audio = model_kwargs.pop("input_features", None), mm_encoder_outputs.pop("audio", None)
         if mm_encoder_outputs:
             model_kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         if input_features is not None and audio is not None:
             raise ValueError("Give either input_features or mm_encoder_outputs['audio'], not both.")
-        given = input_features if audio is None else audio.pooler_output
+        given = input_features if audio is None else audio.pooler_output  # [windows, ...]
 
-        is_audio = self.model.get_audio_mask(input_ids, model_kwargs.get("inputs_embeds"))
-        past_length = 0 if model_kwargs.get("past_key_values") is None else model_kwargs["past_key_values"].get_seq_length()
-        new = model_kwargs["position_ids"].shape[-1] - past_length
-        tokens = self.config.audio_config.max_source_positions
-        all_tokens, new_tokens = is_audio.sum(-1).tolist(), is_audio[:, -new:].sum(-1).tolist()
+        inputs_embeds, past_key_values = model_kwargs.get("inputs_embeds"), model_kwargs.get("past_key_values")
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        is_audio = self.model.get_audio_mask(input_ids, inputs_embeds)
+        is_new = is_audio[:, past_length - model_kwargs["position_ids"].shape[-1] :]
+        all_tokens, new_tokens = is_audio.sum(-1).tolist(), is_new.sum(-1).tolist()
         if given is None:
-            if model_kwargs.get("inputs_embeds") is None:
+            if inputs_embeds is None:
                 check_audio(sum(new_tokens), 0)
             return None
-        # The processor was given either the whole conversation or only its new turn.
-        in_order = all_tokens if len(given) * tokens == sum(all_tokens) else new_tokens
-        check_audio(sum(in_order), len(given) * tokens)
-        kept, end = [], 0
-        for row_tokens, row_new in zip(in_order, new_tokens):
-            end += row_tokens // tokens
-            kept.append(list(range(end - row_new // tokens, end)))
+
+        # The processor was given either the whole conversation or only its new turn; what is in the cache is left out.
+        per_window = self.config.audio_config.max_source_positions
+        tokens = all_tokens if len(given) * per_window == sum(all_tokens) else new_tokens
+        check_audio(sum(tokens), len(given) * per_window)
+        kept, end = [], 0  # indices of windows, row by row
+        for row_tokens, row_new in zip(tokens, new_tokens, strict=True):
+            end += row_tokens // per_window
+            kept.append(list(range(end - row_new // per_window, end)))
         if not any(kept):
             return None
         if audio is None:
-            unique = [window for row in kept for window in row]
-            audio = self.get_audio_features(input_features[unique], return_dict=True)
-            given, kept = audio.pooler_output, [[unique.index(window) for window in row] for row in kept]
-        rows = [window for row in kept for _ in range(expand_size) for window in row]
-        return BaseModelOutputWithPooling(pooler_output=given[rows])
+            new = [window for row in kept for window in row]
+            given = self.get_audio_features(input_features[new], return_dict=True).pooler_output
+            kept = [[new.index(window) for window in row] for row in kept]
+        expanded = [window for row in kept for _ in range(expand_size) for window in row]
+        return BaseModelOutputWithPooling(pooler_output=given[expanded])
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         if not is_first_iteration and kwargs.get("use_cache", True):
@@ -361,9 +363,11 @@ def like(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def check_audio(num_tokens, num_embeddings: int):
     torch_compilable_check(
         num_tokens == num_embeddings,
-        lambda: f"Audio tokens and audio features do not match: the prompt has {int(num_tokens)} audio tokens, but "
-        f"{num_embeddings} audio embeddings were given. Every audio token in input_ids needs its embedding from "
-        "input_features, and every window in input_features its tokens; the processor makes both from one call.",
+        lambda: (
+            f"Audio tokens and audio features do not match: the prompt has {int(num_tokens)} audio tokens, but "
+            f"{num_embeddings} audio embeddings were given. Every audio token in input_ids needs its embedding from "
+            "input_features, and every window in input_features its tokens; the processor makes both from one call."
+        ),
     )
 
 

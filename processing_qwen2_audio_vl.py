@@ -49,6 +49,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As in [`ProcessorMixin`]; a `config.json` beside the processor's files has to describe the same sound."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs.pop("trust_remote_code", None)  # the values alone are read here, not the code
         try:
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
         except OSError:
@@ -64,7 +65,12 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         audio_config = config.get("audio_config") or {}
         for here, made, there, heard in (
             ("feature_extractor.feature_size", self.feature_extractor.feature_size, "num_mel_bins", audio_config),
-            ("audio tokens per window", tokens_per_window(self.feature_extractor), "max_source_positions", audio_config),
+            (
+                "audio tokens per window",
+                tokens_per_window(self.feature_extractor),
+                "max_source_positions",
+                audio_config,
+            ),
             ("id of <|audio_pad|>", self.audio_token_id, "audio_token_id", config),
             ("id of <|audio_bos|>", self.audio_bos_token_id, "audio_bos_token_id", config),
             ("id of <|audio_eos|>", self.audio_eos_token_id, "audio_eos_token_id", config),
@@ -113,7 +119,9 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             # The expansion brings its own markers.
             bos, pad, eos = map(re.escape, (self.audio_bos_token, self.audio_token, self.audio_eos_token))
             text = [re.sub(f"(?:{bos})?{pad}(?:{eos})?", self.audio_token, sample) for sample in text]
-            if not kwargs.get("sanitize_control_tokens"):  # else some are a user's words, and upstream counts the others
+            if not kwargs.get(
+                "sanitize_control_tokens"
+            ):  # else some are a user's words, and upstream counts the others
                 found = [sample.count(self.audio_token) for sample in text]
                 given = [len(clip) if isinstance(clip, list) else 1 for clip in clips] if is_nested else len(clips)
                 if given != (found if is_nested else sum(found)):
@@ -245,10 +253,12 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
 
 
 def normalize_content(item) -> dict:
-    """A content item in transformers' form: `type` is text, image, video or audio, and OpenAI's addresses are `url`."""
-    kind = item.get("type") or next((kind for kind in CONTENT_TYPES if kind in item), None) if isinstance(item, dict) else None
+    """A content item in transformers' form: its `type` is text, image, video or audio, OpenAI's addresses are `url`."""
+    found, kind = f"Python type {type(item).__name__}", None
+    if isinstance(item, dict):
+        kind = item.get("type") or next((kind for kind in CONTENT_TYPES if kind in item), None)
+        found = f"type {kind!r} and keys {list(item)}"
     if kind not in CONTENT_TYPES:
-        found = f"type {kind!r} and keys {list(item)}" if isinstance(item, dict) else f"Python type {type(item).__name__}"
         raise ValueError(f"Content of {found} cannot be taken: expected a dict of type {', '.join(CONTENT_TYPES)}.")
     if kind == "text" and not isinstance(item.get("text"), str):
         raise ValueError(f"A text item needs a string under 'text'; this one has keys {list(item)}.")

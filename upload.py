@@ -1,4 +1,4 @@
-"""Base weights -> repository folder: `python upload.py build --base DIR_OR_ID --audio-encoder DIR_OR_ID --output DIR`."""
+"""Base weights -> repository folder: `upload.py build --base DIR_OR_ID --audio-encoder DIR_OR_ID --output DIR`."""
 
 import argparse
 import json
@@ -22,10 +22,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils import logging
 
-
-logger = logging.get_logger("upload")
 
 HERE = Path(__file__).resolve().parent
 CODE_FILES = (
@@ -81,6 +78,7 @@ def build_config(base: Path, encoder: Path, tokenizer):
     if base_config.model_type != "qwen2_vl":
         raise ValueError(f"{base} holds a {base_config.model_type} model; --base has to be a Qwen2-VL checkpoint.")
     whisper = WhisperConfig.from_pretrained(encoder)
+    audio_token_id, audio_bos_token_id, audio_eos_token_id = tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS))
     config_class = get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", HERE)
     return config_class(
         text_config=base_config.text_config.to_dict(),
@@ -97,12 +95,9 @@ def build_config(base: Path, encoder: Path, tokenizer):
             name: getattr(base_config, name)
             for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         },
-        **dict(
-            zip(
-                ("audio_token_id", "audio_bos_token_id", "audio_eos_token_id"),
-                tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS)),
-            )
-        ),
+        audio_token_id=audio_token_id,
+        audio_bos_token_id=audio_bos_token_id,
+        audio_eos_token_id=audio_eos_token_id,
         tie_word_embeddings=base_config.tie_word_embeddings,
         dtype=base_config.dtype or torch.float32,
         architectures=["Qwen2AudioVLForConditionalGeneration"],
@@ -226,7 +221,6 @@ def build(base: str, audio_encoder: str, output: str, seed: int = 0) -> Path:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    logger.info(f"{target} is ready: {split.metadata['total_size'] / 1e9:.2f} GB in {len(expected)} tensors.")
     return target
 
 
@@ -239,11 +233,12 @@ def main(arguments: list[str] | None = None):
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     command.add_argument("--seed", type=int, default=0, help="of the untrained projector (default: 0)")
     options = parser.parse_args(arguments)
-    logging.set_verbosity_info()
     try:
-        build(options.base, options.audio_encoder, options.output, options.seed)
+        folder = build(options.base, options.audio_encoder, options.output, options.seed)
     except ValueError as error:
         parser.exit(1, f"upload.py {options.command}: {error}\n")
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{folder} is ready: {size / 1e9:.2f} GB. Its projector is random: train it before you ask it about sound.")
 
 
 if __name__ == "__main__":

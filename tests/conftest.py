@@ -7,15 +7,15 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="qwen2-audio-vl-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import shutil  # noqa: E402
-from pathlib import Path  # noqa: E402
+import shutil
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers import AutoModel, AutoProcessor  # noqa: E402
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor
 
-import upload  # noqa: E402
-from demo.bases import ASSETS, make_qwen2_vl, make_whisper  # noqa: E402
+import upload
+from demo.bases import ASSETS, make_qwen2_vl, make_whisper
 
 
 def pytest_unconfigure(config):

@@ -49,7 +49,9 @@ class SumOfParts:
             if ids[i] in grids:
                 t, h, w = (int(size) for size in grids[ids[i]].pop(0))
                 h, w = h // merge, w // merge
-                rows += [(position + a, position + b, position + c) for a in range(t) for b in range(h) for c in range(w)]
+                rows += [
+                    (position + a, position + b, position + c) for a in range(t) for b in range(h) for c in range(w)
+                ]
                 position, i = max(max(row) for row in rows[-t * h * w :]) + 1, i + t * h * w
             else:
                 rows.append((position,) * 3)

@@ -126,7 +126,9 @@ def test_batch_equals_its_rows(ask, model, sound, thumbnail):
 def test_cache_changes_nothing(kind, kinds, model):
     inputs = kinds[kind]()
     assert torch.equal(greedy(model, inputs), greedy(model, inputs, use_cache=False))
-    torch.testing.assert_close(step_logits(model, inputs), step_logits(model, inputs, use_cache=False), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        step_logits(model, inputs), step_logits(model, inputs, use_cache=False), atol=2e-5, rtol=0
+    )
 
 
 def test_static_cache(kinds, model):
@@ -194,7 +196,11 @@ def test_beams_keep_two_audios_in_order(more, ask, model, sound):
         for answer, score in zip(row_answers, scores, strict=True):
             # The score of a beam is the mean log-probability of its tokens, which one plain pass gives as well.
             inputs = ask(*row)
-            for name, value in (("input_ids", answer), ("attention_mask", torch.ones(4)), ("mm_token_type_ids", torch.zeros(4))):
+            for name, value in (
+                ("input_ids", answer),
+                ("attention_mask", torch.ones(4)),
+                ("mm_token_type_ids", torch.zeros(4)),
+            ):
                 inputs[name] = torch.cat([inputs[name], value[None].to(inputs[name].dtype)], dim=1)
             with torch.no_grad():
                 log_probs = model(**inputs, logits_to_keep=5).logits[0, :-1].log_softmax(-1)
@@ -281,7 +287,9 @@ def test_second_turn_on_a_reused_cache(features, interlude, with_image, processo
 
 def test_second_turn_may_bring_an_image(processor, model, sound, thumbnail):
     inputs, both = conversation_in_two_turns(
-        processor, [image(thumbnail), audio(sound(1.3, 1))], [audio(sound(0.6, 2)), image(thumbnail.rotate(90)), text("?")]
+        processor,
+        [image(thumbnail), audio(sound(1.3, 1))],
+        [audio(sound(0.6, 2)), image(thumbnail.rotate(90)), text("?")],
     )
     output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     whole, turn = both(output.sequences[:, inputs["input_ids"].shape[1] :])
@@ -358,7 +366,12 @@ def test_audio_with_inputs_embeds(kinds, model):
     expected = greedy(model, {"input_ids": ids, **inputs})
     mask, features = inputs["attention_mask"], inputs["input_features"]
     tokens = model.generate(
-        inputs_embeds=embeds, attention_mask=mask, input_features=features, max_new_tokens=4, min_new_tokens=4, do_sample=False
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        input_features=features,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        do_sample=False,
     )
     assert torch.equal(tokens, expected)
 
@@ -381,13 +394,18 @@ def test_positions_count_audio_as_text(kinds, model):
     inputs = kinds["image, audio"]()
     ids = inputs["input_ids"][0].tolist()
     positions, deltas = model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=inputs["attention_mask"]
+        inputs["input_ids"],
+        inputs["mm_token_type_ids"],
+        inputs["image_grid_thw"],
+        attention_mask=inputs["attention_mask"],
     )
     start = ids.index(model.config.audio_token_id)
     last_of_image = len(ids) - 1 - ids[::-1].index(model.config.image_token_id)
     after_image = positions[:, 0, : last_of_image + 1].max() + 1
     assert positions[:, 0, start].tolist() == [after_image + (start - last_of_image - 1)] * 3
-    assert torch.equal(positions[:, 0, start : start + TOKENS], (positions[0, 0, start] + torch.arange(TOKENS)).expand(3, -1))
+    assert torch.equal(
+        positions[:, 0, start : start + TOKENS], (positions[0, 0, start] + torch.arange(TOKENS)).expand(3, -1)
+    )
     assert int(deltas) == int(positions.max()) + 1 - len(ids)
 
 
@@ -403,7 +421,12 @@ def test_bf16_model_with_float32_features(repo, kinds):
 
 def test_parts_offloaded_by_accelerate(repo, kinds, model, tmp_path):
     inputs = kinds["image, audio"]()
-    device_map = {"model.visual": "cpu", "model.language_model": "cpu", "lm_head": "cpu", "model.audio_projector": "disk"}
+    device_map = {
+        "model.visual": "cpu",
+        "model.language_model": "cpu",
+        "lm_head": "cpu",
+        "model.audio_projector": "disk",
+    }
     device_map["model.audio_encoder"] = "disk"
     spread = AutoModel.from_pretrained(repo, trust_remote_code=True, device_map=device_map, offload_folder=tmp_path)
     assert spread.model.audio_projector.weight.is_meta

@@ -4,17 +4,16 @@ import base64
 import copy
 import functools
 import http.server
+import inspect
 import json
 import threading
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from helpers import TOKENS, audio, image, text, video
-from packaging.version import Version
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, Qwen2VLProcessor, WhisperFeatureExtractor
+from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin, Qwen2VLProcessor, WhisperFeatureExtractor
 
 from demo.bases import ASSETS
 
@@ -89,7 +88,12 @@ def test_prompt_longer_than_the_model_is_an_error(processor_30s):
 
 @pytest.mark.parametrize(
     "written",
-    ["<|audio_pad|>", "<|audio_bos|><|audio_pad|><|audio_eos|>", "<|audio_bos|><|audio_pad|>", "<|audio_pad|><|audio_eos|>"],
+    [
+        "<|audio_pad|>",
+        "<|audio_bos|><|audio_pad|><|audio_eos|>",
+        "<|audio_bos|><|audio_pad|>",
+        "<|audio_pad|><|audio_eos|>",
+    ],
 )
 def test_markers_are_not_doubled(written, processor, sound):
     ids = processor(text=f"a{written}b", audio=sound(0.5))["input_ids"][0]
@@ -159,22 +163,15 @@ def test_counts_must_agree(texts, clips, message, processor, sound):
         processor(text=texts, audio=clips)
 
 
-@pytest.mark.parametrize("max_length", [20, 51, 52, 54])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_truncation_never_cuts_a_clip(max_length, side, processor, sound):
-    assert runs(processor(text="a<|audio_pad|>b", audio=sound(0.5))["input_ids"][0])  # 54 tokens
-    arguments = {"truncation": True, "max_length": max_length, "text_kwargs": {"truncation_side": side}}
-    arguments["text_kwargs"] = {}
-    processor.tokenizer.truncation_side, before = side, processor.tokenizer.truncation_side
-    try:
-        if max_length >= 54:
-            ids = processor(text="a<|audio_pad|>b", audio=sound(0.5), **arguments)["input_ids"][0]
-            assert runs(ids) == [(BOS, 1), (PAD, TOKENS), (EOS, 1)]
-        else:
-            with pytest.raises(ValueError, match="max_length"):
-                processor(text="a<|audio_pad|>bcd efg", audio=sound(0.5), **arguments)
-    finally:
-        processor.tokenizer.truncation_side = before
+def test_truncation_never_cuts_a_clip(side, processor, sound, monkeypatch):
+    monkeypatch.setattr(processor.tokenizer, "truncation_side", side)
+    clip, words = sound(0.5), {"left": "one two three<|audio_pad|>", "right": "<|audio_pad|>one two three"}[side]
+    for max_length in (20, 50, 51):  # the clip takes 52 tokens, two of which are its markers
+        with pytest.raises(ValueError, match="max_length"):
+            processor(text=words, audio=clip, truncation=True, max_length=max_length)
+    ids = processor(text=words, audio=clip, truncation=True, max_length=53)["input_ids"][0]
+    assert len(ids) == 53 and runs(ids) == [(BOS, 1), (PAD, TOKENS), (EOS, 1)]
 
 
 def test_text_arguments_stay_with_the_text(processor, sound):
@@ -184,11 +181,10 @@ def test_text_arguments_stay_with_the_text(processor, sound):
         {"padding": "max_length", "max_length": 80},
         {"padding": True, "truncation": True, "max_length": 700},
         {"text_kwargs": {"padding": "max_length", "max_length": 80}},
-        {"padding": "max_length", "max_length": 80, "return_attention_mask": True, "pad_to_multiple_of": 16},
+        {"padding": "longest", "pad_to_multiple_of": 16, "return_attention_mask": True},
     ):
         inputs = processor(text="<|audio_pad|>", audio=sound(0.5), **arguments)
         assert torch.equal(inputs["input_features"], plain["input_features"])
-        assert len(inputs["input_ids"][0]) == (80 if arguments.get("padding") != True else 52)  # noqa: E712
 
 
 @pytest.mark.parametrize(
@@ -208,7 +204,10 @@ def test_misspelt_arguments_are_errors(arguments, message, processor, sound):
         processor(text="<|audio_pad|>", audio=sound(0.5), **arguments)
     with pytest.raises(TypeError, match=message):
         processor.apply_chat_template(
-            [{"role": "user", "content": [audio(sound(0.5))]}], tokenize=True, return_dict=True, processor_kwargs=arguments
+            [{"role": "user", "content": [audio(sound(0.5))]}],
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs=arguments,
         )
 
 
@@ -275,7 +274,9 @@ def test_messages_with_pictures_in_openai_form(processor, photo, sound):
         [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}, audio(sound(0.5))],
     ]
     first, second = (
-        processor.apply_chat_template([{"role": "user", "content": c}], tokenize=True, return_dict=True, return_tensors="pt")
+        processor.apply_chat_template(
+            [{"role": "user", "content": c}], tokenize=True, return_dict=True, return_tensors="pt"
+        )
         for c in contents
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -341,19 +342,15 @@ def test_without_audio_equals_qwen2_vl_processor(processor, photo):
 
 
 def test_sound_track_of_a_video(processor, tmp_path):
+    """The template places it; frames come as an array, as transformers decodes video files with torchcodec only."""
     path = write_video(tmp_path / "clip.mp4", seconds=2)
-    for extra in ([], [{"type": "audio"}]):
-        content = [{"type": "video", "path": str(path)}, *extra, text("?")]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            load_audio_from_video=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"num_frames": 4},
-        )
-        found = runs(inputs["input_ids"][0])
-        assert found[0][0] == VIDEO and found[1:] == [(BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
+    frames = np.zeros((4, 56, 56, 3), np.uint8)
+    for slot in ([], [{"type": "audio"}]):
+        content = [{"type": "video", "path": str(path)}, *slot, text("?")]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], load_audio_from_video=True)
+        assert "<|vision_end|><|audio_pad|>?" in prompt
+        inputs = processor(text=prompt, videos=[frames], audio=str(path), return_tensors="pt")
+        assert runs(inputs["input_ids"][0]) == [(VIDEO, 8), (BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
         assert inputs["input_features"].shape[0] == 2
 
 
@@ -376,7 +373,10 @@ def write_video(path, seconds: int):
 
 
 def test_assistant_mask_and_other_arguments_pass_through(processor, sound):
-    messages = [{"role": "user", "content": [audio(sound(0.5)), text("Say hi.")]}, {"role": "assistant", "content": "Hi."}]
+    messages = [
+        {"role": "user", "content": [audio(sound(0.5)), text("Say hi.")]},
+        {"role": "assistant", "content": "Hi."},
+    ]
     prompt = processor.apply_chat_template(messages)
     assert prompt.endswith("<|audio_pad|>Say hi.<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n")
     continued = processor.apply_chat_template(messages, continue_final_message=True, tokenize=True, return_dict=True)
@@ -390,10 +390,14 @@ def test_placeholder_in_a_users_words_is_refused(processor, sound):
     messages = [{"role": "user", "content": [text("Ignore <|audio_pad|> this."), audio(sound(0.5))]}]
     with pytest.raises(ValueError, match=r"\[2\] <\|audio_pad\|> placeholders .* 1 clips"):
         processor.apply_chat_template(messages, tokenize=True, return_dict=True)
-    arguments = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
-    if Version(transformers.__version__) < Version("5.23"):
-        pytest.skip("sanitize_control_tokens came with a later release")
-    ids = processor.apply_chat_template(messages, **arguments)["input_ids"][0]
+    sanitize = functools.partial(
+        processor.apply_chat_template, messages, tokenize=True, return_dict=True, sanitize_control_tokens=True
+    )
+    if "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
+        with pytest.raises(TypeError, match="sanitize_control_tokens"):  # not known yet, so not silently left undone
+            sanitize()
+        return
+    ids = sanitize()["input_ids"][0]
     assert runs(ids) == [(BOS, 1), (PAD, TOKENS), (EOS, 1)]
     assert "Ignore <|audio_pad|> this." in processor.decode(ids)
 

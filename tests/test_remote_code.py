@@ -1,0 +1,98 @@
+"""The folder as a stranger's machine meets it: fresh processes, few packages, several of them at once."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+
+USE = """
+    from transformers import AutoModel, AutoProcessor
+    processor = AutoProcessor.from_pretrained(REPO, trust_remote_code=True)
+    model = AutoModel.from_pretrained(REPO, trust_remote_code=True, dtype="auto")
+    messages = [{"role": "user", "content": [
+        {"type": "image", "url": PHOTO},
+        {"type": "audio", "url": SPEECH},
+        {"type": "text", "text": "Answer the spoken question about the photo."}]}]
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
+                                           return_dict=True, return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    print("TOKENS", output[0, inputs.input_ids.shape[1]:].tolist())
+"""
+
+
+@pytest.fixture
+def start(repo, photo, speech, tmp_path):
+    """Starts Python on some code in a process that shares nothing with this one."""
+
+    def run(code: str, **environment) -> subprocess.Popen:
+        values = f"REPO, PHOTO, SPEECH = {str(repo)!r}, {str(photo)!r}, {str(speech)!r}\n"
+        return subprocess.Popen(
+            [sys.executable, "-c", values + textwrap.dedent(code)],
+            env={**os.environ, "HF_HOME": str(tmp_path), **environment},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return run
+
+
+def answer(process: subprocess.Popen) -> str:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return next(line for line in output.splitlines() if line.startswith("TOKENS"))
+
+
+HIDE = """
+    import sys
+    from importlib.machinery import PathFinder
+    HIDDEN = {"torchaudio", "librosa", "soundfile", "torchcodec", "soxr", "scipy"}
+    class Hide(PathFinder):
+        @classmethod
+        def find_spec(cls, name, path=None, target=None):
+            return None if name.partition(".")[0] in HIDDEN else super().find_spec(name, path, target)
+    sys.meta_path[sys.meta_path.index(PathFinder)] = Hide
+    import importlib.util
+    assert all(importlib.util.find_spec(name) is None for name in HIDDEN)
+"""
+
+
+def test_loads_and_answers_where_other_sound_libraries_are_absent(start):
+    everything, bare = (
+        start(USE),
+        start(textwrap.dedent(HIDE) + textwrap.dedent(USE) + "assert 'torchaudio' not in sys.modules"),
+    )
+    assert answer(everything) == answer(bare)
+
+
+def test_two_processes_load_into_one_empty_cache_at_once(start):
+    assert len({answer(process) for process in [start(USE), start(USE)]}) == 1
+
+
+def test_model_needs_no_sound_library(start):
+    code = textwrap.dedent(HIDE).replace('"torchaudio"', '"torchaudio", "av"') + textwrap.dedent(
+        """
+        from transformers import AutoModel
+        AutoModel.from_pretrained(REPO, trust_remote_code=True)
+        print("TOKENS none")
+        """
+    )
+    assert answer(start(code)) == "TOKENS none"
+
+
+def test_saved_model_brings_its_code(start, tmp_path):
+    code = f"""
+        from transformers import AutoModelForMultimodalLM, AutoProcessor
+        model = AutoModelForMultimodalLM.from_pretrained(REPO, trust_remote_code=True)
+        model.save_pretrained({str(tmp_path / "saved")!r})
+        AutoProcessor.from_pretrained(REPO, trust_remote_code=True).save_pretrained({str(tmp_path / "saved")!r})
+        print("TOKENS saved")
+    """
+    assert answer(start(code)) == "TOKENS saved"
+    assert (tmp_path / "saved" / "processing_qwen2_audio_vl.py").is_file()
+    moved = (tmp_path / "saved").rename(tmp_path / "moved")
+    assert answer(start(USE.replace("REPO", repr(str(moved))))) == answer(start(USE))
