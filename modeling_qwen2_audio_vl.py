@@ -113,9 +113,8 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         batch, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         if input_ids is not None and (image_grid_thw is not None or video_grid_thw is not None):
             if mm_token_type_ids is None:
-                raise ValueError(
-                    "image_grid_thw or video_grid_thw was given without mm_token_type_ids, which M-RoPE needs to tell "
-                    "images, videos and audio apart; the processor returns it beside input_ids."
+                mm_token_type_ids = (input_ids == self.config.image_token_id) + 2 * (
+                    input_ids == self.config.video_token_id
                 )
             if attention_mask is not None:
                 attention_mask = attention_mask[:, -length:]
@@ -234,13 +233,15 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         **kwargs,
     ) -> tuple | CausalLMOutputWithPast:
         """
-        [`Qwen2VLForConditionalGeneration.forward`] with two more ways in:
+        [`Qwen2VLForConditionalGeneration.forward`] with sound:
 
         Args:
             input_features (`torch.Tensor` of shape `(windows, mel bins, frames)`, *optional*):
                 Log-mel windows in the order of their placeholders, row after row of the batch.
+            inputs_embeds (`torch.Tensor` of shape `(batch, sequence, hidden size)`, *optional*):
+                With `input_features`, those of the audio tokens are replaced; without, they are taken as complete.
             mm_token_type_ids (`torch.IntTensor` of shape `(batch, sequence)`, *optional*):
-                0 text, 1 image, 2 video, 3 audio.
+                0 text, 1 image, 2 video, 3 audio. Found from `input_ids` where it is not given.
             mm_encoder_outputs (`dict`, *optional*):
                 What `get_audio_features` returned, under "audio", instead of `input_features`: a clip that is asked
                 about many times is encoded once. On transformers >= 5.18 also "image" and "video".

@@ -119,9 +119,8 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             # The expansion brings its own markers.
             bos, pad, eos = map(re.escape, (self.audio_bos_token, self.audio_token, self.audio_eos_token))
             text = [re.sub(f"(?:{bos})?{pad}(?:{eos})?", self.audio_token, sample) for sample in text]
-            if not kwargs.get(
-                "sanitize_control_tokens"
-            ):  # else some are a user's words, and upstream counts the others
+            # Sanitized, some placeholders are a user's words; upstream counts the others.
+            if not kwargs.get("sanitize_control_tokens"):
                 found = [sample.count(self.audio_token) for sample in text]
                 given = [len(clip) if isinstance(clip, list) else 1 for clip in clips] if is_nested else len(clips)
                 if given != (found if is_nested else sum(found)):
@@ -155,7 +154,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     def unused_input_names(self) -> list[str]:
         return [*super().unused_input_names, "audio_windows"]
 
-    def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
+    def apply_chat_template(self, conversation, chat_template=None, *, processor_kwargs=None, **kwargs):
         """
         As in [`ProcessorMixin`], with sound: content items of type `audio` (source under `audio`, `url`, `path`,
         `base64`, `bytes` or `array`, and its `sampling_rate`), `audio_url` and OpenAI's `input_audio`. With

@@ -48,10 +48,11 @@ ENCODER_NAMES = ((r"^(?:model\.)?encoder\.", "model.audio_encoder."),)
 
 
 def resolve(source: str) -> Path:
-    """A local directory as it is; a Hub id downloaded, without the formats that are not read."""
+    """A local directory as it is; a Hub id downloaded, without the formats and copies that are not read."""
     if Path(source).is_dir():
         return Path(source)
-    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja"], "ignore_patterns": ["*fp32*"]}
+    return Path(snapshot_download(source, **patterns))
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """The model, loaded from a built folder with the Auto classes, against the sum of its parts."""
 
 import copy
+import pickle
 import threading
 
 import numpy as np
@@ -83,6 +84,14 @@ def test_equals_sum_of_parts(kind, kinds, model, parts):
         logits = model(**inputs, logits_to_keep=4).logits
     torch.testing.assert_close(logits, parts.logits(inputs, last=4), atol=2e-4, rtol=0)
     assert torch.equal(greedy(model, inputs), parts.greedy(inputs, 4))
+
+
+@pytest.mark.parametrize("kind", ["image, audio", "video, audio", "mixed batch"])
+def test_token_types_are_found_where_they_are_not_given(kind, kinds, model):
+    inputs = kinds[kind]()
+    with torch.no_grad():
+        expected = model(**inputs, logits_to_keep=2).logits
+        assert torch.equal(model(**{**inputs, "mm_token_type_ids": None}, logits_to_keep=2).logits, expected)
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
@@ -494,6 +503,16 @@ def test_fine_tuned_model_reloads_with_the_auto_classes(fresh_model, processor, 
     assert torch.equal(reloaded.model.audio_projector.weight, fresh_model.model.audio_projector.weight)
     assert not any(parameter.requires_grad for parameter in reloaded.model.audio_encoder.parameters())
     assert torch.equal(greedy(reloaded, inputs), expected)
+
+
+def test_backbone_alone(kinds, model, repo):
+    backbone = type(model.model).from_pretrained(repo)
+    assert not any(parameter.requires_grad for parameter in backbone.audio_encoder.parameters())
+    inputs = kinds["image, audio"]()
+    with torch.no_grad():
+        expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        for each in (backbone, pickle.loads(pickle.dumps(backbone)), copy.deepcopy(backbone)):
+            assert torch.equal(each(**inputs).last_hidden_state, expected)
 
 
 def test_cache_made_by_the_caller(kinds, model):

@@ -372,7 +372,7 @@ def write_video(path, seconds: int):
     return path
 
 
-def test_assistant_mask_and_other_arguments_pass_through(processor, sound):
+def test_other_arguments_of_the_template_pass_through(processor, sound):
     messages = [
         {"role": "user", "content": [audio(sound(0.5)), text("Say hi.")]},
         {"role": "assistant", "content": "Hi."},

@@ -1,6 +1,8 @@
 """Base weights -> repository folder, as `upload.py build` makes it."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +86,17 @@ def test_current_tensor_names_give_the_same_folder(bases, repo, tmp_path):
     base = copy_base(bases["qwen2_vl"], tmp_path / "base", lambda name: upload.rename(name, upload.BASE_NAMES))
     encoder = copy_base(bases["whisper"], tmp_path / "encoder", lambda name: name.removeprefix("model."))
     built = upload.build(base, encoder, tmp_path / "out")
+    assert (built / "model.safetensors").read_bytes() == (repo / "model.safetensors").read_bytes()
+
+
+def test_hub_ids(bases, repo, tmp_path):
+    """Read from the cache of the Hub's client here, as there is no network; a download fills the same cache."""
+    for name in ("qwen2_vl", "whisper"):
+        cached = Path(os.environ["HF_HOME"]) / "hub" / f"models--someone--{name}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(bases[name], cached / "snapshots" / ("0" * 40))
+    built = upload.build("someone/qwen2_vl", "someone/whisper", tmp_path / "out")
     assert (built / "model.safetensors").read_bytes() == (repo / "model.safetensors").read_bytes()
 
 
