@@ -11,6 +11,7 @@ import math
 import os
 import urllib.request
 from http.client import HTTPException
+from numbers import Real
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
@@ -98,10 +99,11 @@ def unwrap(ele) -> tuple:
                 f"{', '.join(found) or 'none'} (its keys are {', '.join(map(str, ele))})."
             )
         source, rate = unwrap(*found.values())
-        return (np.asarray(source) if isinstance(source, list) else source), ele.get("sampling_rate", rate)
+        source = np.asarray(source) if isinstance(source, list) else source
+        return source, ele.get("sampling_rate") if rate is None else rate  # the rate nearest to the samples
     if isinstance(ele, tuple) and len(ele) == 2:
         for samples, rate in (ele, ele[::-1]):
-            if isinstance(samples, (np.ndarray, torch.Tensor)) and isinstance(rate, (int, float)):
+            if isinstance(samples, (np.ndarray, torch.Tensor)) and isinstance(rate, Real):
                 return samples, rate
     if hasattr(ele, "get_all_samples"):  # `datasets`' own decoder, torchcodec's AudioDecoder
         decoded = ele.get_all_samples()
@@ -131,7 +133,8 @@ def read(source) -> io.BytesIO | str:
     scheme = urlsplit(source[:4096]).scheme.lower()
     try:
         if scheme in ("http", "https"):
-            with urllib.request.urlopen(source, timeout=TIMEOUT) as response:
+            request = urllib.request.Request(source, headers={"User-Agent": "qwen2-audio-vl"})
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                 return io.BytesIO(response.read())
         if scheme == "data":
             header, _, payload = source.partition(",")
