@@ -347,11 +347,20 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         expanded = [window for row in kept for _ in range(expand_size) for window in row]
         return BaseModelOutputWithPooling(pooler_output=given[expanded])
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
+        if not is_first_iteration and past_key_values is not None and not past_key_values.is_compileable:
+            # An assistant model's own prefill is announced as a later step, without images and sound.
+            is_first_iteration = past_key_values.get_seq_length() == 0
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("mm_encoder_outputs", None)  # releases before 5.18 drop only the raw inputs after the prefill
         return super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
 
 

@@ -191,6 +191,26 @@ def test_encoder_runs_once_per_generate(kinds, model):
         hook.remove()
 
 
+@pytest.mark.parametrize("drafts", ["prompt lookup", "assistant model"])
+def test_assisted_decoding(drafts, kinds, model, repo):
+    inputs = kinds["image, audio"]()
+    if drafts == "prompt lookup":
+        more = {"prompt_lookup_num_tokens": 3}
+    else:  # an assistant that heard nothing would raise
+        more = {"assistant_model": AutoModel.from_pretrained(repo, trust_remote_code=True)}
+    assert torch.equal(greedy(model, inputs, steps=8, **more), greedy(model, inputs, steps=8))
+
+
+def test_chunked_prefill_hears_all_or_refuses(kinds, model):
+    inputs = kinds["image, audio"]()
+    try:
+        chunked = step_logits(model, inputs, prefill_chunk_size=100)
+    except ValueError as error:  # transformers before 5.23 cannot split what was encoded
+        assert "audio embeddings were given" in str(error)
+    else:
+        torch.testing.assert_close(chunked, step_logits(model, inputs), atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("more", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 3}])
 def test_beams_keep_two_audios_in_order(more, ask, model, sound):
     """Repeating windows one by one gives A, A, B, B where the rows need A, B, A, B (trap 1)."""
