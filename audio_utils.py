@@ -6,9 +6,15 @@ log-mel.
 
 import base64
 import binascii
+import http.client
 import io
+import ipaddress
 import math
 import os
+import socket
+import ssl
+import threading
+import time
 import urllib.request
 from http.client import HTTPException
 from numbers import Real
@@ -28,11 +34,16 @@ except Exception:
 
 
 SAMPLING_RATE = 16_000  # Hz, what Whisper hears
+MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; beyond these a file's header is broken
 ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
 MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
 INTEGER_SCALE = {torch.uint8: (128, 2**7), torch.int16: (0, 2**15), torch.int32: (0, 2**31)}  # zero and full scale
-TIMEOUT = 30  # seconds without data from a server
+MAX_BYTES = 2**28  # of a download or file object
+MAX_SECONDS = 3600.0  # of decoded sound; the model itself hears about ten minutes
+TIMEOUT = 30.0  # seconds for a whole download
+# FFmpeg's names of containers that hold sound. Playlists, which make it open other files and addresses, are not there.
+FORMATS = "wav,w64,aiff,au,caf,flac,mp3,aac,ogg,mov,mp4,matroska,webm,asf,avi,amr,mpegts,mpeg"
 
 # Where a content item, a `datasets` row or an OpenAI message part keeps its sound.
 SOURCE_KEYS = ("audio", "audio_url", "input_audio", "url", "path", "base64", "bytes", "array", "data")
@@ -42,7 +53,16 @@ class AudioError(ValueError):
     """Sound that cannot be opened, decoded or trusted. The message names the source (shortened) and the reason."""
 
 
-def fetch_audio(ele, sr: int = SAMPLING_RATE, device: str | torch.device | None = None) -> torch.Tensor:
+def fetch_audio(
+    ele,
+    sr: int = SAMPLING_RATE,
+    device: str | torch.device | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_seconds: float = MAX_SECONDS,
+    timeout: float = TIMEOUT,
+    public_only: bool = False,
+) -> torch.Tensor:
     """
     Opens sound from anywhere.
 
@@ -56,20 +76,28 @@ def fetch_audio(ele, sr: int = SAMPLING_RATE, device: str | torch.device | None 
         sr (`int`, defaults to 16000): Sampling rate of the result, in Hz.
         device: Where the result lies, and where it is resampled if torchaudio imports. The default is the CPU, or
             the device of a tensor that is given.
+        max_bytes (`int`, defaults to 2**28): Of what is downloaded or read from a file object.
+        max_seconds (`float`, defaults to 3600): Of sound; decoding stops there, however small the file.
+        timeout (`float`, defaults to 30): Seconds for a download, from the first connection to the last byte.
+        public_only (`bool`, defaults to `False`): For servers, which open what strangers name: refuses local paths,
+            `file://`, and addresses that are not public, also after a redirect.
 
     Returns:
         `torch.Tensor`: float32 `[samples]`, the mean of all channels. Integer samples are scaled to [-1, 1); float
         samples are kept as they are.
 
     Raises:
-        AudioError: a `ValueError`, if the source is missing, unreadable, empty, ambiguous or not finite.
+        AudioError: a `ValueError`, if the source is missing, unreadable, empty, ambiguous, not finite, past a limit.
     """
     source, rate = unwrap(ele)
     if isinstance(source, (np.ndarray, torch.Tensor)):
         samples = to_mono(source)
-        rate = sr if rate is None else check_rate(rate)
+        rate = sr if rate is None else rate
     else:
-        samples, rate = decode(read(source), describe(source))
+        samples, rate = decode(read(source, max_bytes, timeout, public_only), describe(source), max_seconds)
+    rate = check_rate(rate)
+    if len(samples) > max_seconds * rate:
+        raise AudioError(f"{describe(source)} lasts {len(samples) / rate:.0f} s, past the limit of {max_seconds:g} s.")
     if not samples.numel():
         raise AudioError(f"{describe(source)} holds no samples.")
     if not bool(torch.isfinite(samples).all()):
@@ -117,12 +145,14 @@ def at_rate(ele, rate: int):
     return (source, own_rate or rate) if isinstance(source, (np.ndarray, torch.Tensor)) else source
 
 
-def read(source) -> io.BytesIO | str:
-    """Turns a source that is not samples into a file object, or a local path, that PyAV opens."""
+def read(
+    source, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, public_only: bool = False
+) -> io.BufferedIOBase | io.BytesIO:
+    """Turns a source that is not samples into a binary file object; see [`fetch_audio`] for the limits."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source)
     if hasattr(source, "read"):
-        return io.BytesIO(source.read())
+        return io.BytesIO(at_most(max_bytes, source.read(max_bytes + 1), source))
     if isinstance(source, Path):
         source = os.fspath(source)
     if not isinstance(source, str):
@@ -133,35 +163,132 @@ def read(source) -> io.BytesIO | str:
     scheme = urlsplit(source[:4096]).scheme.lower()
     try:
         if scheme in ("http", "https"):
-            request = urllib.request.Request(source, headers={"User-Agent": "qwen2-audio-vl"})
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                return io.BytesIO(response.read())
+            return io.BytesIO(download(source, max_bytes, timeout, public_only))
         if scheme == "data":
             header, _, payload = source.partition(",")
             if header.endswith(";base64"):
                 return io.BytesIO(base64.b64decode(unquote(payload), validate=True))
             return io.BytesIO(unquote_to_bytes(payload))
         path = unquote(urlsplit(source).path) if scheme == "file" else source
-        if len(path) < 4096 and os.path.isfile(path):
-            return path
+        if not public_only and len(path) < 4096 and os.path.isfile(path):
+            return open(path, "rb")
+    except AudioError:
+        raise
     except (OSError, HTTPException, ValueError) as error:
         raise AudioError(f"{describe(source)} cannot be read: {error}") from error
     try:
         return io.BytesIO(base64.b64decode(source, validate=True))
     except (binascii.Error, ValueError) as error:
-        raise AudioError(f"{describe(source)} is neither an existing file, nor an address, nor base64.") from error
+        allowed = "an address nor base64; local files are not opened here" if public_only else "an address, nor base64"
+        reason = f"neither {allowed}" if public_only else f"neither an existing file, nor {allowed}"
+        raise AudioError(f"{describe(source)} is {reason}.") from error
 
 
-def decode(file, name: str) -> tuple[torch.Tensor, int]:
+def at_most(max_bytes: int, content: bytes, source) -> bytes:
+    if len(content) > max_bytes:
+        raise AudioError(f"{describe(source)} is larger than the limit of {max_bytes} bytes.")
+    return content
+
+
+def download(url: str, max_bytes: int, timeout: float, public_only: bool) -> bytes:
+    """Reads an http(s) address, with every redirect under the same limits."""
+    sockets, deadline = [], time.monotonic() + timeout
+    handlers = [WebRedirects, LimitedHandler(sockets=sockets, public_only=public_only)]
+    if public_only:
+        handlers.append(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, headers={"User-Agent": "qwen2-audio-vl"})
+    # A server that sends a byte now and then never runs into a socket's timeout, so the sockets end with the time.
+    end = threading.Timer(timeout, lambda: [sock.shutdown(socket.SHUT_RDWR) for sock in sockets if sock.fileno() >= 0])
+    end.daemon = True
+    end.start()
+    try:
+        with urllib.request.build_opener(*handlers).open(request, timeout=timeout) as response:
+            content = at_most(max_bytes, response.read(max_bytes + 1), url)
+            if response.length:
+                raise AudioError(f"{describe(url)} ended {response.length} bytes early.")
+    except (OSError, HTTPException, AudioError) as error:
+        if time.monotonic() >= deadline:
+            raise AudioError(f"{describe(url)} took longer than the limit of {timeout:g} s.") from error
+        raise
+    finally:
+        end.cancel()
+    if time.monotonic() >= deadline:
+        raise AudioError(f"{describe(url)} took longer than the limit of {timeout:g} s.")
+    return content
+
+
+class WebRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http(s) only, where urllib would follow them to ftp as well."""
+
+    def redirect_request(self, request, fp, code, message, headers, new_url):
+        if urlsplit(new_url).scheme.lower() not in ("http", "https"):
+            raise AudioError(f"{describe(request.full_url)} redirects to {describe(new_url)}, which is not on the web.")
+        return super().redirect_request(request, fp, code, message, headers, new_url)
+
+
+def connect_to_public(host: str, port: int, timeout: float) -> socket.socket:
     """
-    Decodes the first sound track of an audio or video file with PyAV, whose wheel carries FFmpeg.
+    Connects to a host whose addresses are all public. The socket goes to the very address that was checked: a name
+    that resolves to another one the next time gains nothing.
+    """
+    addresses = [info[4] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for address, *_ in addresses:
+        if not is_public(ipaddress.ip_address(address.partition("%")[0])):
+            raise AudioError(f"The host {host!r} is at {address}, which is not a public address.")
+    return socket.create_connection(addresses[0][:2], timeout)
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    # An IPv6 address may carry an IPv4 one, which is then the one that is reached.
+    for embedded in (getattr(address, name, None) for name in ("ipv4_mapped", "sixtofour")):
+        if embedded is not None:
+            return is_public(embedded)
+    return address.is_global and not address.is_multicast
+
+
+class LimitedConnection(http.client.HTTPConnection):
+    def __init__(self, *args, sockets: list, public_only: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sockets, self.public_only = sockets, public_only
+
+    def connect(self):
+        if self.public_only:
+            self.sock = connect_to_public(self.host, self.port, self.timeout)
+        else:
+            super().connect()
+        self.sockets.append(self.sock)
+
+
+class LimitedSecureConnection(LimitedConnection, http.client.HTTPSConnection):
+    def connect(self):
+        super().connect()
+        if self.public_only:
+            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+            self.sockets.append(self.sock)
+
+
+class LimitedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def __init__(self, **limits):
+        super().__init__()
+        self.limits = limits
+
+    def http_open(self, request):
+        return self.do_open(LimitedConnection, request, **self.limits)
+
+    def https_open(self, request):
+        return self.do_open(LimitedSecureConnection, request, **self.limits)
+
+
+def decode(file, name: str, max_seconds: float = MAX_SECONDS) -> tuple[torch.Tensor, int]:
+    """
+    Decodes the first sound track of an audio or video file with PyAV, whose wheel carries FFmpeg, and closes it.
 
     Returns:
         float32 `[samples]` mono and the sampling rate in Hz.
     """
-    pieces, rate = [], None
+    pieces, length, rate = [], 0, None
     try:
-        with av.open(file, metadata_errors="ignore") as container:
+        with file, av.open(file, metadata_errors="ignore", options={"format_whitelist": FORMATS}) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name} has no sound track.")
             for frame in container.decode(container.streams.audio[0]):
@@ -171,9 +298,14 @@ def decode(file, name: str) -> tuple[torch.Tensor, int]:
                 samples = frame.to_ndarray()  # [channels, samples], or [1, samples * channels] if packed
                 channels = frame.layout.nb_channels
                 pieces.append(to_mono(samples if frame.format.is_planar else samples.reshape(-1, channels).T, axis=0))
+                length += len(pieces[-1])
+                if length > max_seconds * rate:
+                    raise AudioError(f"{name} lasts longer than the limit of {max_seconds:g} s.")
     except (av.FFmpegError, OSError) as error:
         raise AudioError(f"{name} cannot be decoded: {error}") from error
-    return torch.cat(pieces) if pieces else torch.empty(0), rate
+    if not pieces:
+        raise AudioError(f"{name} holds no samples.")
+    return torch.cat(pieces), rate
 
 
 def to_mono(samples: np.ndarray | torch.Tensor, axis: int | None = None) -> torch.Tensor:
@@ -214,8 +346,8 @@ def to_mono(samples: np.ndarray | torch.Tensor, axis: int | None = None) -> torc
 
 
 def check_rate(rate) -> int:
-    if int(rate) != rate or rate <= 0:
-        raise AudioError(f"A sampling rate is a positive whole number of Hz, not {rate!r}.")
+    if not (MIN_RATE <= rate <= MAX_RATE and int(rate) == rate):
+        raise AudioError(f"A sampling rate is a whole number of Hz from {MIN_RATE} to {MAX_RATE}, not {rate!r}.")
     return int(rate)
 
 
