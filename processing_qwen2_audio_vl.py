@@ -19,7 +19,9 @@ MODALITIES = {
     "videos_kwargs": "video_processor",
     "audio_kwargs": "feature_extractor",
 }
-AUDIO_KWARGS = ("sampling_rate", "device")  # a clip is never padded, truncated or resized: it becomes whole windows
+FETCH_LIMITS = ("max_bytes", "max_seconds", "timeout", "public_only")  # see `fetch_audio`
+# A clip is never padded, truncated or resized: it becomes whole windows.
+AUDIO_KWARGS = ("sampling_rate", "device", *FETCH_LIMITS)
 
 
 class Qwen2AudioVLProcessor(Qwen2VLProcessor):
@@ -91,6 +93,8 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             sampling_rate (`int`, *optional*): Rate in Hz of clips that are bare samples. The default is the feature
                 extractor's; clips that carry a rate, and files, are resampled from their own.
             device (`str` or `torch.device`, *optional*): Where features are made, and where they lie.
+            max_bytes, max_seconds, timeout, public_only: Limits on what is opened, see `audio_utils.fetch_audio`. Like
+                the two above they may be given in `audio_kwargs`.
             kwargs: Of the tokenizer, the image processor and the video processor, flat or in `text_kwargs`,
                 `images_kwargs`, `videos_kwargs`.
 
@@ -106,37 +110,45 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         """
         self._refuse_unknown(kwargs)
         audio = sounds if audio is None else audio
-        inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        if audio is not None and text is not None:
+        # The limits of `fetch_audio` are no arguments of any part that upstream knows.
+        audio_kwargs = {**kwargs, **kwargs.get("audio_kwargs", {})}
+        limits = {name: audio_kwargs[name] for name in FETCH_LIMITS if name in audio_kwargs}
+        kwargs = {name: value for name, value in kwargs.items() if name not in FETCH_LIMITS}
+        if "audio_kwargs" in kwargs:
+            kwargs["audio_kwargs"] = {n: v for n, v in kwargs["audio_kwargs"].items() if n not in FETCH_LIMITS}
+
+        clips = audio if isinstance(audio, list) else [] if audio is None else [audio]
+        if text is not None and not kwargs.get("sanitize_control_tokens"):
+            self._check_counts([text] if isinstance(text, str) else text, clips)
+        clips = [clip for row in clips for clip in (row if isinstance(row, list) else [row])]
+        if clips:
+            extractor_rate = self.feature_extractor.sampling_rate
+            rate, device = audio_kwargs.get("sampling_rate") or extractor_rate, audio_kwargs.get("device")
+            audio = [fetch_audio(at_rate(clip, rate), extractor_rate, device, **limits) for clip in clips]
+        inputs = super().__call__(images=images, text=text, videos=videos, audio=audio if clips else None, **kwargs)
+        if clips and text is not None:
             self._check_prompts(inputs["input_ids"])
         return inputs
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         images, text, videos, _ = super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
-        clips = audio if isinstance(audio, list) else [] if audio is None else [audio]
-        is_nested = any(isinstance(clip, list) for clip in clips)
         if text is not None:
             # The expansion brings its own markers.
             bos, pad, eos = map(re.escape, (self.audio_bos_token, self.audio_token, self.audio_eos_token))
             text = [re.sub(f"(?:{bos})?{pad}(?:{eos})?", self.audio_token, sample) for sample in text]
-            # Sanitized, some placeholders are a user's words; upstream counts the others.
-            if not kwargs.get("sanitize_control_tokens"):
-                found = [sample.count(self.audio_token) for sample in text]
-                given = [len(clip) if isinstance(clip, list) else 1 for clip in clips] if is_nested else len(clips)
-                if given != (found if is_nested else sum(found)):
-                    raise ValueError(
-                        f"The text has {found} {self.audio_token} placeholders (one number per text), but `audio` has "
-                        f"{given} clips. Every clip needs one placeholder; give the clips in reading order, as one "
-                        "flat list or as one list per text."
-                    )
-        if not clips:
-            return images, text, videos, None
-        if is_nested:
-            clips = [clip for row in clips for clip in (row if isinstance(row, list) else [row])]
-        audio_kwargs = {**kwargs, **kwargs.get("audio_kwargs", {})}
-        extractor_rate = self.feature_extractor.sampling_rate
-        rate, device = audio_kwargs.get("sampling_rate") or extractor_rate, audio_kwargs.get("device")
-        return images, text, videos, [fetch_audio(at_rate(clip, rate), extractor_rate, device) for clip in clips]
+        return images, text, videos, audio
+
+    def _check_counts(self, texts: list[str], clips: list):
+        """Compares placeholders with clips, before any is opened."""
+        is_nested = any(isinstance(clip, list) for clip in clips)
+        found = [sample.count(self.audio_token) for sample in texts]
+        given = [len(clip) if isinstance(clip, list) else 1 for clip in clips] if is_nested else len(clips)
+        if given != (found if is_nested else sum(found)):
+            raise ValueError(
+                f"The text has {found} {self.audio_token} placeholders (one number per text), but `audio` has {given} "
+                "clips. Every clip needs one placeholder; give the clips in reading order, as one flat list or as one "
+                "list per text."
+            )
 
     def _process_audio(self, audio, **kwargs):
         windows = [split_windows(samples, self.feature_extractor) for samples in audio]

@@ -235,6 +235,17 @@ def test_sampling_rate_is_honoured_everywhere(processor, sound):
     assert processor(text="<|audio_pad|>", audio=clip)["input_features"].shape[0] == 1
 
 
+def test_limits_reach_the_door(processor, speech):
+    messages = [{"role": "user", "content": [audio(str(speech))]}]
+    for limits in ({"max_seconds": 5}, {"audio_kwargs": {"max_seconds": 5}}):
+        with pytest.raises(ValueError, match="limit of 5 s"):
+            processor(text="<|audio_pad|>", audio=str(speech), **limits)
+        with pytest.raises(ValueError, match="limit of 5 s"):
+            processor.apply_chat_template(messages, tokenize=True, return_dict=True, processor_kwargs=limits)
+    with pytest.raises(ValueError, match="local files are not opened here"):
+        processor.apply_chat_template(messages, tokenize=True, processor_kwargs={"audio_kwargs": {"public_only": True}})
+
+
 def test_apply_chat_template_takes_sound_from_anywhere(processor, served):
     path = ASSETS / "audio" / "english.wav"  # 44.1 kHz
     encoded = base64.b64encode(path.read_bytes()).decode()
