@@ -107,7 +107,12 @@ def fetch_audio(
             f"{describe(source)} has a peak of {float(samples.abs().max()):g}, but full scale is 1.0: integer samples "
             "stored as floats have to be divided by their own full scale first (32768 for 16 bit)."
         )
-    return resample(samples.to(device), rate, sr)
+    resampled = resample(samples.to(device), rate, sr)
+    if not resampled.numel():
+        raise AudioError(
+            f"{describe(source)} is too short: {samples.numel()} samples at {rate} Hz are none at {sr} Hz."
+        )
+    return resampled
 
 
 def unwrap(ele) -> tuple:
@@ -142,7 +147,9 @@ def unwrap(ele) -> tuple:
 def at_rate(ele, rate: int):
     """`ele`, with `rate` for its sampling rate if it is bare samples that came without one."""
     source, own_rate = unwrap(ele)
-    return (source, own_rate or rate) if isinstance(source, (np.ndarray, torch.Tensor)) else source
+    return (
+        (source, rate if own_rate is None else own_rate) if isinstance(source, (np.ndarray, torch.Tensor)) else source
+    )
 
 
 def read(
@@ -301,7 +308,9 @@ def decode(file, name: str, max_seconds: float = MAX_SECONDS) -> tuple[torch.Ten
                 length += len(pieces[-1])
                 if length > max_seconds * rate:
                     raise AudioError(f"{name} lasts longer than the limit of {max_seconds:g} s.")
-    except (av.FFmpegError, OSError) as error:
+    except AudioError:
+        raise
+    except (av.FFmpegError, OSError, ValueError) as error:  # a ValueError for sample formats that numpy does not have
         raise AudioError(f"{name} cannot be decoded: {error}") from error
     if not pieces:
         raise AudioError(f"{name} holds no samples.")
@@ -365,7 +374,7 @@ def resample(samples: torch.Tensor, rate: int, sr: int) -> torch.Tensor:
     resampler = av.AudioResampler(format="flt", layout="mono", rate=sr)
     pieces = [piece.to_ndarray()[0] for part in (frame, None) for piece in resampler.resample(part)]
     # The filter's tail may carry some samples past the end of the sound.
-    resampled = np.concatenate(pieces)[: math.ceil(len(samples) * sr / rate)]
+    resampled = np.concatenate([np.empty(0, np.float32), *pieces])[: math.ceil(len(samples) * sr / rate)]
     return torch.from_numpy(resampled).to(samples.device)
 
 

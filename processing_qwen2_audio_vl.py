@@ -122,9 +122,9 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             self._check_counts([text] if isinstance(text, str) else text, clips)
         clips = [clip for row in clips for clip in (row if isinstance(row, list) else [row])]
         if clips:
-            extractor_rate = self.feature_extractor.sampling_rate
-            rate, device = audio_kwargs.get("sampling_rate") or extractor_rate, audio_kwargs.get("device")
-            audio = [fetch_audio(at_rate(clip, rate), extractor_rate, device, **limits) for clip in clips]
+            sr, device = self.feature_extractor.sampling_rate, audio_kwargs.get("device")
+            rate = sr if audio_kwargs.get("sampling_rate") is None else audio_kwargs["sampling_rate"]
+            audio = [fetch_audio(at_rate(clip, rate), sr, device, **limits) for clip in clips]
         inputs = super().__call__(images=images, text=text, videos=videos, audio=audio if clips else None, **kwargs)
         if clips and text is not None:
             self._check_prompts(inputs["input_ids"])

@@ -201,6 +201,7 @@ def test_resampling_keeps_pitch_and_length(rate):
         ({"url": "a.wav", "path": "b.wav"}, "has url, path"),
         ((np.zeros(5, np.float32), 0), "whole number of Hz from 1000 to 768000, not 0"),
         ((np.zeros(5, np.float32), 44100.5), "not 44100.5"),
+        ((np.zeros(2, np.float32), 768_000), "too short: 2 samples at 768000 Hz are none at 16000 Hz"),
     ],
 )
 def test_what_is_no_sound_is_refused_by_name(source, message):
