@@ -6,6 +6,7 @@ log-mel.
 
 import base64
 import binascii
+import contextlib
 import http.client
 import io
 import ipaddress
@@ -186,8 +187,9 @@ def read(
     try:
         return io.BytesIO(base64.b64decode(source, validate=True))
     except (binascii.Error, ValueError) as error:
-        allowed = "an address nor base64; local files are not opened here" if public_only else "an address, nor base64"
-        reason = f"neither {allowed}" if public_only else f"neither an existing file, nor {allowed}"
+        reason = "neither an existing file, nor an address, nor base64"
+        if public_only:
+            reason = "neither an address nor base64; local files are not opened here"
         raise AudioError(f"{describe(source)} is {reason}.") from error
 
 
@@ -204,8 +206,14 @@ def download(url: str, max_bytes: int, timeout: float, public_only: bool) -> byt
     if public_only:
         handlers.append(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, headers={"User-Agent": "qwen2-audio-vl"})
+
+    def end_sockets():
+        for sock in sockets:
+            with contextlib.suppress(OSError):  # already closed, or replaced by the secure one
+                sock.shutdown(socket.SHUT_RDWR)
+
     # A server that sends a byte now and then never runs into a socket's timeout, so the sockets end with the time.
-    end = threading.Timer(timeout, lambda: [sock.shutdown(socket.SHUT_RDWR) for sock in sockets if sock.fileno() >= 0])
+    end = threading.Timer(timeout, end_sockets)
     end.daemon = True
     end.start()
     try:
@@ -213,14 +221,14 @@ def download(url: str, max_bytes: int, timeout: float, public_only: bool) -> byt
             content = at_most(max_bytes, response.read(max_bytes + 1), url)
             if response.length:
                 raise AudioError(f"{describe(url)} ended {response.length} bytes early.")
+        if time.monotonic() >= deadline:
+            raise TimeoutError  # an ended socket may look like the end of the content
     except (OSError, HTTPException, AudioError) as error:
         if time.monotonic() >= deadline:
             raise AudioError(f"{describe(url)} took longer than the limit of {timeout:g} s.") from error
         raise
     finally:
         end.cancel()
-    if time.monotonic() >= deadline:
-        raise AudioError(f"{describe(url)} took longer than the limit of {timeout:g} s.")
     return content
 
 

@@ -108,7 +108,7 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         counting is right. Qwen2-VL keeps the distance between a token's place and its position (`rope_deltas`) on the
         model, where the next call or another thread finds it; here it travels with the cache that it belongs to.
         """
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_length = cached_length(past_key_values)
         offset = getattr(past_key_values, "mrope_offset", None) if past_length else None
         batch, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         if input_ids is not None and (image_grid_thw is not None or video_grid_thw is not None):
@@ -138,18 +138,10 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        input_features: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """See [`Qwen2AudioVLForConditionalGeneration.forward`]; returns the last hidden state instead of logits."""
-        mm_encoder_outputs = dict(mm_encoder_outputs or {})
-        audio_outputs = mm_encoder_outputs.pop("audio", None)
-        if mm_encoder_outputs:
-            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
-        if input_features is not None and audio_outputs is not None:
-            raise ValueError("Give either input_features or mm_encoder_outputs['audio'], not both.")
-
+        """As [`Qwen2AudioVLForConditionalGeneration.forward`], but returns the last hidden state instead of logits."""
+        input_features, audio_outputs = take_audio(kwargs)
         embedded_here = inputs_embeds is None
         if embedded_here:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -278,7 +270,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         elif not input_ids.numel():
             input_ids = None
         past_key_values, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_length = cached_length(past_key_values)
         new = text_positions.shape[1] - past_length
         if new <= 0:
             raise ValueError(
@@ -312,16 +304,11 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
 
     def _prepare_audio(self, input_ids, model_kwargs: dict, expand_size: int) -> BaseModelOutputWithPooling | None:
         """Takes the audio out of `model_kwargs`; returns the embeddings of the windows that the cache does not hold."""
-        mm_encoder_outputs = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
-        input_features, audio = model_kwargs.pop("input_features", None), mm_encoder_outputs.pop("audio", None)
-        if mm_encoder_outputs:
-            model_kwargs["mm_encoder_outputs"] = mm_encoder_outputs
-        if input_features is not None and audio is not None:
-            raise ValueError("Give either input_features or mm_encoder_outputs['audio'], not both.")
+        input_features, audio = take_audio(model_kwargs)
         given = input_features if audio is None else audio.pooler_output  # [windows, ...]
 
         inputs_embeds, past_key_values = model_kwargs.get("inputs_embeds"), model_kwargs.get("past_key_values")
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_length = cached_length(past_key_values)
         is_audio = self.model.get_audio_mask(input_ids, inputs_embeds)
         is_new = is_audio[:, past_length - model_kwargs["position_ids"].shape[-1] :]
         all_tokens, new_tokens = is_audio.sum(-1).tolist(), is_new.sum(-1).tolist()
@@ -368,6 +355,21 @@ def like(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`tensor` in the dtype and on the device of `weight`; accelerate's hooks move it where weights are offloaded."""
     dtype = weight.dtype if weight.is_floating_point() else tensor.dtype
     return tensor.to(dtype) if weight.is_meta else tensor.to(weight.device, dtype)
+
+
+def cached_length(past_key_values: Cache | None) -> int:
+    return 0 if past_key_values is None else past_key_values.get_seq_length()
+
+
+def take_audio(kwargs: dict) -> tuple[torch.Tensor | None, BaseModelOutputWithPooling | None]:
+    """Moves the log-mel windows, or what the encoder made of them, out of `kwargs`; other modalities stay there."""
+    mm_encoder_outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
+    input_features, audio_outputs = kwargs.pop("input_features", None), mm_encoder_outputs.pop("audio", None)
+    if input_features is not None and audio_outputs is not None:
+        raise ValueError("Give either input_features or mm_encoder_outputs['audio'], not both.")
+    if mm_encoder_outputs:
+        kwargs["mm_encoder_outputs"] = mm_encoder_outputs  # no argument of upstream's forward before 5.18
+    return input_features, audio_outputs
 
 
 def check_audio(num_tokens, num_embeddings: int):
