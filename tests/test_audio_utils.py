@@ -175,6 +175,51 @@ def test_resampling_keeps_pitch_and_length(rate):
     assert np.argmax(np.abs(np.fft.rfft(resampled))) == 2000  # 1000 Hz in bins of 0.5 Hz
 
 
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 96000])
+@pytest.mark.parametrize("samples", [None, 1, 7, 1000])
+def test_both_resamplers_agree(rate, samples):
+    """What an accelerator would do, run on the CPU: equal for all but the last digits, at the edges as well."""
+    accelerated = audio_utils.torchaudio_resampler(rate, 16_000, torch.device("cpu"))
+    for name in ("jfk.wav", "audio-stereo-16-bit-44100Hz.flac"):
+        sound = fetch_audio(RECORDINGS / name, sr=rate)[rate // 2 :][:samples]
+        expected = audio_utils.resample(sound, rate, 16_000)
+        assert len(expected) == round(len(sound) * 16_000 / rate)
+        torch.testing.assert_close(accelerated(sound)[: len(expected)], expected, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [1001, 47_999, 767_999])
+def test_rates_of_no_common_divisor(rate):
+    tone = torch.sin(2 * torch.pi * 100 * torch.arange(rate) / rate)
+    expected = torch.sin(2 * torch.pi * 100 * torch.arange(16_000) / 16_000)
+    torch.testing.assert_close(fetch_audio((tone, rate))[500:-500], expected[500:-500], atol=1e-3, rtol=0)
+
+
+def test_what_overshoots_is_clipped_unless_it_was_given():
+    square = torch.sign(torch.sin(2 * torch.pi * 440 * torch.arange(44_100) / 44_100 + 0.1))
+    file = io.BytesIO()
+    soundfile.write(file, square.numpy() * 1.5, 44_100, format="wav", subtype="FLOAT")
+    assert fetch_audio((square, 44_100)).abs().max() == 1.0
+    assert fetch_audio(file.getvalue()).abs().max() == 1.0
+    assert torch.equal(fetch_audio(square * 1.5), square * 1.5)
+
+
+def test_the_result_is_never_the_callers_own_memory():
+    samples = torch.full((100,), 0.5)
+    fetch_audio(samples).zero_()
+    assert bool((samples == 0.5).all())
+
+
+def test_without_torchaudio_a_line_says_where_sound_is_resampled(monkeypatch, caplog):
+    monkeypatch.setattr(audio_utils, "torchaudio", None)
+    monkeypatch.setattr(audio_utils.logger, "propagate", True)
+    audio_utils.logger.warning_once.cache_clear()
+    for _ in range(2):
+        assert fetch_audio(RECORDINGS / "english.wav", device="meta").device.type == "meta"
+    assert [record.message for record in caplog.records] == [
+        "torchaudio does not import: sound for the accelerator is resampled on the CPU by PyAV."
+    ]
+
+
 @pytest.mark.parametrize(
     "source, message",
     [

@@ -246,6 +246,22 @@ def test_limits_reach_the_door(processor, speech):
         processor.apply_chat_template(messages, tokenize=True, processor_kwargs={"audio_kwargs": {"public_only": True}})
 
 
+def test_sound_stays_on_the_device_asked_for(processor):
+    """Tensors of the meta device hold nothing: whatever copied them back to the host on the way would fail here."""
+    clip = str(ASSETS / "audio" / "english.wav")  # 44.1 kHz, resampled there
+    messages = [{"role": "user", "content": [audio(clip), audio(clip), text("?")]}]
+    ask = functools.partial(
+        processor.apply_chat_template, messages, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    for inputs in (
+        processor(text="<|audio_pad|><|audio_pad|>?", audio=[clip, clip], device="meta", return_tensors="pt"),
+        ask(device="meta"),
+        ask(processor_kwargs={"audio_kwargs": {"device": "meta"}}),
+    ):
+        assert inputs["input_features"].device.type == "meta" and inputs["input_features"].shape == (6, 128, 100)
+        assert runs(inputs["input_ids"][0]) == 2 * [(BOS, 1), (PAD, 3 * TOKENS), (EOS, 1)]
+
+
 def test_apply_chat_template_takes_sound_from_anywhere(processor, served):
     path = ASSETS / "audio" / "english.wav"  # 44.1 kHz
     encoded = base64.b64encode(path.read_bytes()).decode()
