@@ -52,8 +52,9 @@ TIMEOUT = 30.0  # seconds for a whole download
 # FFmpeg's names of containers that hold sound. Playlists, which make it open other files and addresses, are not there.
 FORMATS = "wav,w64,aiff,au,caf,flac,mp3,aac,ogg,mov,mp4,matroska,webm,asf,avi,amr,mpegts,mpeg"
 
+AUDIO_TYPES = ("audio", "audio_url", "input_audio")  # of content items
 # Where a content item, a `datasets` row or an OpenAI message part keeps its sound.
-SOURCE_KEYS = ("audio", "audio_url", "input_audio", "url", "path", "base64", "bytes", "array", "data")
+SOURCE_KEYS = (*AUDIO_TYPES, "url", "path", "base64", "bytes", "array", "data")
 
 
 class AudioError(ValueError):
@@ -123,6 +124,53 @@ def fetch_audio(
     # Lossy codecs and the resampler's filter overshoot; only who hands over floats beyond full scale means them.
     bound = 1.0 if is_file else max(1.0, peak)
     return resampled.clamp(-bound, bound)
+
+
+def process_audio_info(
+    conversations, sr: int = SAMPLING_RATE, device=None, *, load_audio_from_video: bool = False, **limits
+) -> list[torch.Tensor] | None:
+    """
+    Opens the sounds of a conversation, or of a batch of them, as `qwen_vl_utils.process_vision_info` opens pictures.
+
+    Args:
+        conversations: Messages, or a list of lists of messages; what they hold beside sound is passed over.
+        sr, device, limits: As in [`fetch_audio`].
+        load_audio_from_video (`bool`, defaults to `False`): Whether the sound track of each video follows it.
+
+    Returns:
+        `list[torch.Tensor]`: float32 `[samples]` each, in reading order; None if there are none.
+    """
+    batch = [conversations] if isinstance(conversations[0], dict) else conversations
+    contents = [message.get("content") for messages in batch for message in messages]
+    sources = [
+        source
+        for content in contents
+        if isinstance(content, (list, tuple))
+        for _, source in take_sounds(content, load_audio_from_video)
+        if source is not None
+    ]
+    return [fetch_audio(source, sr, device, **limits) for source in sources] or None
+
+
+def take_sounds(content, load_audio_from_video: bool = False):
+    """
+    Yields the items of a message's content, each with its source of sound or None. With `load_audio_from_video` an
+    audio item follows each video: transformers asks for an empty one there, which here may also be left out.
+    """
+    is_track_slot = False
+    for item in content:
+        kind = item.get("type") or next((key for key in (*AUDIO_TYPES, "video", "video_url") if key in item), None)
+        if kind in AUDIO_TYPES:
+            source = {key: item[key] for key in (*SOURCE_KEYS, "sampling_rate") if item.get(key) is not None}
+            if source or not is_track_slot:
+                yield item, source or None
+            is_track_slot = False
+        else:
+            yield item, None
+            is_track_slot = load_audio_from_video and kind in ("video", "video_url")
+            if is_track_slot:
+                places = (item.get(key) for key in ("video", "video_url", "url", "path"))
+                yield {"type": "audio"}, next((place for place in places if place is not None), item)
 
 
 def unwrap(ele) -> tuple:

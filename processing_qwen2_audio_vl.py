@@ -1,17 +1,18 @@
 """Messages -> model inputs: Qwen2-VL's processor with sound beside images and video."""
 
 import difflib
+import functools
 import inspect
 import re
 
 import numpy as np
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.video_utils import load_video, make_batched_videos
 
-from .audio_utils import SOURCE_KEYS, at_rate, fetch_audio, log_mel, split_windows, tokens_per_window
+from .audio_utils import AUDIO_TYPES, at_rate, fetch_audio, log_mel, split_windows, take_sounds, tokens_per_window
 
 
-AUDIO_TYPES = ("audio", "audio_url", "input_audio")
 CONTENT_TYPES = ("text", "image", "image_url", "video", "video_url", *AUDIO_TYPES)
 MODALITIES = {
     "text_kwargs": "tokenizer",
@@ -150,6 +151,25 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
                 "list per text."
             )
 
+    def _process_videos(self, videos, **kwargs):
+        try:
+            return super()._process_videos(videos, **kwargs)
+        except (ImportError, RuntimeError):  # torchcodec is not installed, or does not find FFmpeg
+            paths = make_batched_videos(videos)
+            if not all(isinstance(path, str) for path in paths):
+                raise
+        is_sampled = kwargs.get("do_sample_frames", self.video_processor.do_sample_frames)
+        sample = functools.partial(self.video_processor.sample_frames, **kwargs) if is_sampled else None
+        try:
+            loaded = [load_video(path, backend="pyav", sample_indices_fn=sample) for path in paths]
+        except IndexError as error:
+            raise ValueError(
+                f"One of {paths} does not say how many frames it has (webm often does not), which PyAV needs. Install "
+                "torchcodec with FFmpeg, or give the frames as an array."
+            ) from error
+        frames, metadata = map(list, zip(*loaded, strict=True))
+        return super()._process_videos(frames, **{**kwargs, "do_sample_frames": False, "video_metadata": metadata})
+
     def _process_audio(self, audio, **kwargs):
         windows = [split_windows(samples, self.feature_extractor) for samples in audio]
         for clip in windows:  # before the spectrogram of what cannot fit anyway
@@ -198,22 +218,12 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         """A copy of a message, with every content item in transformers' form; the sources of sound go to `sounds`."""
         if not isinstance(message.get("content"), (list, tuple)):
             return dict(message)
-        items, track_slot = [], False
-        for item in message["content"]:
-            item = normalize_content(item)
-            source = {key: item[key] for key in (*SOURCE_KEYS, "sampling_rate") if item.get(key) is not None}
-            if item["type"] == "audio":
-                if source:
-                    sounds.append(source)
-                if source or not track_slot:
-                    items.append({"type": "audio"})
-                track_slot = False
-                continue
-            items.append(item)
-            track_slot = item["type"] == "video" and load_audio_from_video
-            if track_slot:  # transformers' own convention is an empty audio item after the video, which may be left out
-                items.append({"type": "audio"})
-                sounds.append(next(item[key] for key in ("video", "url", "path") if item.get(key) is not None))
+        items = []
+        content = [normalize_content(item) for item in message["content"]]
+        for item, source in take_sounds(content, load_audio_from_video):
+            items.append({"type": "audio"} if item["type"] == "audio" else item)
+            if source is not None:
+                sounds.append(source)
         return {**message, "content": items}
 
     def _known_kwargs(self) -> set[str]:

@@ -10,11 +10,13 @@ import threading
 
 import numpy as np
 import pytest
+import qwen_vl_utils
 import torch
 from helpers import TOKENS, audio, image, text, video
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin, Qwen2VLProcessor, WhisperFeatureExtractor
 
+from audio_utils import AudioError, process_audio_info
 from demo.bases import ASSETS
 
 
@@ -368,24 +370,76 @@ def test_without_audio_equals_qwen2_vl_processor(processor, photo):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_sound_track_of_a_video(processor, tmp_path):
-    """The template places it; frames come as an array, as transformers decodes video files with torchcodec only."""
+@pytest.mark.parametrize("sampling", [{}, {"fps": 2, "do_sample_frames": True}])
+def test_sound_track_of_a_video(sampling, processor, tmp_path):
+    """Frames and sound of one file, without torchcodec or where it finds no FFmpeg (as here)."""
     path = write_video(tmp_path / "clip.mp4", seconds=2)
-    frames = np.zeros((4, 56, 56, 3), np.uint8)
+    grid = 2 if sampling else 8  # in time, two frames each: 16 frames, or 4
     for slot in ([], [{"type": "audio"}]):
-        content = [{"type": "video", "path": str(path)}, *slot, text("?")]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], load_audio_from_video=True)
+        messages = [{"role": "user", "content": [{"type": "video", "path": str(path)}, *slot, text("?")]}]
+        prompt = processor.apply_chat_template(messages, load_audio_from_video=True)
         assert "<|vision_end|><|audio_pad|>?" in prompt
-        inputs = processor(text=prompt, videos=[frames], audio=str(path), return_tensors="pt")
-        assert runs(inputs["input_ids"][0]) == [(VIDEO, 8), (BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
-        assert inputs["input_features"].shape[0] == 2
+        inputs = processor.apply_chat_template(
+            messages,
+            load_audio_from_video=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs=sampling,
+        )
+        assert runs(inputs["input_ids"][0]) == [(VIDEO, 4 * grid), (BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
+        assert inputs["video_grid_thw"].tolist() == [[grid, 4, 4]]
+        brightness = inputs["pixel_values_videos"].reshape(grid, -1).mean(dim=1)
+        assert bool((brightness.diff() > 0).all())  # as the frames were written
+        heard = processor(text="<|audio_pad|>", audio=str(path), return_tensors="pt")
+        assert torch.equal(inputs["input_features"], heard["input_features"])
+    messages[0]["content"].pop(1)  # the empty slot
+    silent = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert "input_features" not in silent
+
+
+def test_videos_that_cannot_be_read(processor, tmp_path, sound):
+    path = write_video(tmp_path / "clip.webm", seconds=1)
+    with pytest.raises(ValueError, match="does not say how many frames it has"):
+        processor(text="<|video_pad|>", videos=[str(path)], return_tensors="pt")
+    frames = np.zeros((4, 56, 56, 3), np.uint8)
+    with pytest.raises(ValueError, match="could be .channels, samples.|is no sound"):
+        ask = [{"role": "user", "content": [video(frames)]}]
+        processor.apply_chat_template(ask, load_audio_from_video=True, tokenize=True)
+
+
+def test_sounds_and_pictures_of_messages_beside_qwen_vl_utils(processor, photo, sound, tmp_path):
+    path = write_video(tmp_path / "clip.mp4", seconds=1)
+    messages = [
+        {"role": "system", "content": "Listen."},
+        {"role": "user", "content": [image(str(photo)), audio(sound(0.5, seed=1)), text("?")]},
+        {"role": "assistant", "content": [text("!")]},
+        {"role": "user", "content": [{"audio_url": {"url": (ASSETS / "audio" / "jfk.wav").as_uri()}}, text("?")]},
+    ]
+    images, _ = qwen_vl_utils.process_vision_info(messages)
+    sounds = process_audio_info(messages)
+    prompt = processor.apply_chat_template(messages)
+    inputs = processor(text=[prompt], images=images, audio=sounds, return_tensors="pt")
+    assert [len(samples) for samples in sounds] == [8000, 176_000]
+    whole = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], whole["input_ids"])
+    assert torch.equal(inputs["input_features"], whole["input_features"])
+
+    clip = [{"role": "user", "content": [{"type": "video", "video": str(path)}, audio(sound(0.25)), text("?")]}]
+    assert [len(samples) for samples in process_audio_info([clip, messages])] == [4000, 8000, 176_000]
+    track, spoken = process_audio_info(clip, load_audio_from_video=True)
+    assert len(track) > 14_000 and len(spoken) == 4000
+    assert process_audio_info(messages[:1]) is None
+    with pytest.raises(AudioError, match="limit of 5 s"):
+        process_audio_info(messages, max_seconds=5)
 
 
 def write_video(path, seconds: int):
     import av
 
     with av.open(str(path), "w") as container:
-        pictures, track = container.add_stream("mpeg4", rate=8), container.add_stream("aac", rate=16000)
+        picture_codec, sound_codec = ("vp8", "libopus") if path.suffix == ".webm" else ("mpeg4", "aac")
+        pictures, track = container.add_stream(picture_codec, rate=8), container.add_stream(sound_codec, rate=16000)
         pictures.width = pictures.height = 56
         for number in range(8 * seconds):
             frame = av.VideoFrame.from_ndarray(np.full((56, 56, 3), 10 * number, np.uint8), format="rgb24")
