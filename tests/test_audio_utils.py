@@ -6,12 +6,19 @@ import contextlib
 import http.server
 import io
 import ipaddress
+import os
 import random
+import re
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import urllib.parse
+from pathlib import Path
 
 import av
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -133,6 +140,51 @@ def test_every_way_to_hand_over_a_clip(tmp_path):
         assert torch.equal(fetch_audio(way), expected), type(way)
     with path.open("rb") as file:
         assert torch.equal(fetch_audio(file), expected)
+
+
+def test_rows_of_datasets(tmp_path):
+    """Bytes and paths as `datasets` stores them, from memory and streamed from a file as from the Hub."""
+    names = ["jfk.mp3", "english.wav", "sample1.webm"]
+    rows = [{"audio": {"bytes": (RECORDINGS / name).read_bytes(), "path": name}} for name in names]
+    rows.append({"audio": {"bytes": rows[0]["audio"]["bytes"], "path": None}})
+    rows.append({"audio": {"bytes": None, "path": str(RECORDINGS / "jfk.wav")}})
+    data = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
+    data.to_parquet(tmp_path / "data.parquet")
+    streamed = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "data.parquet"), split="train", streaming=True, cache_dir=str(tmp_path)
+    )
+    expected = [fetch_audio(RECORDINGS / name) for name in (*names, names[0], "jfk.wav")]
+    for source in (data, streamed.cast_column("audio", datasets.Audio(decode=False))):
+        for row, samples in zip(source, expected, strict=True):
+            assert torch.equal(fetch_audio(row["audio"]), samples) and torch.equal(fetch_audio(row), samples)
+
+
+def test_decoders_of_datasets_and_torchcodec(tmp_path):
+    """In a process where torchcodec finds FFmpeg: the one that PyAV's wheel carries, under the names it looks for."""
+    libraries = Path(av.__file__).parents[1] / "av.libs"
+    if not libraries.is_dir():
+        pytest.skip("PyAV's wheel keeps FFmpeg in av.libs on Linux only")
+    for library in libraries.iterdir():
+        (tmp_path / re.sub(r"-[0-9a-f]+(\.so\.\d+).*", r"\1", library.name)).symlink_to(library)
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(ASSETS.parent)!r})
+        import datasets, torch
+        from torchcodec.decoders import AudioDecoder
+        from audio_utils import fetch_audio
+        for name in ("jfk.wav", "english.wav", "audio-stereo-16-bit-44100Hz.flac", "sample1.webm"):
+            path = f"{RECORDINGS}/{{name}}"
+            rows = datasets.Dataset.from_dict({{"audio": [path]}})
+            decoder = rows.cast_column("audio", datasets.Audio())[0]["audio"]
+            slower = rows.cast_column("audio", datasets.Audio(sampling_rate=8000))[0]["audio"]
+            expected = fetch_audio(path)
+            assert isinstance(decoder, AudioDecoder)
+            torch.testing.assert_close(fetch_audio(decoder), expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(fetch_audio({{"audio": AudioDecoder(path)}}), expected, atol=1e-4, rtol=0)
+            assert abs(len(fetch_audio(slower)) - len(expected)) < 160  # 10 ms, which torchcodec drops of Vorbis
+    """
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{tmp_path}:{libraries}"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=True, timeout=300)
 
 
 @pytest.mark.parametrize(
