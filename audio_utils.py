@@ -11,6 +11,7 @@ import functools
 import http.client
 import io
 import ipaddress
+import itertools
 import math
 import os
 import socket
@@ -49,8 +50,13 @@ MAX_BYTES = 2**28  # of a download or file object
 MAX_PHASES = 2**22  # of a filter that torchaudio makes for a pair of rates
 MAX_SECONDS = 3600.0  # of decoded sound; the model itself hears about ten minutes
 TIMEOUT = 30.0  # seconds for a whole download
-# FFmpeg's names of containers that hold sound. Playlists, which make it open other files and addresses, are not there.
-FORMATS = "wav,w64,aiff,au,caf,flac,mp3,aac,ogg,mov,mp4,matroska,webm,asf,avi,amr,mpegts,mpeg"
+FULL_RATE = 48_000  # Hz; a time limit on sound of a higher rate is shorter, for it is there to limit memory
+DEMUXER = {
+    # FFmpeg's names of containers that hold sound. Playlists, by which it would open other addresses, are not there.
+    "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,aac,ogg,mov,mp4,matroska,webm,asf,avi,amr,mpegts,mpeg",
+    # Whether PCM in a wav is something else in disguise is judged by its first packet: thirty times faster to open.
+    "max_probe_packets": "1",
+}
 
 AUDIO_TYPES = ("audio", "audio_url", "input_audio")  # of content items
 # Where a content item, a `datasets` row or an OpenAI message part keeps its sound.
@@ -85,7 +91,8 @@ def fetch_audio(
         device: Where the result lies, and where it is resampled if torchaudio imports. The default is the CPU, or
             the device of a tensor that is given.
         max_bytes (`int`, defaults to 2**28): Of what is downloaded or read from a file object.
-        max_seconds (`float`, defaults to 3600): Of sound; decoding stops there, however small the file.
+        max_seconds (`float`, defaults to 3600): Of sound; decoding stops there, however small the file. For rates above
+            48 kHz it is proportionally less, so that it limits memory as well: 192 KB a second.
         timeout (`float`, defaults to 30): Seconds for a download, from the first connection to the last byte.
         public_only (`bool`, defaults to `False`): For servers, which open what strangers name: refuses local paths,
             `file://`, and addresses that are not public, also after a redirect.
@@ -275,6 +282,8 @@ def download(url: str, max_bytes: int, timeout: float, public_only: bool) -> byt
     end.start()
     try:
         with urllib.request.build_opener(*handlers).open(request, timeout=timeout) as response:
+            if response.status != 200:
+                raise AudioError(f"{describe(url)} was answered with HTTP status {response.status} instead of 200.")
             content = at_most(max_bytes, response.read(max_bytes + 1), url)
             if response.length:
                 raise AudioError(f"{describe(url)} ended {response.length} bytes early.")
@@ -358,28 +367,34 @@ def decode(file, name: str, max_seconds: float = MAX_SECONDS) -> tuple[torch.Ten
     Returns:
         float32 `[samples]` mono and the sampling rate in Hz.
     """
-    pieces, length, rate = [], 0, None
+    sound, rate = bytearray(), None
     try:
-        with file, av.open(file, metadata_errors="ignore", options={"format_whitelist": FORMATS}) as container:
+        with file, av.open(file, metadata_errors="ignore", options=DEMUXER) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name} has no sound track.")
-            for frame in container.decode(container.streams.audio[0]):
-                if rate not in (None, frame.sample_rate):
-                    raise AudioError(f"{name} changes its sampling rate from {rate} to {frame.sample_rate} Hz midway.")
-                rate = frame.sample_rate
-                samples = frame.to_ndarray()  # [channels, samples], or [1, samples * channels] if packed
-                channels = frame.layout.nb_channels
-                pieces.append(to_mono(samples if frame.format.is_planar else samples.reshape(-1, channels).T, axis=0))
-                length += len(pieces[-1])
-                if length > max_seconds * rate:
-                    raise AudioError(f"{name} lasts longer than the limit of {max_seconds:g} s.")
+            frames = container.decode(container.streams.audio[0])
+            layouts = itertools.groupby(frames, lambda f: (f.sample_rate, f.format.name, f.layout.nb_channels))
+            for (own_rate, format, channels), alike in layouts:
+                if rate not in (None, own_rate):
+                    raise AudioError(f"{name} changes its sampling rate from {rate} to {own_rate} Hz midway.")
+                rate = own_rate
+                # Frames are short, so what numpy does is done for many at a time, but never for a file of any length.
+                while batch := [frame.to_ndarray() for frame in itertools.islice(alike, 64)]:
+                    samples = np.concatenate(batch, axis=1)  # [channels, samples], or [1, samples * channels] if packed
+                    samples = samples if av.AudioFormat(format).is_planar else samples.reshape(-1, channels).T
+                    sound += to_mono(samples, axis=0).numpy().data
+                    if len(sound) > max_seconds * min(rate, FULL_RATE) * 4:
+                        raise AudioError(
+                            f"{name} lasts longer than the limit of {max_seconds:g} s"
+                            + (f", which is for {FULL_RATE} Hz; it has {rate}." if rate > FULL_RATE else ".")
+                        )
     except AudioError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:  # a ValueError for sample formats that numpy does not have
         raise AudioError(f"{name} cannot be decoded: {error}") from error
-    if not pieces:
+    if not sound:
         raise AudioError(f"{name} holds no samples.")
-    return torch.cat(pieces), rate
+    return torch.frombuffer(sound, dtype=torch.float32), rate
 
 
 def to_mono(samples: np.ndarray | torch.Tensor, axis: int | None = None) -> torch.Tensor:
@@ -413,8 +428,7 @@ def to_mono(samples: np.ndarray | torch.Tensor, axis: int | None = None) -> torc
     samples = samples.detach()
     if samples.dtype in INTEGER_SCALE:
         zero, scale = INTEGER_SCALE[samples.dtype]
-        # float64 holds every int32, float32 does not.
-        samples = (samples.to(torch.float64) - zero) / scale
+        samples = (samples.to(torch.float32) - zero) / scale  # exact but for the rounding of an int32, once
     samples = samples.to(torch.float32)
     return samples.mean(axis) if samples.ndim == 2 else samples
 
@@ -443,13 +457,14 @@ def resample(samples: torch.Tensor, rate: int, sr: int, device: str | torch.devi
     # Silence on both sides, where libswresample would mirror, and lose clips that are shorter than its filter. It lasts
     # 20 ms, or a little longer to be a whole number of samples at both rates.
     silence = math.ceil(common / 50)
-    padded = torch.nn.functional.pad(samples.cpu(), (silence * rate // common,) * 2)
-    frame = av.AudioFrame.from_ndarray(padded.numpy()[None], format="flt", layout="mono")
-    frame.sample_rate = rate
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=sr)
-    pieces = [piece.to_ndarray()[0] for part in (frame, None) for piece in resampler.resample(part)]
-    resampled = torch.from_numpy(np.concatenate(pieces))[silence * sr // common :][:length]
-    return resampled.to(device)
+    edge = torch.zeros(silence * rate // common)
+    resampler, pieces = av.AudioResampler(format="flt", layout="mono", rate=sr), []
+    for part in (edge, *samples.cpu().split(2**16), edge):
+        frame = av.AudioFrame.from_ndarray(part.numpy()[None], format="flt", layout="mono")
+        frame.sample_rate = rate
+        pieces += resampler.resample(frame)
+    resampled = np.concatenate([piece.to_ndarray()[0] for piece in (*pieces, *resampler.resample(None))])
+    return torch.from_numpy(resampled)[silence * sr // common :][:length].to(device)
 
 
 @functools.lru_cache(maxsize=32)
