@@ -378,6 +378,11 @@ def decode(file, name: str, max_seconds: float = MAX_SECONDS) -> tuple[torch.Ten
                 if rate not in (None, own_rate):
                     raise AudioError(f"{name} changes its sampling rate from {rate} to {own_rate} Hz midway.")
                 rate = own_rate
+                if channels > 7:
+                    # PyAV 18 reads past the end of a frame's table of 8 planes and crashes, unless the frame is packed.
+                    packer = av.AudioResampler(format=av.AudioFormat(format).packed)
+                    alike = (piece for frame in alike for piece in packer.resample(frame))
+                    format = packer.format.name
                 # Frames are short, so what numpy does is done for many at a time, but never for a file of any length.
                 while batch := [frame.to_ndarray() for frame in itertools.islice(alike, 64)]:
                     samples = np.concatenate(batch, axis=1)  # [channels, samples], or [1, samples * channels] if packed
@@ -390,7 +395,7 @@ def decode(file, name: str, max_seconds: float = MAX_SECONDS) -> tuple[torch.Ten
                         )
     except AudioError:
         raise
-    except (av.FFmpegError, OSError, ValueError) as error:  # a ValueError for sample formats that numpy does not have
+    except Exception as error:  # not FFmpeg's errors alone: hostile files run into IndexError and others within PyAV
         raise AudioError(f"{name} cannot be decoded: {error}") from error
     if not sound:
         raise AudioError(f"{name} holds no samples.")

@@ -1,9 +1,9 @@
 """
 Breaks real files of every container and gives them to fetch_audio: each has to be heard or refused, in little time and
 memory. Any other end (an exception of another type, a crash of the interpreter, a sample that is no number) ends the
-run with an error; the seed and the number before it say which mutation it was.
+run with an error.
 
-    python tests/fuzz.py 20000 --seed 7
+    python tests/fuzz.py 20000 --seed 7 --save last.bin
 """
 
 import argparse
@@ -50,6 +50,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mutations", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, help="where each mutation is written before it is tried")
     arguments = parser.parse_args()
 
     faulthandler.enable()
@@ -59,17 +60,17 @@ def main():
     originals += [encode(clip, name) for name in ENCODINGS] + [encode(clip, "aac.m4a", video=True)]
     generator, outcomes, slowest = random.Random(arguments.seed), collections.Counter(), 0.0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number in range(arguments.mutations):
-        content, start = mutate(generator, originals), time.monotonic()
+    for _ in range(arguments.mutations):
+        content = mutate(generator, originals)
+        if arguments.save:
+            arguments.save.write_bytes(content)
+        start = time.monotonic()
         try:
             samples = fetch_audio(content, max_seconds=60)
             assert samples.ndim == 1 and float(samples.abs().max()) <= 1.0
             outcomes["heard"] += 1
         except AudioError:
             outcomes["refused"] += 1
-        except BaseException:
-            print(f"seed {arguments.seed}, mutation {number}")
-            raise
         slowest = max(slowest, time.monotonic() - start)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(

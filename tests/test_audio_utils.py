@@ -100,6 +100,16 @@ def test_the_sound_track_of_a_video():
     assert best_match(fetch_audio(encode(original, "aac.m4a", video=True)).numpy(), original)[0] > 0.98
 
 
+@pytest.mark.parametrize(
+    "name, layout", [("aac.m4a", "5.1"), ("aac.m4a", "7.1"), ("s24.flac", "7.1"), ("s16.wav", "7.1")]
+)
+def test_surround_sound(name, layout):
+    """PyAV itself crashes on eight planes of samples (with a segmentation fault)."""
+    original = fetch_audio(RECORDINGS / "jfk.wav")[:48_000].numpy()
+    ours = fetch_audio(encode(original, name, layout)).numpy()
+    assert best_match(ours, original)[0] > 0.98
+
+
 def test_every_way_to_hand_over_a_clip(tmp_path):
     path = RECORDINGS / "english.wav"
     content = path.read_bytes()
