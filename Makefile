@@ -1,11 +1,11 @@
-# The two commands of the README, `make demo` and `make test`, and what CI runs beside them.
+# The commands of the README, and what CI runs beside them.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 OLDEST := $(VENV)/transformers-5.16.1
 
-.PHONY: demo test test-oldest lint format clean
+.PHONY: demo test test-oldest bench lint format clean
 
 demo: $(READY)
 	HF_HOME=build/huggingface HF_HUB_OFFLINE=1 $(PYTHON) -m demo.run
@@ -15,6 +15,9 @@ test: $(READY)
 
 test-oldest: $(READY) $(OLDEST)/.ready
 	PYTHONPATH=$(OLDEST) $(PYTHON) -m pytest
+
+bench: $(READY)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.sound --readme
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

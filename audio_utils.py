@@ -56,6 +56,7 @@ DEMUXER = {
     "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,aac,ogg,mov,mp4,matroska,webm,asf,avi,amr,mpegts,mpeg",
     # Whether PCM in a wav is something else in disguise is judged by its first packet: thirty times faster to open.
     "max_probe_packets": "1",
+    "max_size": str(2**15),  # bytes of wav in a frame, where FFmpeg's own choice is many small frames
 }
 
 AUDIO_TYPES = ("audio", "audio_url", "input_audio")  # of content items
@@ -520,16 +521,16 @@ def log_mel(windows: list[torch.Tensor], feature_extractor) -> torch.Tensor:
         # A frame is centred on its sample, with the sound mirrored at both ends; those that reach no sound are silence.
         heard = min(frames, math.ceil((len(window) + half) / hop))
         padding = min(feature_extractor.n_samples, heard * hop + n_fft) - len(window)
-        samples = torch.nn.functional.pad(window, (0, padding))
-        samples = torch.cat([samples[1 : half + 1].flip(0), samples, samples[-half - 1 : -1].flip(0)])
+        samples = torch.nn.functional.pad(window, (half, padding + half))
+        samples[:half] = samples[half + 1 : n_fft + 1].flip(0)
+        samples[-half:] = samples[-n_fft - 1 : -half - 1].flip(0)
+        blocks = samples.unfold(0, n_fft, hop)[:heard].split(BLOCK)
         mel = feature[:, :heard]
-        for block, block_mel in zip(
-            samples.unfold(0, n_fft, hop)[:heard].split(BLOCK), mel.split(BLOCK, dim=1), strict=True
-        ):
+        for block, block_mel in zip(blocks, mel.split(BLOCK, dim=1), strict=True):
             spectrum = torch.fft.rfft(block * hann)  # [frames, n_fft / 2 + 1]
             power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-            block_mel.copy_(filters @ power.T)
-        mel.clamp_(min=1e-10).log10_().add_(4.0).div_(4.0)
+            log_power = (filters @ power.T).clamp_(min=1e-10).log10_()
+            torch.add(log_power.div_(4.0), 1.0, out=block_mel)  # (x + 4) / 4
         floor = mel.amax() - 2.0  # 80 dB below the loudest
         torch.maximum(mel, floor, out=mel)
         feature[:, heard:].fill_(floor.clamp_(min=SILENCE))
