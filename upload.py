@@ -1,20 +1,45 @@
-"""Base weights -> repository folder: `upload.py build --base DIR_OR_ID --audio-encoder DIR_OR_ID --output DIR`."""
+"""
+Base weights -> repository folder -> Hub.
+
+    upload.py build --base DIR_OR_ID --audio-encoder DIR_OR_ID [--projector FILE] [--adapter DIR_OR_ID] --output DIR
+    upload.py check DIR_OR_ID       does it load, answer, and hold what it should
+    upload.py push DIR REPO         check, then upload in one commit
+    upload.py smoke REPO            what CI runs: from the Hub into an empty cache, and one question
+"""
 
 import argparse
+import fnmatch
+import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from safetensors import safe_open
-from safetensors.torch import save_file
+from huggingface_hub import (
+    HfApi,
+    ModelCard,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+    split_torch_state_dict_into_shards,
+)
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import (
     AddedToken,
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
     AutoTokenizer,
     AutoVideoProcessor,
     GenerationConfig,
@@ -31,12 +56,22 @@ CODE_FILES = (
     "processing_qwen2_audio_vl.py",
     "audio_utils.py",
 )
-SHIPPED_FILES = ("README.md", "LICENSE", "requirements.txt", ".gitattributes")
+EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png": "assets/images/chelsea.png"}
+SHIPPED_FILES = {name: name for name in ("LICENSE", "requirements.txt", ".gitattributes")} | EXAMPLES
+CHECKSUMS = "SHA256SUMS"  # of every other file, as `sha256sum --check` reads them
+KNOWN_FILES = (
+    *CODE_FILES,
+    *SHIPPED_FILES,
+    *("README.md", CHECKSUMS, "config.json", "generation_config.json", "processor_config.json"),
+    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "model*.safetensors", "model*.index.json"),
+)
 AUDIO_TOKENS = ("<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>")  # in the order of their ids
 MARKER_TEACHERS = {"<|audio_bos|>": "<|vision_start|>", "<|audio_eos|>": "<|vision_end|>"}
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 PROJECTOR = "model.audio_projector.weight"
-MAX_SHARD_SIZE = "2GB"  # also what a build holds in memory
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
+MAX_SHARD_SIZE = "5GB"
+CHUNK = 2**24  # bytes in memory at a time
 
 # Published checkpoints name their tensors as the class of their day did; the current names pass unchanged.
 BASE_NAMES = (
@@ -45,26 +80,65 @@ BASE_NAMES = (
 )
 # Of Whisper only the encoder is heard.
 ENCODER_NAMES = ((r"^(?:model\.)?encoder\.", "model.audio_encoder."),)
+# Trained checkpoints of this model's first layout.
+ADAPTER_NAMES = (*BASE_NAMES, (r"^audio_(?=encoder\.|projector\.)", "model.audio_"))
 
 
-def resolve(source: str) -> Path:
-    """A local directory as it is; a Hub id downloaded, without the formats and copies that are not read."""
-    if Path(source).is_dir():
-        return Path(source)
-    patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja"], "ignore_patterns": ["*fp32*"]}
-    return Path(snapshot_download(source, **patterns))
+class Origin(NamedTuple):
+    """A checkpoint on this disk, and what is known of where it came from."""
+
+    folder: Path
+    name: str  # Hub id, or the directory's name
+    commit: str | None  # of the Hub
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """The name of every tensor of a checkpoint, and the safetensors file that holds it."""
+class StoredTensor(NamedTuple):
+    """Where a tensor lies in a safetensors file."""
+
+    path: Path
+    name: str
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+    size: int  # bytes
+
+
+def resolve(source: str) -> Origin:
+    """A directory as it is; a Hub id, or ID@REVISION, downloaded without the formats and copies that are not read."""
+    folder = Path(source)
+    if not folder.is_dir():
+        repo, _, revision = str(source).partition("@")
+        patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja"], "ignore_patterns": ["*fp32*"]}
+        folder = Path(snapshot_download(repo, revision=revision or None, **patterns))
+    cached = re.search(r"models--(.+)/snapshots/([0-9a-f]{40})$", folder.resolve().as_posix())
+    if cached:
+        return Origin(folder, cached[1].replace("--", "/"), cached[2])
+    return Origin(folder, folder.resolve().name, None)
+
+
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """All tensors of a checkpoint, by the headers of its safetensors files alone."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ValueError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json.")
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    tensors = []
+    for path in (folder / name for name in sorted(names)):
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no {path.name}; expected model.safetensors, or shards with their index.")
+        with path.open("rb") as file:  # https://github.com/huggingface/safetensors#format
+            size = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(min(size, 10**8)))
+            except ValueError as error:
+                raise ValueError(f"{path} is no safetensors file, or is cut short.") from error
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            if 8 + size + end > path.stat().st_size:
+                raise ValueError(f"{path} is cut short: {name} lies past its end.")
+            tensors.append(
+                StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + size + start, end - start)
+            )
+    return tensors
 
 
 def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
@@ -127,17 +201,34 @@ def build_tokenizer(base: Path):
     return tokenizer
 
 
-def plan_tensors(base: Path, encoder: Path, config) -> dict[str, tuple[Path, str]]:
-    """Where each tensor of the result comes from: its name in the model -> file and name there."""
+def read_projector(path: Path) -> torch.Tensor:
+    """The one tensor of a projector file: safetensors, or a `.pt` from which nothing but tensors is read."""
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        tensors = {rename(name, ADAPTER_NAMES): tensor for name, tensor in tensors.items()}
+    except Exception as error:
+        raise ValueError(f"{path} is no file of tensors by name: {error}") from error
+    if list(tensors) != [PROJECTOR]:
+        raise ValueError(f"{path} holds {', '.join(tensors) or 'nothing'}; expected audio_projector.weight alone.")
+    return tensors[PROJECTOR]
+
+
+def random_projector(config, seed: int) -> torch.Tensor:
+    projector = torch.empty(config.text_config.hidden_size, config.audio_config.d_model)
+    return projector.normal_(std=config.text_config.initializer_range, generator=torch.Generator().manual_seed(seed))
+
+
+def plan_tensors(base: Path, encoder: Path, adapter: Path | None, config) -> dict[str, StoredTensor]:
+    """Where each tensor of the result comes from; those of a trained checkpoint go before those of the bases."""
     plan = {}
-    for folder, rules in ((base, BASE_NAMES), (encoder, ENCODER_NAMES)):
-        for source_name, path in tensor_files(folder).items():
-            name = rename(source_name, rules)
+    for folder, rules in ((base, BASE_NAMES), (encoder, ENCODER_NAMES), (adapter, ADAPTER_NAMES)):
+        for tensor in stored_tensors(folder) if folder else ():
+            name = rename(tensor.name, rules)
             if folder == encoder and not name.startswith("model.audio_encoder."):
                 continue  # Whisper's decoder
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue
-            plan[name] = (path, source_name)
+            plan[name] = tensor
     return plan
 
 
@@ -151,95 +242,462 @@ def meta_state_dict(config) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_plan(plan: dict[str, tuple[Path, str]], expected: dict[str, torch.Tensor]):
-    """Compares the plan with the model before a byte is written, by the headers of the files alone."""
-    problems = [f"missing: {name}" for name in expected if name not in plan and name != PROJECTOR]
-    problems += [f"unexpected: {name} (from {plan[name][1]})" for name in plan if name not in expected]
-    for path in {path for path, _ in plan.values()}:
-        with safe_open(path, framework="pt") as file:
-            for name, (source, source_name) in plan.items():
-                if source == path and name in expected:
-                    shape = tuple(file.get_slice(source_name).get_shape())
-                    if shape != tuple(expected[name].shape):
-                        problems.append(f"misshapen: {name} is {shape}, the model's is {tuple(expected[name].shape)}")
-    if problems:
-        raise ValueError("The checkpoints do not make this model:\n" + "\n".join(sorted(problems)))
+def find_problems(plan: dict[str, StoredTensor | torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Compares the plan with the model, before a byte is written."""
+    problems = [f"missing: {name}" for name in expected if name not in plan]
+    for name, tensor in plan.items():
+        if name not in expected:
+            problems.append(f"unexpected: {name} (there as {tensor.name})")
+        elif tuple(tensor.shape) != tuple(expected[name].shape):
+            problems.append(f"misshapen: {name} is {tuple(tensor.shape)}, the model's is {tuple(expected[name].shape)}")
+        elif isinstance(tensor, StoredTensor) and tensor.dtype not in DTYPES:
+            problems.append(f"of dtype {tensor.dtype}: {name}; expected one of {', '.join(DTYPES)}")
+    return sorted(problems)
 
 
-def read_tensor(name: str, plan: dict[str, tuple[Path, str]], config, tokenizer, seed: int) -> torch.Tensor:
-    """One tensor of the result, in the model's dtype."""
-    if name == PROJECTOR:
-        projector = torch.empty(config.text_config.hidden_size, config.audio_config.d_model)
-        generator = torch.Generator().manual_seed(seed)
-        return projector.normal_(std=config.text_config.initializer_range, generator=generator).to(config.dtype)
-    path, source_name = plan[name]
-    with safe_open(path, framework="pt") as file:
-        tensor = file.get_tensor(source_name).to(config.dtype)
-    if name == EMBEDDINGS:
-        for marker, teacher in MARKER_TEACHERS.items():
-            marker_id, teacher_id = tokenizer.convert_tokens_to_ids([marker, teacher])
-            tensor[marker_id] = tensor[teacher_id]
-    return tensor
+def read_bytes(tensor: StoredTensor | torch.Tensor, dtype: torch.dtype, rows: slice = slice(None)) -> Iterator[bytes]:
+    """The bytes of a tensor, or of some of its rows, in `dtype`, a chunk at a time."""
+    if isinstance(tensor, torch.Tensor):
+        yield tensor[rows].to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+        return
+    first, last, _ = rows.indices(tensor.shape[0])
+    row_size = tensor.size // tensor.shape[0]
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.start + first * row_size)
+        left = (last - first) * row_size
+        while left:
+            chunk = file.read(min(CHUNK, left))
+            if not chunk:
+                raise ValueError(f"{tensor.path} ended within {tensor.name}.")
+            left -= len(chunk)
+            if DTYPES[tensor.dtype] != dtype:
+                converted = torch.frombuffer(bytearray(chunk), dtype=DTYPES[tensor.dtype]).to(dtype)
+                chunk = converted.view(torch.uint8).numpy().tobytes()
+            yield chunk
 
 
-def build(base: str, audio_encoder: str, output: str, seed: int = 0) -> Path:
+def replace_rows(chunks: Iterator[bytes], rows: dict[int, bytes]) -> Iterator[bytes]:
+    """The bytes of a matrix with some of its rows replaced."""
+    position = 0
+    for chunk in chunks:
+        for number, row in rows.items():
+            offset = number * len(row) - position
+            start, end = max(offset, 0), min(offset + len(row), len(chunk))
+            if start < end:
+                chunk = chunk[:start] + row[start - offset : end - offset] + chunk[end:]
+        yield chunk
+        position += len(chunk)
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], contents: dict[str, Iterator[bytes]]) -> str:
     """
-    Assembles a repository folder that loads with the Auto classes.
+    Writes a safetensors file from a stream, where the library's own writer holds all of it in memory.
 
     Args:
-        base: Qwen2-VL checkpoint, a directory or a Hub id, with tensor names as published or as transformers has now.
-        audio_encoder: Whisper checkpoint, a directory or a Hub id.
-        output: The folder to make; it must not exist, or be empty.
-        seed: Of the projector, which starts as a normal with the base's `initializer_range`.
+        tensors: Shapes and dtypes by name; meta tensors do.
+        contents: The bytes of each.
+
+    Returns:
+        The file's SHA-256.
+    """
+    safetensors_names = {dtype: name for name, dtype in DTYPES.items()}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        entry = {"dtype": safetensors_names[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**entry, "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(digest.update, b"")
+        for content in ([len(text).to_bytes(8, "little"), text], *(contents[name] for name in tensors)):
+            for chunk in content:
+                hashed.result()
+                hashed = pool.submit(digest.update, chunk)  # while this one is written and the next one is read
+                file.write(chunk)
+        hashed.result()
+        if file.tell() != 8 + len(text) + offset:
+            raise ValueError(f"{path.name} should have {8 + len(text) + offset} bytes, but {file.tell()} were read.")
+    return digest.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_of(folder: Path) -> list[str]:
+    """The names of all files of a folder; the Hub's client keeps some of its own in `.cache`."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if not name.startswith((".cache/", ".git/")))
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    lines = (folder / CHECKSUMS).read_text().splitlines()
+    return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+
+
+def write_checksums(folder: Path, known: dict[str, str]):
+    sums = {name: known.get(name) or sha256(folder / name) for name in files_of(folder) if name != CHECKSUMS}
+    (folder / CHECKSUMS).write_text("".join(f"{checksum}  {name}\n" for name, checksum in sums.items()))
+
+
+def build(
+    base: str,
+    audio_encoder: str,
+    output: str,
+    *,
+    projector: str | None = None,
+    adapter: str | None = None,
+    seed: int = 0,
+) -> Path:
+    """
+    Assembles a repository folder that loads with the Auto classes, in 16 MB of memory beside the libraries.
+
+    Args:
+        base: Qwen2-VL checkpoint, a directory, a Hub id or ID@REVISION; tensors named as published or as now.
+        audio_encoder: Whisper checkpoint, likewise.
+        output: The folder to make; it must not exist, or be empty. It appears when it is complete.
+        projector: A trained `audio_projector.weight` alone, in a safetensors or `.pt` file.
+        adapter: A trained checkpoint of the whole model, in its present or its first layout; its tensors go before
+            those of the bases, and decide the dtype.
+        seed: Of an untrained projector, which starts as a normal with the base's `initializer_range`.
 
     Raises:
-        ValueError: if the parts do not fit each other, before anything is written.
+        ValueError: if the parts do not fit each other or the disk, before anything is written.
     """
-    target = Path(output)
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty; name a new folder for --output.")
-    base_folder, encoder_folder = resolve(base), resolve(audio_encoder)
+    target = Path(output).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{output} is not empty; name a new folder for --output.")
+    origins = {"base": resolve(base), "audio encoder": resolve(audio_encoder)}
+    if adapter is not None:
+        origins["trained checkpoint"] = resolve(adapter)
+    folders = [origin.folder for origin in origins.values()]
 
-    tokenizer = build_tokenizer(base_folder)
-    config = build_config(base_folder, encoder_folder, tokenizer)
+    tokenizer = build_tokenizer(folders[0])
+    config = build_config(*folders[:2], tokenizer)
     tokenizer.model_max_length = config.text_config.max_position_embeddings
-    processor = build_processor(base_folder, encoder_folder, tokenizer, config)
-    plan, expected = plan_tensors(base_folder, encoder_folder, config), meta_state_dict(config)
-    check_plan(plan, expected)
+    processor = build_processor(*folders[:2], tokenizer, config)
+    plan = plan_tensors(*folders[:2], folders[2] if adapter else None, config)
+    is_trained = projector is not None or PROJECTOR in plan
+    if projector is not None:
+        plan[PROJECTOR] = read_projector(Path(projector))
+    elif adapter is None:
+        plan[PROJECTOR] = random_projector(config, seed)
+    if adapter is not None and EMBEDDINGS in plan:
+        config.dtype = DTYPES.get(plan[EMBEDDINGS].dtype, config.dtype)
+    expected = meta_state_dict(config)
+    if problems := find_problems(plan, expected):
+        raise ValueError("The checkpoints do not make this model:\n" + "\n".join(problems))
 
-    target.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(target)
-    processor.save_pretrained(target)
-    generation = base_folder if (base_folder / "generation_config.json").is_file() else HERE
-    GenerationConfig.from_pretrained(generation).save_pretrained(target)
-    for name in (*CODE_FILES, *SHIPPED_FILES):
-        shutil.copyfile(HERE / name, target / name)
+    size = sum(tensor.nbytes for tensor in expected.values())
+    free = shutil.disk_usage(next(parent for parent in target.parents if parent.exists())).free
+    if size * 1.01 + 10**8 > free:
+        raise ValueError(f"{output} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free.")
 
-    split = split_torch_state_dict_into_shards(expected, max_shard_size=MAX_SHARD_SIZE)
-    for file, names in tqdm(split.filename_to_tensors.items(), desc="weights", unit="file"):
-        tensors = {name: read_tensor(name, plan, config, tokenizer, seed) for name in names}
-        save_file(tensors, target / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    # Rows of the markers that a trained checkpoint brings are trained as well.
+    marker_rows = {}
+    if plan[EMBEDDINGS].path.parent == folders[0]:
+        for marker, teacher in MARKER_TEACHERS.items():
+            marker_id, teacher_id = tokenizer.convert_tokens_to_ids([marker, teacher])
+            teacher_row = slice(teacher_id, teacher_id + 1)
+            marker_rows[marker_id] = b"".join(read_bytes(plan[EMBEDDINGS], config.dtype, teacher_row))
+
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        config.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        generation = folders[0] if (folders[0] / "generation_config.json").is_file() else HERE
+        GenerationConfig.from_pretrained(generation).save_pretrained(unfinished)
+        for name, source in ({name: name for name in CODE_FILES} | SHIPPED_FILES).items():
+            (unfinished / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(HERE / source, unfinished / name)
+        make_card(origins, is_trained, expected, config.dtype).save(unfinished / "README.md")
+
+        split = split_torch_state_dict_into_shards(expected, max_shard_size=MAX_SHARD_SIZE)
+        checksums = {}
+        for file, names in tqdm(split.filename_to_tensors.items(), desc="weights", unit="file"):
+            contents = {name: read_bytes(plan[name], config.dtype) for name in names}
+            if EMBEDDINGS in contents:
+                contents[EMBEDDINGS] = replace_rows(contents[EMBEDDINGS], marker_rows)
+            checksums[file] = write_safetensors(unfinished / file, {name: expected[name] for name in names}, contents)
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (unfinished / "model.safetensors.index.json").write_text(text)
+        write_checksums(unfinished, checksums)
+        unfinished.replace(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     return target
 
 
+def make_card(origins: dict[str, Origin], is_trained: bool, tensors, dtype: torch.dtype) -> ModelCard:
+    """The project's README with the facts of a build, and without the parts that are about its development."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"<!-- development -->.*?<!-- end of development -->\n+", "", text, flags=re.DOTALL)
+    facts = [
+        "The projector is trained."
+        if is_trained
+        else "**The projector is untrained: this model sees, but what it hears means nothing to it.**",
+        "",
+    ]
+    for role, (_, name, commit) in origins.items():
+        facts.append(f"- {role}: {name}" + (f" at commit `{commit}`" if commit else " (a directory)"))
+    parameters, size = sum(tensor.numel() for tensor in tensors.values()), sum(t.nbytes for t in tensors.values())
+    facts.append(f"- {parameters:,} parameters in {str(dtype).removeprefix('torch.')}, {size / 1e9:.2f} GB")
+    card = ModelCard(text.replace("<!-- facts of the build -->\n", "\n".join(facts) + "\n\n"))
+    card.data.base_model = [origin.name for origin in origins.values() if origin.commit] or None
+    card.data.base_model_relation = card.data.base_model_relation if card.data.base_model else None
+    return card
+
+
+def ask(repo: str, revision: str | None = None) -> dict:
+    """
+    Loads a folder or a Hub id the way a user does and asks it about its own examples.
+
+    Returns:
+        What was found, for `check` and `smoke`: classes, token ids, dtype, size and the answers.
+    """
+    code = {"trust_remote_code": True, "revision": revision}
+    processor = AutoProcessor.from_pretrained(repo, **code)
+    model = AutoModel.from_pretrained(repo, dtype="auto", device_map="auto", **code)
+
+    def local(name: str) -> Path:
+        return Path(repo) / name if Path(repo).is_dir() else Path(hf_hub_download(repo, name, revision=revision))
+
+    speech, photo = (str(local(name)) for name in EXAMPLES)
+    answers = {}
+    for name, content in {
+        "sound and picture": [
+            {"type": "image", "path": photo},
+            {"type": "audio", "path": speech},
+            {"type": "text", "text": "Answer the spoken question about the photo."},
+        ],
+        "examples/speech.mp3": [{"type": "audio", "path": speech}],
+        "examples/photo.png": [{"type": "image", "path": photo}, {"type": "text", "text": "What is in the photo?"}],
+    }.items():
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        answers[name] = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+
+    return {
+        "classes": [type(processor).__name__, type(model).__name__],
+        "auto classes": {
+            auto: get_class_from_dynamic_module(reference, repo, revision=revision).__name__
+            for auto, reference in sorted(model.config.auto_map.items())
+        },
+        "token ids": {token: processor.tokenizer.convert_tokens_to_ids(token) for token in AUDIO_TOKENS},
+        "ids of the configuration": [
+            model.config.audio_token_id,
+            model.config.audio_bos_token_id,
+            model.config.audio_eos_token_id,
+        ],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "commit": None if Path(repo).is_dir() else local("config.json").parent.name,
+        "answers": answers,
+    }
+
+
+def ask_in_a_fresh_process(repo: str, revision: str | None, environment: dict[str, str]) -> dict:
+    """
+    Raises:
+        ValueError: with the last lines that the process wrote, if it could not load or answer.
+    """
+    command = [sys.executable, str(HERE / "upload.py"), "ask", repo, *(["--revision", revision] if revision else [])]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError("it does not load or answer:\n" + "\n".join(done.stderr.strip().splitlines()[-5:]))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_files(folder: Path) -> dict[str, str]:
+    """Looks at files alone. Returns what was found by topic; raises ValueError at what must not be published."""
+    names = files_of(folder)
+    unexpected = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in KNOWN_FILES)]
+    if unexpected:
+        raise ValueError(f"unexpected files: {', '.join(unexpected)} (weights are safetensors, never pickle)")
+    missing = {"README.md", "config.json", CHECKSUMS, *CODE_FILES} - set(names)
+    if missing:
+        raise ValueError(f"missing files: {', '.join(sorted(missing))}")
+    checksums = read_checksums(folder)
+    if set(checksums) != set(names) - {CHECKSUMS}:
+        differing = sorted(set(checksums) ^ (set(names) - {CHECKSUMS}))
+        raise ValueError(f"{CHECKSUMS} and the folder differ in {', '.join(differing)}")
+    check_content(folder, checksums)
+
+    card = ModelCard.load(folder / "README.md")
+    for field in ("library_name", "pipeline_tag", "license", "tags"):
+        if not getattr(card.data, field, None):
+            raise ValueError(f"README.md has no {field} in its metadata")
+    for widget in card.data.to_dict().get("widget", []):
+        if "src" in widget and widget["src"] not in names:
+            raise ValueError(f"README.md shows {widget['src']}, which is not there")
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    tensors = {tensor.name: tensor for tensor in stored_tensors(folder)}
+    problems = find_problems(tensors, meta_state_dict(config))
+    if problems:
+        raise ValueError("the weights are not this model's:\n" + "\n".join(problems))
+    size = sum((folder / name).stat().st_size for name in names)
+    return {
+        "files": f"{len(names)}, {size / 1e9:.2f} GB, none unexpected, no pickle",
+        "checksums": "all equal",
+        "card": f"{card.data.pipeline_tag}, {card.data.license}, base {card.data.to_dict().get('base_model', 'local')}",
+        "weights": f"{len(tensors)} tensors, names and shapes are the model's",
+    }
+
+
+def check_content(folder: Path, checksums: dict[str, str]):
+    """Compares the files that are there with the checksums of the build."""
+    changed = [name for name, sum in checksums.items() if (folder / name).is_file() and sha256(folder / name) != sum]
+    if changed:
+        raise ValueError(f"the content of {', '.join(changed)} is not what {CHECKSUMS} says")
+
+
+def check_answers(found: dict) -> dict[str, str]:
+    """What a fresh process found, as rows of a table; raises ValueError if it contradicts itself."""
+    tokens = found["token ids"]
+    if list(tokens.values()) != found["ids of the configuration"]:
+        raise ValueError(f"the tokenizer has {tokens}, the configuration {found['ids of the configuration']}")
+    if found["classes"] != [found["auto classes"].get(name) for name in ("AutoProcessor", "AutoModel")]:
+        raise ValueError(f"loaded {found['classes']}, which the configuration's auto_map does not name")
+    return {
+        **found["auto classes"],
+        "token ids": ", ".join(f"{token} {number}" for token, number in tokens.items()),
+        "size": f"{found['parameters']:,} parameters in {found['dtype']}",
+        **{f"answer to {name}": repr(answer) for name, answer in found["answers"].items()},
+    }
+
+
+def check(repo: str, revision: str | None = None) -> tuple[dict[str, str], dict]:
+    """
+    Checks a folder or a Hub id by its files, and by loading it in a fresh process.
+
+    Returns:
+        The table of what was found, and what [`ask`] returned.
+
+    Raises:
+        ValueError: naming the first thing that is wrong.
+    """
+    folder = Path(repo) if Path(repo).is_dir() else Path(snapshot_download(repo, revision=revision))
+    table = check_files(folder)
+    found = ask_in_a_fresh_process(str(folder.absolute()), None, dict(os.environ))
+    return table | check_answers(found), found
+
+
+def push(folder: str, repo: str, *, revision: str | None = None, pr: bool = False, public: bool = False):
+    """
+    Checks a folder, writes the answers of its examples into its card, and uploads it in one commit. What the Hub
+    already has of an interrupted push is not sent again.
+
+    Returns:
+        `huggingface_hub.CommitInfo`.
+
+    Raises:
+        ValueError: if `check` refuses the folder.
+    """
+    folder = Path(folder)
+    _, found = check(str(folder))
+    card = ModelCard.load(folder / "README.md")
+    for widget in card.data.widget:
+        widget["output"] = {"text": found["answers"][widget["src"]]}
+    first = "from transformers import AutoModel, AutoProcessor\n"
+    card.text = re.sub(rf'{first}(REPO = ".*"\n)?', f'{first}REPO = "{repo}"\n', card.text)
+    card.save(folder / "README.md")
+    write_checksums(folder, {name: sum for name, sum in read_checksums(folder).items() if name != "README.md"})
+
+    api = HfApi()
+    api.create_repo(repo, private=not public, exist_ok=True)
+    card.validate()
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
+        commit_message=f"Upload qwen2-audio-vl: {found['parameters']:,} parameters in {found['dtype']}",
+        revision=revision,
+        create_pr=pr,
+        ignore_patterns=[".cache/*"],
+        delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.py"],  # of an earlier upload
+    )
+
+
+def smoke(repo: str, revision: str | None = None) -> dict[str, str]:
+    """
+    Pulls from the Hub into an empty cache, in a fresh process, and asks.
+
+    Raises:
+        ValueError: if it does not load or answer, or if a file that came is not the one that was built.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_CACHE"}
+        environment["HF_HOME"] = cache
+        if token := get_token():  # it may lie in the home that is left behind
+            environment["HF_TOKEN"] = token
+        found = ask_in_a_fresh_process(repo, revision, environment)
+        hub = str(Path(cache) / "hub")
+        folder = Path(hf_hub_download(repo, CHECKSUMS, revision=found["commit"], cache_dir=hub)).parent
+        check_content(folder, read_checksums(folder))
+    return {"commit": found["commit"], **check_answers(found)}
+
+
+COMMANDS = {"build": build, "check": check, "push": push, "smoke": smoke, "ask": ask}
+
+
 def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="base weights -> repository folder")
-    command.add_argument("--base", required=True, metavar="DIR_OR_ID", help="Qwen2-VL checkpoint")
+    command.add_argument("--base", required=True, metavar="DIR_OR_ID", help="Qwen2-VL checkpoint, or ID@REVISION")
     command.add_argument("--audio-encoder", required=True, metavar="DIR_OR_ID", help="Whisper checkpoint")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
-    command.add_argument("--seed", type=int, default=0, help="of the untrained projector (default: 0)")
-    options = parser.parse_args(arguments)
+    command.add_argument("--projector", metavar="FILE", help="trained audio_projector.weight, safetensors or .pt")
+    command.add_argument("--adapter", metavar="DIR_OR_ID", help="trained checkpoint of the whole model")
+    command.add_argument("--seed", type=int, default=0, help="of an untrained projector (default: 0)")
+    for name, help in (
+        ("check", "does a folder or Hub id load, answer, and hold what it should"),
+        ("smoke", "pull from the Hub into an empty cache, and ask one question"),
+        ("ask", "what check and smoke run in a fresh process; prints JSON"),
+    ):
+        command = commands.add_parser(name, help=help)
+        command.add_argument("repo", metavar="REPO")
+        command.add_argument("--revision", help="branch, tag or commit of the Hub")
+    command = commands.add_parser("push", help="check, then upload in one commit")
+    command.add_argument("folder", metavar="DIR")
+    command.add_argument("repo", metavar="REPO")
+    command.add_argument("--revision", help="branch to commit to; made if it is not there")
+    command.add_argument("--pr", action="store_true", help="open a pull request instead of committing")
+    command.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+    options = vars(parser.parse_args(arguments))
+    name = options.pop("command")
     try:
-        folder = build(options.base, options.audio_encoder, options.output, options.seed)
-    except ValueError as error:
-        parser.exit(1, f"upload.py {options.command}: {error}\n")
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder} is ready: {size / 1e9:.2f} GB. Its projector is random: train it before you ask it about sound.")
+        result = COMMANDS[name](**options)
+    except (ValueError, OSError, HfHubHTTPError) as error:
+        parser.exit(1, f"upload.py {name}: {error}\n")
+    if name == "build":
+        size = sum((result / file).stat().st_size for file in files_of(result))
+        print(f"{options['output']} is ready: {size / 1e9:.2f} GB.")
+    elif name == "push":
+        print(f"{result.pr_url or result.commit_url}\ncommit {result.oid}")
+    elif name == "ask":
+        print(json.dumps(result))
+    else:
+        table = result[0] if name == "check" else result
+        print("\n".join(f"{topic:<30} {what}" for topic, what in table.items()))
 
 
 if __name__ == "__main__":

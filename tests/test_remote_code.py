@@ -96,3 +96,41 @@ def test_saved_model_brings_its_code(start, tmp_path):
     assert (tmp_path / "saved" / "processing_qwen2_audio_vl.py").is_file()
     moved = (tmp_path / "saved").rename(tmp_path / "moved")
     assert answer(start(USE.replace("REPO", repr(str(moved))))) == answer(start(USE))
+
+
+def test_importing_the_code_touches_nothing(start):
+    """What Python itself is told of by its audit hooks: no socket, no process, no file opened to write."""
+    code = """
+        import importlib, os, sys, types
+        sys.dont_write_bytecode = True
+        package = types.ModuleType("remote")
+        package.__path__ = [REPO]
+        sys.modules["remote"] = package
+        names = ["configuration_qwen2_audio_vl", "audio_utils", "processing_qwen2_audio_vl", "modeling_qwen2_audio_vl"]
+
+        def load():
+            for name in names:
+                importlib.import_module(f"remote.{name}")
+
+        load()  # what the libraries do when they are loaded themselves is not ours
+        for name in names:
+            del sys.modules[f"remote.{name}"]
+        seen, opened = [], []
+
+        def hook(event, arguments):
+            if event == "open":
+                path, mode, flags = arguments
+                opened.append(str(path))
+                if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                    seen.append((event, path, mode))
+            elif event.startswith(("socket.", "subprocess.", "os.", "shutil.", "ctypes.", "urllib.")):
+                if event not in ("os.listdir", "os.scandir"):
+                    seen.append((event, arguments))
+
+        sys.addaudithook(hook)
+        load()
+        assert any("modeling_qwen2_audio_vl" in path for path in opened)
+        assert not seen, seen
+        print("TOKENS none")
+    """
+    assert answer(start(code)) == "TOKENS none"

@@ -1,14 +1,20 @@
 """Base weights -> repository folder, as `upload.py build` makes it."""
 
+import collections
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import audio, image, text
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, Qwen2VLForConditionalGeneration, WhisperForConditionalGeneration
 
@@ -31,14 +37,17 @@ def copy_base(folder: Path, target: Path, change_names=lambda name: name, drop=(
 
 
 def test_folder_holds_all_that_a_user_loads(repo):
-    assert {path.name for path in repo.iterdir()} == {
+    assert set(upload.files_of(repo)) == {
         ".gitattributes",
         "LICENSE",
         "README.md",
+        "SHA256SUMS",
         "audio_utils.py",
         "chat_template.jinja",
         "config.json",
         "configuration_qwen2_audio_vl.py",
+        "examples/photo.png",
+        "examples/speech.mp3",
         "generation_config.json",
         "model.safetensors",
         "modeling_qwen2_audio_vl.py",
@@ -48,8 +57,14 @@ def test_folder_holds_all_that_a_user_loads(repo):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    for name in (*upload.CODE_FILES, *upload.SHIPPED_FILES, "chat_template.jinja"):
-        assert (repo / name).read_bytes() == (upload.HERE / name).read_bytes()
+    for name, source in [(name, name) for name in (*upload.CODE_FILES, "chat_template.jinja")] + [
+        *upload.SHIPPED_FILES.items()
+    ]:
+        assert (repo / name).read_bytes() == (upload.HERE / source).read_bytes()
+    sums = [line.split("  ") for line in (repo / "SHA256SUMS").read_text().splitlines()]
+    assert {name for _, name in sums} == set(upload.files_of(repo)) - {"SHA256SUMS"}
+    for checksum, name in sums:
+        assert hashlib.sha256((repo / name).read_bytes()).hexdigest() == checksum
 
 
 def test_weights_are_those_of_the_bases(repo, bases):
@@ -91,13 +106,34 @@ def test_current_tensor_names_give_the_same_folder(bases, repo, tmp_path):
 
 def test_hub_ids(bases, repo, tmp_path):
     """Read from the cache of the Hub's client here, as there is no network; a download fills the same cache."""
-    for name in ("qwen2_vl", "whisper"):
+    commits = {"qwen2_vl": "1" * 40, "whisper": "2" * 40}
+    for name, commit in commits.items():
         cached = Path(os.environ["HF_HOME"]) / "hub" / f"models--someone--{name}"
         (cached / "refs").mkdir(parents=True)
-        (cached / "refs" / "main").write_text("0" * 40)
-        shutil.copytree(bases[name], cached / "snapshots" / ("0" * 40))
+        (cached / "refs" / "main").write_text(commit)
+        shutil.copytree(bases[name], cached / "snapshots" / commit)
     built = upload.build("someone/qwen2_vl", "someone/whisper", tmp_path / "out")
     assert (built / "model.safetensors").read_bytes() == (repo / "model.safetensors").read_bytes()
+    card = ModelCard.load(built / "README.md")
+    assert card.data.base_model == ["someone/qwen2_vl", "someone/whisper"]
+    assert card.data.base_model_relation == "merge"
+    assert f"- base: someone/qwen2_vl at commit `{'1' * 40}`" in card.text
+    with pytest.raises(ValueError, match="Qwen2-VL checkpoint"):
+        upload.build(f"someone/whisper@{commits['whisper']}", "someone/whisper", tmp_path / "other")
+
+
+def test_card(repo):
+    card = ModelCard.load(repo / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "any-to-any"
+    assert card.data.license == "apache-2.0" and "custom_code" in card.data.tags
+    assert [widget["src"] for widget in card.data.widget] == list(upload.EXAMPLES)
+    first_lines = card.text.strip().splitlines()[:3]
+    assert first_lines[0] == "# qwen2-audio-vl" and "untrained" in first_lines[2]
+    assert re.search(r"\n- [0-9,]{10} parameters in float32, 0.08 GB\n", card.text)
+    for section in ("What it takes", "Limits", "Training", "Files", "Licence", "Citation"):
+        assert f"\n## {section}\n" in card.text
+    for word in ("make test", "development", "facts of the build", "benchmarks/", "upload.py push"):
+        assert word not in card.text
 
 
 def test_tied_embeddings(bases, tmp_path):
@@ -131,6 +167,227 @@ def test_seed_decides_the_projector(bases, tmp_path):
     assert torch.equal(projectors[0], projectors[1]) and not torch.equal(projectors[0], projectors[2])
 
 
+@pytest.mark.parametrize("chunk", [24, 1000, 2**24])
+def test_weights_do_not_depend_on_the_chunks_they_are_copied_in(chunk, bases, tmp_path, monkeypatch):
+    """Rows of the markers lie across chunks, and float32 becomes bfloat16."""
+    base = tmp_path / "base"
+    shutil.copytree(bases["qwen2_vl"], base)
+    settings = json.loads((base / "config.json").read_text())
+    settings["dtype"] = settings["text_config"]["dtype"] = "bfloat16"
+    (base / "config.json").write_text(json.dumps(settings))
+    embeddings = load(base)["model.embed_tokens.weight"][151_600:151_700].clone()
+    tensors = load(base) | {"model.embed_tokens.weight": embeddings}
+    save_file(tensors, base / "model.safetensors")
+    plan = {tensor.name: tensor for tensor in upload.stored_tensors(base)}
+    monkeypatch.setattr(upload, "CHUNK", chunk)
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "visual.patch_embed.proj.weight"):
+        for dtype in (torch.float32, torch.bfloat16):
+            content = b"".join(upload.read_bytes(plan[name], dtype))
+            assert content == tensors[name].to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+    row = b"".join(upload.read_bytes(plan["model.embed_tokens.weight"], torch.float32, slice(3, 4)))
+    chunks = upload.replace_rows(upload.read_bytes(plan["model.embed_tokens.weight"], torch.float32), {7: row, 9: row})
+    embeddings[7] = embeddings[9] = embeddings[3]
+    assert b"".join(chunks) == embeddings.numpy().tobytes()
+
+
+def test_trained_projector(bases, tmp_path):
+    trained = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
+    save_file({"audio_projector.weight": trained}, tmp_path / "projector.safetensors")
+    torch.save({"model.audio_projector.weight": trained}, tmp_path / "projector.pt")
+    parts = bases["qwen2_vl"], bases["whisper"]
+    for name in ("projector.safetensors", "projector.pt"):
+        built = upload.build(*parts, tmp_path / f"with-{name}", projector=tmp_path / name)
+        assert torch.equal(load(built)[upload.PROJECTOR], trained)
+        card = (built / "README.md").read_text()
+        assert "The projector is trained." in card and "untrained" not in card
+
+
+def test_wrong_projectors_are_refused(bases, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "evil"),))
+
+    save_file({"audio_projector.weight": torch.zeros(64, 32)}, tmp_path / "shape.safetensors")
+    save_file({"projector.weight": torch.zeros(64, 64)}, tmp_path / "name.safetensors")
+    save_file(
+        {n: torch.zeros(2) for n in ("audio_projector.weight", "audio_projector.bias")}, tmp_path / "two.safetensors"
+    )
+    torch.save({"audio_projector.weight": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for name, message in (
+        ("shape.safetensors", r"misshapen: model.audio_projector.weight is \(64, 32\), the model's is \(64, 64\)"),
+        ("name.safetensors", "holds projector.weight; expected audio_projector.weight alone"),
+        ("two.safetensors", "holds model.audio_projector.bias, model.audio_projector.weight; expected"),
+        ("evil.pt", "is no file of tensors by name"),
+        ("text.safetensors", "is no file of tensors by name"),
+        ("missing.pt", "is no file of tensors by name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            upload.build(bases["qwen2_vl"], bases["whisper"], tmp_path / "out", projector=tmp_path / name)
+        assert not (tmp_path / "out").exists() and not (tmp_path / "evil").exists()
+
+
+def test_trained_checkpoint_of_the_first_layout(bases, repo, tmp_path, ask, sound, photo):
+    """Weights under the names that were published first give the same logits, their markers' rows included."""
+    generator = torch.Generator().manual_seed(6)
+    tensors = {
+        name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator) for name, tensor in load(repo).items()
+    }
+    first = {}
+    for name, tensor in tensors.items():
+        for now, then in (
+            ("model.visual.", "visual."),
+            ("model.language_model.", "model."),
+            ("model.audio_encoder.", "audio_encoder."),
+            ("model.audio_projector.", "audio_projector."),
+        ):
+            if name.startswith(now):
+                name = then + name.removeprefix(now)
+                break
+        first[name] = tensor
+    (tmp_path / "first").mkdir()
+    save_file(first, tmp_path / "first" / "model.safetensors")
+    built = upload.build(bases["qwen2_vl"], bases["whisper"], tmp_path / "out", adapter=tmp_path / "first")
+    after = load(built)
+    assert after.keys() == tensors.keys() and all(torch.equal(after[name], tensors[name]) for name in after)
+
+    before = AutoModel.from_pretrained(repo, trust_remote_code=True)
+    before.load_state_dict(tensors)
+    inputs = ask(image(str(photo)), audio(sound(0.5)), text("?"))
+    with torch.no_grad():
+        now = AutoModel.from_pretrained(built, trust_remote_code=True)
+        assert torch.equal(before(**inputs).logits, now(**inputs).logits)
+
+    del first["audio_projector.weight"]
+    save_file(first, tmp_path / "first" / "model.safetensors")
+    with pytest.raises(ValueError, match="missing: model.audio_projector.weight"):
+        upload.build(bases["qwen2_vl"], bases["whisper"], tmp_path / "deaf", adapter=tmp_path / "first")
+
+
+def test_a_full_disk_is_seen_first(bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: collections.namedtuple("usage", "free")(10**7))
+    with pytest.raises(ValueError, match=r"needs 0.1 GB, but its disk has 0.0 GB free"):
+        upload.build(bases["qwen2_vl"], bases["whisper"], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_cut_short_are_refused(bases, tmp_path):
+    for size in (0, 5, 1000, 10**6):
+        base = copy_base(bases["qwen2_vl"], tmp_path / str(size))
+        os.truncate(base / "model.safetensors", size)
+        with pytest.raises(ValueError, match="cut short"):
+            upload.build(base, bases["whisper"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path):
+    """Twenty kills at random moments, and after each a run that has to give the very same folder."""
+    code = f"""
+        import os, random, shutil, signal, sys, time
+        from pathlib import Path
+        sys.path.insert(0, {str(upload.HERE)!r})
+        import torch, upload
+        torch.set_num_threads(1)
+        upload.CHUNK = 2**16
+        target = Path({str(tmp_path / "out")!r})
+
+        def build():
+            upload.build({str(bases["qwen2_vl"])!r}, {str(bases["whisper"])!r}, target)
+
+        def content():
+            return {{name: (target / name).read_bytes() for name in upload.files_of(target)}}
+
+        start = time.monotonic()
+        build()
+        took, expected = time.monotonic() - start, content()
+        generator, early, writing = random.Random(0), 0, 0
+        for _ in range(20):
+            shutil.rmtree(target)
+            child = os.fork()
+            if not child:
+                build()
+                os._exit(0)
+            time.sleep(generator.uniform(0, took))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            early += not target.exists()
+            writing += (target.parent / ".out.unfinished").exists()
+            if target.exists():
+                assert content() == expected
+            else:
+                build()
+            assert content() == expected and [path.name for path in target.parent.iterdir()] == ["out"]
+        print(early, writing)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    early, writing = map(int, done.stdout.split())
+    assert early >= 10 and writing >= 3
+    assert (tmp_path / "out" / "SHA256SUMS").read_bytes() == (repo / "SHA256SUMS").read_bytes()
+
+
+def test_check_refuses_what_must_not_be_published(repo, tmp_path):
+    """By files alone, so nothing is loaded."""
+
+    def damaged(change) -> Path:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(repo, tmp_path / "copy")
+        change(tmp_path / "copy")
+        return tmp_path / "copy"
+
+    def flip(name):
+        def change(folder):
+            content = bytearray((folder / name).read_bytes())
+            content[len(content) // 2] ^= 1
+            (folder / name).write_bytes(content)
+
+        return change
+
+    def lose_a_tensor(folder):
+        tensors = load(folder)
+        del tensors["model.language_model.norm.weight"]
+        save_file(tensors, folder / "model.safetensors")
+        upload.write_checksums(folder, {})
+
+    def change_card(old, new):
+        def change(folder):
+            card = folder / "README.md"
+            card.write_text(card.read_text().replace(old, new))
+            upload.write_checksums(folder, {})
+
+        return change
+
+    for change, message in (
+        (lambda folder: (folder / "model.bin").touch(), "unexpected files: model.bin .* never pickle"),
+        (lambda folder: (folder / "notes.txt").touch(), "unexpected files: notes.txt"),
+        (lambda folder: (folder / "audio_utils.py").unlink(), "missing files: audio_utils.py"),
+        (lambda folder: (folder / "LICENSE").unlink(), "differ in LICENSE"),
+        (flip("model.safetensors"), "content of model.safetensors is not what SHA256SUMS says"),
+        (flip("modeling_qwen2_audio_vl.py"), "content of modeling_qwen2_audio_vl.py"),
+        (lose_a_tensor, "missing: model.language_model.norm.weight"),
+        (change_card("license: apache-2.0", "licence: apache-2.0"), "README.md has no license"),
+        (change_card("examples/photo.png", "examples/other.png"), "shows examples/other.png, which is not there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            upload.check_files(damaged(change))
+    assert upload.check_files(damaged(lambda folder: None))["weights"] == "96 tensors, names and shapes are the model's"
+
+
+def test_check_tells_by_its_exit_code(repo, tmp_path):
+    """A folder whose code does not load: its files alone look right."""
+    shutil.copytree(repo, tmp_path / "broken")
+    with (tmp_path / "broken" / "processing_qwen2_audio_vl.py").open("a") as file:
+        file.write("\nraise RuntimeError('broken code')\n")
+    upload.write_checksums(tmp_path / "broken", {})
+    command = [sys.executable, upload.HERE / "upload.py", "check"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    good, bad = (subprocess.Popen([*command, folder], **pipes) for folder in (repo, tmp_path / "broken"))
+    output, _ = good.communicate(timeout=300)
+    assert good.returncode == 0 and "answer to sound and picture" in output
+    _, errors = bad.communicate(timeout=300)
+    assert bad.returncode == 1 and "does not load or answer" in errors and "broken code" in errors
+
+
 def test_wrong_parts_are_refused_before_anything_is_written(bases, tmp_path):
     norm = "model.norm.weight"
     missing = copy_base(bases["qwen2_vl"], tmp_path / "missing", drop=(norm,))
@@ -140,7 +397,7 @@ def test_wrong_parts_are_refused_before_anything_is_written(bases, tmp_path):
     (extractor / "preprocessor_config.json").write_text(json.dumps(settings | {"feature_size": 80}))
     for base, encoder, message in (
         (missing, bases["whisper"], "missing: model.language_model.norm.weight"),
-        (extra, bases["whisper"], r"unexpected: model.other \(from model.other\)"),
+        (extra, bases["whisper"], r"unexpected: model.other \(there as model.other\)"),
         (bases["qwen2_vl"], extractor, "feature_size is 80, but the model's num_mel_bins is 128"),
         (bases["whisper"], bases["whisper"], "Qwen2-VL checkpoint"),
     ):

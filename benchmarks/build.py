@@ -1,0 +1,99 @@
+"""
+What `upload.py build` costs at real size: peak memory, and time beside `cp` of the same bytes on the same disk. The
+base checkpoints have the real names and sizes, but no content: sparse files, which both read as zeros and write in full.
+
+    python -m benchmarks.build --folder DIR_WITH_40_GB_FREE
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, Qwen2VLForConditionalGeneration, WhisperForConditionalGeneration
+
+from demo.bases import ASSETS
+from upload import BASE_NAMES, HERE, rename
+
+
+def write_sparse(folder: Path, tensors: dict[str, torch.Tensor], shard_of: dict[str, str], dtype: str):
+    """Safetensors files of 16 bit tensors whose data the disk does not hold."""
+    shards = defaultdict(dict)
+    for name, tensor in tensors.items():
+        shard, size = shards[shard_of[name]], 2 * tensor.numel()
+        start = max((entry["data_offsets"][1] for entry in shard.values()), default=0)
+        shard[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, start + size]}
+    for file, header in shards.items():
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as output:
+            output.write(len(text).to_bytes(8, "little") + text)
+            output.truncate(8 + len(text) + max(entry["data_offsets"][1] for entry in header.values()))
+
+
+def make_base(folder: Path, size: str) -> Path:
+    shutil.copytree(ASSETS / "qwen2-vl-7b", folder)
+    shutil.copyfile(ASSETS / f"qwen2-vl-{size}" / "config.json", folder / "config.json")
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        tensors = Qwen2VLForConditionalGeneration(config).state_dict()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    published = {rename(name, BASE_NAMES): name for name in index}
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+        (folder / "model.safetensors.index.json").unlink()
+        index = dict.fromkeys(map(published.get, tensors), "model.safetensors")
+    write_sparse(folder, {published[name]: tensor for name, tensor in tensors.items()}, index, "BF16")
+    return folder
+
+
+def make_encoder(folder: Path) -> Path:
+    shutil.copytree(ASSETS / "whisper-large-v3-turbo", folder)
+    with torch.device("meta"):
+        tensors = WhisperForConditionalGeneration(AutoConfig.from_pretrained(folder)).state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.encoder.")}
+    write_sparse(folder, tensors, dict.fromkeys(tensors, "model.safetensors"), "F16")
+    return folder
+
+
+def timed(command: list, folder: Path) -> float:
+    """Seconds until the bytes are on the disk, which is emptied again."""
+    os.sync()
+    start = time.perf_counter()
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    os.sync()
+    seconds = time.perf_counter() - start
+    shutil.rmtree(folder)
+    return seconds
+
+
+def bench(size: str, folder: Path) -> str:
+    base, encoder = make_base(folder / "base", size), make_encoder(folder / "encoder")
+    total = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
+    command = [sys.executable, HERE / "upload.py", "build", "--base", base, "--audio-encoder", encoder]
+    build = timed([*command, "--output", folder / "built"], folder / "built")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    (folder / "copy").mkdir()
+    copy = timed(["cp", "--recursive", "--sparse=never", base, encoder, folder / "copy"], folder / "copy")
+    return f"| {size} | {total / 1e9:.1f} GB | {build:.0f} s | {copy:.0f} s | {build / copy:.2f} | {peak:.2f} GiB |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="on the disk to measure (default: the temporary folder)")
+    options = parser.parse_args()
+    print("| Qwen2-VL | bytes | `upload.py build` | `cp` | times as long | peak memory |\n|---|---|---|---|---|---|")
+    for size in ("2b", "7b"):
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            print(bench(size, Path(folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
