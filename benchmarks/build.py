@@ -1,6 +1,7 @@
 """
 What `upload.py build` costs at real size: peak memory, and time beside `cp` of the same bytes on the same disk. The
-base checkpoints have the real names and sizes, but no content: sparse files, which both read as zeros and write in full.
+base checkpoints have the real names and sizes and noise for content; with `--sparse` they are files of holes, which
+take no space but which `cp` does not even read.
 
     python -m benchmarks.build --folder DIR_WITH_40_GB_FREE
 """
@@ -24,8 +25,11 @@ from demo.bases import ASSETS
 from upload import BASE_NAMES, HERE, rename
 
 
-def write_sparse(folder: Path, tensors: dict[str, torch.Tensor], shard_of: dict[str, str], dtype: str):
-    """Safetensors files of 16 bit tensors whose data the disk does not hold."""
+NOISE = os.urandom(2**22)
+
+
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor], shard_of: dict[str, str], dtype: str, sparse: bool):
+    """Safetensors files of 16 bit tensors."""
     shards = defaultdict(dict)
     for name, tensor in tensors.items():
         shard, size = shards[shard_of[name]], 2 * tensor.numel()
@@ -33,12 +37,17 @@ def write_sparse(folder: Path, tensors: dict[str, torch.Tensor], shard_of: dict[
         shard[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, start + size]}
     for file, header in shards.items():
         text = json.dumps(header).encode()
+        size = max(entry["data_offsets"][1] for entry in header.values())
         with (folder / file).open("wb") as output:
             output.write(len(text).to_bytes(8, "little") + text)
-            output.truncate(8 + len(text) + max(entry["data_offsets"][1] for entry in header.values()))
+            if sparse:
+                output.truncate(8 + len(text) + size)
+            else:
+                for start in range(0, size, len(NOISE)):
+                    output.write(NOISE[: size - start])
 
 
-def make_base(folder: Path, size: str) -> Path:
+def make_base(folder: Path, size: str, sparse: bool) -> Path:
     shutil.copytree(ASSETS / "qwen2-vl-7b", folder)
     shutil.copyfile(ASSETS / f"qwen2-vl-{size}" / "config.json", folder / "config.json")
     config = AutoConfig.from_pretrained(folder)
@@ -50,16 +59,16 @@ def make_base(folder: Path, size: str) -> Path:
         del tensors["lm_head.weight"]
         (folder / "model.safetensors.index.json").unlink()
         index = dict.fromkeys(map(published.get, tensors), "model.safetensors")
-    write_sparse(folder, {published[name]: tensor for name, tensor in tensors.items()}, index, "BF16")
+    write_shards(folder, {published[name]: tensor for name, tensor in tensors.items()}, index, "BF16", sparse)
     return folder
 
 
-def make_encoder(folder: Path) -> Path:
+def make_encoder(folder: Path, sparse: bool) -> Path:
     shutil.copytree(ASSETS / "whisper-large-v3-turbo", folder)
     with torch.device("meta"):
         tensors = WhisperForConditionalGeneration(AutoConfig.from_pretrained(folder)).state_dict()
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.encoder.")}
-    write_sparse(folder, tensors, dict.fromkeys(tensors, "model.safetensors"), "F16")
+    write_shards(folder, tensors, dict.fromkeys(tensors, "model.safetensors"), "F16", sparse)
     return folder
 
 
@@ -74,8 +83,8 @@ def timed(command: list, folder: Path) -> float:
     return seconds
 
 
-def bench(size: str, folder: Path) -> str:
-    base, encoder = make_base(folder / "base", size), make_encoder(folder / "encoder")
+def bench(size: str, folder: Path, sparse: bool) -> str:
+    base, encoder = make_base(folder / "base", size, sparse), make_encoder(folder / "encoder", sparse)
     total = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
     command = [sys.executable, HERE / "upload.py", "build", "--base", base, "--audio-encoder", encoder]
     build = timed([*command, "--output", folder / "built"], folder / "built")
@@ -88,11 +97,12 @@ def bench(size: str, folder: Path) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="on the disk to measure (default: the temporary folder)")
+    parser.add_argument("--sparse", action="store_true", help="base files of holes")
     options = parser.parse_args()
     print("| Qwen2-VL | bytes | `upload.py build` | `cp` | times as long | peak memory |\n|---|---|---|---|---|---|")
     for size in ("2b", "7b"):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            print(bench(size, Path(folder)), flush=True)
+            print(bench(size, Path(folder), options.sparse), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,234 @@
+"""From a built folder to the Hub and back over HTTP, with the real client, new processes and empty caches."""
+
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from hub import LocalHub
+
+import upload
+
+
+ID = "someone/qwen2-audio-vl"
+LOAD = """
+    import sys
+    from transformers import AutoModel, AutoProcessor
+    name, pins = sys.argv[1], {} if sys.argv[2] == "main" else {"revision": sys.argv[2]}
+    pins |= {"code_revision": sys.argv[3]} if len(sys.argv) > 3 else {}
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True, **pins)
+    model = AutoModel.from_pretrained(name, trust_remote_code=True, **pins)
+    inputs = processor(text="<|vision_start|>What?", return_tensors="pt")
+    print("TOKENS", model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist())
+    print("VERSION", getattr(sys.modules[type(processor).__module__], "VERSION", None))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def folder(repo, tmp_path_factory):
+    """A folder that push may change."""
+    return Path(shutil.copytree(repo, tmp_path_factory.mktemp("pushed") / "folder"))
+
+
+@pytest.fixture
+def upload_py(hub, tmp_path):
+    """Runs a command of upload.py as a user of the local Hub does."""
+
+    def run(*arguments, token: str | None = hub.token) -> subprocess.CompletedProcess:
+        command = [sys.executable, upload.HERE / "upload.py", *map(str, arguments)]
+        environment = hub.environment(tmp_path / "home", token)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture
+def load(hub, tmp_path):
+    """Starts a process with a cache of its own that loads from the local Hub."""
+
+    def start(*arguments, cache: str = "cache", token: str | None = hub.token) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(LOAD), *arguments],
+            env=hub.environment(tmp_path / cache, token),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def tokens(process: subprocess.Popen) -> str:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return next(line for line in output.splitlines() if line.startswith("TOKENS"))
+
+
+@pytest.fixture(scope="module")
+def commit(hub, folder, tmp_path_factory):
+    """The first push, after one that ended in the middle of the weights."""
+    command = [sys.executable, upload.HERE / "upload.py", "push", folder, ID]
+    arguments = {
+        "env": hub.environment(tmp_path_factory.mktemp("home"), hub.token),
+        "capture_output": True,
+        "text": True,
+    }
+    hub.cut_upload_after, hub.refuse_uploads = 10**6, True
+    cut = subprocess.run(command, **arguments)
+    hub.refuse_uploads = False
+    repository = hub.repository(ID)
+    assert (
+        cut.returncode == 1
+        and len(repository.history()) == 1
+        and "model.safetensors" not in repository.resolve("main")["files"]
+    )
+
+    done = subprocess.run(command, **arguments)
+    assert done.returncode == 0, done.stderr
+    url, commit = done.stdout.strip().splitlines()[-2:]
+    assert url == f"{hub.url}/{ID}/commit/{commit.removeprefix('commit ')}"
+    for output in (cut.stdout, cut.stderr, done.stdout, done.stderr):
+        assert hub.token not in output
+    return commit.removeprefix("commit ")
+
+
+def test_push_makes_one_commit_of_all_files(hub, folder, commit):
+    repository = hub.repository(ID)
+    pushed, first = repository.history()
+    assert repository.private and pushed["id"] == commit and first["message"] == "initial commit"
+    assert re.fullmatch(r"Upload qwen2-audio-vl: [0-9,]+ parameters in float32", pushed["message"])
+    assert sorted(pushed["files"]) == upload.files_of(folder)
+    assert all(repository.read(name) == (folder / name).read_bytes() for name in pushed["files"])
+    upload.check_content(folder, upload.read_checksums(folder))
+
+
+def test_the_card_shows_what_the_model_answered(hub, commit):
+    card = upload.ModelCard(hub.repository(ID).read("README.md").decode())
+    assert all(isinstance(widget["output"]["text"], str) for widget in card.data.widget)
+    assert f'REPO = "{ID}"\nprocessor = ' in card.text
+
+
+def test_the_hubs_own_validation_takes_the_card(hub, folder, commit, tmp_path):
+    code = "import sys; from huggingface_hub import ModelCard; ModelCard.load(sys.argv[1]).validate()"
+    environment = hub.environment(tmp_path, hub.token)
+    if huggingface_hub.__version__ < "2":
+        pytest.skip("huggingface_hub 1 validates at huggingface.co alone")
+    subprocess.run([sys.executable, "-c", code, folder / "README.md"], env=environment, check=True)
+
+
+def test_new_process_with_an_empty_cache_loads_the_commit(load, commit, repo):
+    assert tokens(load(ID, commit)) == tokens(load(str(repo), "main", cache="other"))
+
+
+def test_smoke(upload_py, commit):
+    done = upload_py("smoke", ID)
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert rows["commit"] == commit and "answer to sound and picture" in rows
+    assert upload_py("check", ID, "--revision", commit).returncode == 0
+
+
+def test_a_download_that_is_not_what_was_built(hub, upload_py, commit):
+    """The Hub's client sees that a file is too short, but not that it holds something else."""
+    hub.corrupt = "model.safetensors"
+    corrupt = upload_py("smoke", ID)
+    hub.corrupt, hub.truncate = None, "model.safetensors"
+    short = upload_py("smoke", ID)
+    hub.truncate = None
+    assert corrupt.returncode == 1 and "content of model.safetensors is not what SHA256SUMS says" in corrupt.stderr
+    assert short.returncode == 1 and "does not load or answer" in short.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, token, message",
+    [
+        ((ID, "main"), None, "not a valid model identifier|RepositoryNotFound|private or gated|401"),
+        ((ID, "0" * 40), "hf_secret", "not a valid git identifier|RevisionNotFound|Invalid rev id"),
+        (("someone/nothing", "main"), "hf_secret", "not a valid model identifier|RepositoryNotFound"),
+    ],
+)
+def test_what_is_not_there_is_said(arguments, token, message, load, commit):
+    process = load(*arguments, token=token)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and re.search(message, errors), errors
+
+
+def test_two_processes_load_into_one_cache_at_once(load, commit):
+    first, second = load(ID, commit), load(ID, commit)
+    assert tokens(first) == tokens(second)
+
+
+def test_a_changed_folder_is_pushed_to_branches_and_pull_requests(hub, folder, commit, upload_py, load, tmp_path):
+    """Code and weights are pinned apart: `code_revision` gives the weights of one commit the code of another."""
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    with (changed / "processing_qwen2_audio_vl.py").open("a") as file:
+        file.write('\nVERSION = "changed"\n')
+    refused = upload_py("push", changed, ID)
+    assert refused.returncode == 1 and "content of processing_qwen2_audio_vl.py is not what" in refused.stderr
+    assert hub.repository(ID).refs == {"main": commit}
+
+    upload.write_checksums(changed, {})
+    branch = upload_py("push", changed, ID, "--revision", "next")
+    assert branch.returncode == 0, branch.stderr
+    repository = hub.repository(ID)
+    newer = repository.refs["next"]
+    assert repository.refs["main"] == commit and repository.history("next")[1]["id"] == commit
+    pull = upload_py("push", changed, ID, "--pr")
+    assert pull.returncode == 0 and f"{ID}/discussions/1" in pull.stdout and "refs/pr/1" in repository.refs
+
+    for revision, pins, version in ((commit, (), None), (newer, (), "changed"), (commit, (newer,), "changed")):
+        output, errors = load(ID, revision, *pins).communicate(timeout=300)
+        assert f"VERSION {version}" in output, errors
+
+
+def test_files_of_an_earlier_push_go(hub, folder, commit, upload_py):
+    """Weights in other shards than before must not stay beside the new ones."""
+    repository = hub.repository(ID)
+    stale = {
+        "key": "lfsFile",
+        "value": {
+            "path": "model-00001-of-00002.safetensors",
+            "oid": repository.resolve("main")["files"]["model.safetensors"]["sha256"],
+        },
+    }
+    kept = {"key": "file", "value": {"path": "notes.txt", "content": ""}}
+    repository.commit("main", {"summary": "by hand"}, [stale, kept], create_pr=False)
+    assert upload_py("push", folder, ID).returncode == 0
+    assert sorted(repository.resolve("main")["files"]) == sorted([*upload.files_of(folder), "notes.txt"])
+
+
+def test_build_from_the_hub_names_its_commits(hub, bases, upload_py, tmp_path):
+    commits = []
+    for name in ("qwen2_vl", "whisper"):
+        code = """
+            import sys
+            from huggingface_hub import HfApi
+            HfApi().create_repo(sys.argv[1])
+            print(HfApi().upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2]).oid)
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), f"someone/{name}", bases[name]],
+            env=hub.environment(tmp_path / "home", hub.token),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        commits.append(done.stdout.split()[-1])
+    base, encoder = f"someone/qwen2_vl@{commits[0]}", "someone/whisper"
+    done = upload_py("build", "--base", base, "--audio-encoder", encoder, "--output", tmp_path / "built")
+    assert done.returncode == 0, done.stderr
+    card = upload.ModelCard.load(tmp_path / "built" / "README.md")
+    assert card.data.base_model == ["someone/qwen2_vl", "someone/whisper"]
+    assert all(f"at commit `{commit}`" in card.text for commit in commits)
