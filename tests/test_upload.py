@@ -392,12 +392,16 @@ def test_wrong_parts_are_refused_before_anything_is_written(bases, tmp_path):
     norm = "model.norm.weight"
     missing = copy_base(bases["qwen2_vl"], tmp_path / "missing", drop=(norm,))
     extra = copy_base(bases["qwen2_vl"], tmp_path / "extra", lambda name: "model.other" if name == norm else name)
+    integers = copy_base(bases["qwen2_vl"], tmp_path / "integers")
+    tensors = load(integers)
+    save_file(tensors | {norm: tensors[norm].to(torch.int8)}, integers / "model.safetensors")
     extractor = copy_base(bases["whisper"], tmp_path / "extractor")
     settings = json.loads((extractor / "preprocessor_config.json").read_text())
     (extractor / "preprocessor_config.json").write_text(json.dumps(settings | {"feature_size": 80}))
     for base, encoder, message in (
         (missing, bases["whisper"], "missing: model.language_model.norm.weight"),
         (extra, bases["whisper"], r"unexpected: model.other \(there as model.other\)"),
+        (integers, bases["whisper"], "of dtype I8: model.language_model.norm.weight; expected one of F32, F16, BF16"),
         (bases["qwen2_vl"], extractor, "feature_size is 80, but the model's num_mel_bins is 128"),
         (bases["whisper"], bases["whisper"], "Qwen2-VL checkpoint"),
     ):
