@@ -42,6 +42,7 @@ SAMPLING_RATE = 16_000  # Hz, what Whisper hears
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; beyond these a file's header is broken
 SILENCE = (math.log10(1e-10) + 4.0) / 4.0  # log-mel of no power
 BLOCK = 1000  # frames transformed at a time: what lies between sound and log-mel then stays in a core's cache
+WINDOWS_AT_ONCE = {"cpu": 1}  # transformed together; an accelerator takes 32, whose padding costs it nothing
 ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
 MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
@@ -517,23 +518,27 @@ def log_mel(windows: list[torch.Tensor], feature_extractor) -> torch.Tensor:
     half, device = n_fft // 2, windows[0].device
     hann, filters = spectral_basis(feature_extractor, device)
     features = torch.empty(len(windows), len(filters), frames, device=device)
-    for window, feature in zip(windows, features, strict=True):
+    at_once = WINDOWS_AT_ONCE.get(device.type, 32)
+    for first in range(0, len(windows), at_once):
+        batch, feature = windows[first : first + at_once], features[first : first + at_once]
         # A frame is centred on its sample, with the sound mirrored at both ends; those that reach no sound are silence.
-        heard = min(frames, math.ceil((len(window) + half) / hop))
-        padding = min(feature_extractor.n_samples, heard * hop + n_fft) - len(window)
-        samples = torch.nn.functional.pad(window, (half, padding + half))
-        samples[:half] = samples[half + 1 : n_fft + 1].flip(0)
-        samples[-half:] = samples[-n_fft - 1 : -half - 1].flip(0)
-        blocks = samples.unfold(0, n_fft, hop)[:heard].split(BLOCK)
-        mel = feature[:, :heard]
-        for block, block_mel in zip(blocks, mel.split(BLOCK, dim=1), strict=True):
-            spectrum = torch.fft.rfft(block * hann)  # [frames, n_fft / 2 + 1]
+        heard = min(frames, math.ceil((max(map(len, batch)) + half) / hop))
+        length = half + min(feature_extractor.n_samples, heard * hop + n_fft) + half
+        samples = torch.zeros(len(batch), length, device=device)
+        for row, window in zip(samples, batch, strict=True):
+            row[half : half + len(window)] = window
+        samples[:, :half] = samples[:, half + 1 : n_fft + 1].flip(1)
+        samples[:, -half:] = samples[:, -n_fft - 1 : -half - 1].flip(1)
+        blocks = samples.unfold(1, n_fft, hop)[:, :heard].split(BLOCK, dim=1)
+        mel = feature[:, :, :heard]
+        for block, block_mel in zip(blocks, mel.split(BLOCK, dim=2), strict=True):
+            spectrum = torch.fft.rfft(block * hann)  # [windows, frames, n_fft / 2 + 1]
             power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-            log_power = (filters @ power.T).clamp_(min=1e-10).log10_()
+            log_power = (filters @ power.mT).clamp_(min=1e-10).log10_()
             torch.add(log_power.div_(4.0), 1.0, out=block_mel)  # (x + 4) / 4
-        floor = mel.amax() - 2.0  # 80 dB below the loudest
+        floor = mel.amax((1, 2), keepdim=True) - 2.0  # 80 dB below the loudest
         torch.maximum(mel, floor, out=mel)
-        feature[:, heard:].fill_(floor.clamp_(min=SILENCE))
+        feature[:, :, heard:] = floor.clamp_(min=SILENCE)
     return features
 
 

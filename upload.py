@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import (
+    CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
@@ -50,14 +51,10 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from configuration_qwen2_audio_vl import CODE_FILES
+
 
 HERE = Path(__file__).resolve().parent
-CODE_FILES = (
-    "configuration_qwen2_audio_vl.py",
-    "modeling_qwen2_audio_vl.py",
-    "processing_qwen2_audio_vl.py",
-    "audio_utils.py",
-)
 EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png": "assets/images/chelsea.png"}
 SHIPPED_FILES = {name: name for name in ("LICENSE", "requirements.txt", ".gitattributes")} | EXAMPLES
 CHECKSUMS = "SHA256SUMS"  # of every other file, as `sha256sum --check` reads them
@@ -603,13 +600,10 @@ def check(repo: str, revision: str | None = None) -> tuple[dict[str, str], dict]
     return table | check_answers(found), found
 
 
-def push(folder: str, repo: str, *, revision: str | None = None, pr: bool = False, public: bool = False):
+def push(folder: str, repo: str, *, revision: str | None = None, pr: bool = False, public: bool = False) -> CommitInfo:
     """
     Checks a folder, writes the answers of its examples into its card, and uploads it in one commit. What the Hub
     already has of an interrupted push is not sent again.
-
-    Returns:
-        `huggingface_hub.CommitInfo`.
 
     Raises:
         ValueError: if `check` refuses the folder.

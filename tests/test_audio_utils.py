@@ -619,6 +619,15 @@ def test_log_mel_of_extreme_clips(extractor):
     torch.testing.assert_close(log_mel(clips, extractor), expected, atol=1e-5, rtol=0)
 
 
+def test_windows_together_equal_windows_alone(extractor, monkeypatch):
+    """As an accelerator transforms them: many at once, of unequal lengths, the last batch not full."""
+    generator = torch.Generator().manual_seed(2)
+    windows = [0.1 * torch.randn(n, generator=generator) for n in (1, 480_000, 16_000, 479_900, 250_000, 480_000, 40)]
+    alone = log_mel(windows, extractor)
+    monkeypatch.setattr(audio_utils, "WINDOWS_AT_ONCE", {"cpu": 3})
+    torch.testing.assert_close(log_mel(windows, extractor), alone, atol=1e-6, rtol=0)
+
+
 def test_windows_and_tokens_follow_the_extractor():
     for seconds in (1, 8, 30):
         extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=seconds)
