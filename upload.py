@@ -594,9 +594,13 @@ def check(repo: str, revision: str | None = None) -> tuple[dict[str, str], dict]
     Raises:
         ValueError: naming the first thing that is wrong.
     """
-    folder = Path(repo) if Path(repo).is_dir() else Path(snapshot_download(repo, revision=revision))
+    if Path(repo).is_dir():
+        folder, loaded = Path(repo), (str(Path(repo).absolute()), None)
+    else:
+        folder = Path(snapshot_download(repo, revision=revision))
+        loaded = repo, folder.name  # the commit
     table = check_files(folder)
-    found = ask_in_a_fresh_process(str(folder.absolute()), None, dict(os.environ))
+    found = ask_in_a_fresh_process(*loaded, dict(os.environ))
     return table | check_answers(found), found
 
 
@@ -609,10 +613,13 @@ def push(folder: str, repo: str, *, revision: str | None = None, pr: bool = Fals
         ValueError: if `check` refuses the folder.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; `upload.py build` makes one")
     _, found = check(str(folder))
     card = ModelCard.load(folder / "README.md")
-    for widget in card.data.widget:
-        widget["output"] = {"text": found["answers"][widget["src"]]}
+    for widget in getattr(card.data, "widget", None) or []:
+        if widget.get("src") in found["answers"]:
+            widget["output"] = {"text": found["answers"][widget["src"]]}
     first = "from transformers import AutoModel, AutoProcessor\n"
     card.text = re.sub(rf'{first}(REPO = ".*"\n)?', f'{first}REPO = "{repo}"\n', card.text)
     card.save(folder / "README.md")
@@ -644,7 +651,7 @@ def smoke(repo: str, revision: str | None = None) -> dict[str, str]:
         ValueError: if it does not load or answer, or if a file that came is not the one that was built.
     """
     with tempfile.TemporaryDirectory() as cache:
-        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_CACHE"}
+        environment = {name: value for name, value in os.environ.items() if not re.fullmatch("HF_.*_CACHE", name)}
         environment["HF_HOME"] = cache
         if token := get_token():  # it may lie in the home that is left behind
             environment["HF_TOKEN"] = token

@@ -155,6 +155,8 @@ def test_smoke(upload_py, commit):
     rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
     assert rows["commit"] == commit and "answer to sound and picture" in rows
     assert upload_py("check", ID, "--revision", commit).returncode == 0
+    nowhere = upload_py("push", "nowhere", ID)
+    assert nowhere.returncode == 1 and "nowhere is no folder" in nowhere.stderr
 
 
 @local
