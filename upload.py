@@ -471,16 +471,17 @@ def ask(repo: str, revision: str | None = None) -> dict:
     def local(name: str) -> Path:
         return Path(repo) / name if Path(repo).is_dir() else Path(hf_hub_download(repo, name, revision=revision))
 
-    speech, photo = (str(local(name)) for name in EXAMPLES)
+    speech, photo = EXAMPLES
+    sound, picture = {"type": "audio", "path": str(local(speech))}, {"type": "image", "path": str(local(photo))}
     answers = {}
     for name, content in {
         "sound and picture": [
-            {"type": "image", "path": photo},
-            {"type": "audio", "path": speech},
+            picture,
+            sound,
             {"type": "text", "text": "Answer the spoken question about the photo."},
         ],
-        "examples/speech.mp3": [{"type": "audio", "path": speech}],
-        "examples/photo.png": [{"type": "image", "path": photo}, {"type": "text", "text": "What is in the photo?"}],
+        speech: [sound],
+        photo: [picture, {"type": "text", "text": "What is in the photo?"}],
     }.items():
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],

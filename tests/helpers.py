@@ -1,4 +1,8 @@
-"""Content items for messages, and the sum of the parts: what this model has to equal, from stock classes alone."""
+"""Content items for messages, code in processes of its own, and the sum of the parts that this model has to equal."""
+
+import subprocess
+import sys
+import textwrap
 
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperModel
@@ -21,6 +25,18 @@ def image(source) -> dict:
 
 def video(frames) -> dict:
     return {"type": "video", "video": frames}
+
+
+def start_python(code: str, *arguments: str, **settings) -> subprocess.Popen:
+    """Starts Python on some code, which prints a line that begins with TOKENS for [`answer`] to read."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+
+
+def answer(process: subprocess.Popen) -> str:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return next(line for line in output.splitlines() if line.startswith("TOKENS"))
 
 
 class SumOfParts:

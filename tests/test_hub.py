@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from helpers import answer, start_python
 from hub import LocalHub
 
 import upload
@@ -73,22 +74,9 @@ def load(hub, tmp_path):
     """Starts a process with a cache of its own that loads from the local Hub."""
 
     def start(*arguments, cache: str = "cache", token: str | None = hub.token) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(LOAD), *arguments],
-            env=hub.environment(tmp_path / cache, token),
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return start_python(LOAD, *arguments, env=hub.environment(tmp_path / cache, token), cwd=tmp_path)
 
     return start
-
-
-def tokens(process: subprocess.Popen) -> str:
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return next(line for line in output.splitlines() if line.startswith("TOKENS"))
 
 
 def cut_a_push(hub: LocalHub, command: list, arguments: dict):
@@ -146,7 +134,7 @@ def test_the_hubs_own_validation_takes_the_card(hub, folder, commit, tmp_path):
 
 
 def test_new_process_with_an_empty_cache_loads_the_commit(load, commit, repo):
-    assert tokens(load(ID, commit)) == tokens(load(str(repo), "main", cache="other"))
+    assert answer(load(ID, commit)) == answer(load(str(repo), "main", cache="other"))
 
 
 def test_smoke(upload_py, commit):
@@ -187,7 +175,7 @@ def test_what_is_not_there_is_said(arguments, has_token, message, hub, load, com
 
 def test_two_processes_load_into_one_cache_at_once(load, commit):
     first, second = load(ID, commit), load(ID, commit)
-    assert tokens(first) == tokens(second)
+    assert answer(first) == answer(second)
 
 
 @local

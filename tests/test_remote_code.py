@@ -2,10 +2,10 @@
 
 import os
 import subprocess
-import sys
 import textwrap
 
 import pytest
+from helpers import answer, start_python
 
 
 USE = """
@@ -29,22 +29,10 @@ def start(repo, photo, speech, tmp_path):
 
     def run(code: str, **environment) -> subprocess.Popen:
         values = f"REPO, PHOTO, SPEECH = {str(repo)!r}, {str(photo)!r}, {str(speech)!r}\n"
-        return subprocess.Popen(
-            [sys.executable, "-c", values + textwrap.dedent(code)],
-            env={**os.environ, "HF_HOME": str(tmp_path), **environment},
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        environment = {**os.environ, "HF_HOME": str(tmp_path), **environment}
+        return start_python(values + textwrap.dedent(code), env=environment, cwd=tmp_path)
 
     return run
-
-
-def answer(process: subprocess.Popen) -> str:
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return next(line for line in output.splitlines() if line.startswith("TOKENS"))
 
 
 HIDE = """
