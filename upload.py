@@ -2,6 +2,7 @@
 Base weights -> repository folder -> Hub.
 
     upload.py build --base DIR_OR_ID --audio-encoder DIR_OR_ID [--projector FILE] [--adapter DIR_OR_ID] --output DIR
+    upload.py build --checkpoint DIR_OR_ID --output DIR     a trained model: adds code, card and checksums
     upload.py check DIR_OR_ID       does it load, answer, and hold what it should
     upload.py push DIR REPO         check, then upload in one commit
     upload.py smoke REPO            what CI runs: from the Hub into an empty cache, and one question
@@ -46,6 +47,8 @@ from transformers import (
     AutoTokenizer,
     AutoVideoProcessor,
     GenerationConfig,
+    PreTrainedConfig,
+    ProcessorMixin,
     WhisperConfig,
     WhisperFeatureExtractor,
 )
@@ -68,6 +71,7 @@ AUDIO_TOKENS = ("<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>")  # in the ord
 MARKER_TEACHERS = {"<|audio_bos|>": "<|vision_start|>", "<|audio_eos|>": "<|vision_end|>"}
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 PROJECTOR = "model.audio_projector.weight"
+MARKERS = "audio_markers.weight"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
 MAX_SHARD_SIZE = "5GB"
 CHUNK = 2**22  # bytes in memory at a time
@@ -192,8 +196,8 @@ def build_processor(base: Path, encoder: Path, tokenizer, config):
     return processor
 
 
-def build_tokenizer(base: Path):
-    tokenizer = AutoTokenizer.from_pretrained(base)
+def build_tokenizer(base: Path, **kwargs):
+    tokenizer = AutoTokenizer.from_pretrained(base, **kwargs)
     added = [AddedToken(token, special=True, normalized=False) for token in AUDIO_TOKENS]
     tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
     tokenizer.padding_side = "left"  # generation continues the right end of every row
@@ -201,16 +205,18 @@ def build_tokenizer(base: Path):
     return tokenizer
 
 
-def read_projector(path: Path) -> torch.Tensor:
-    """The one tensor of a projector file: safetensors, or a `.pt` from which nothing but tensors is read."""
+def read_projector(path: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The projector, and if it is there `(2, hidden size)`, the rows of bos and eos. A `.pt` may hold tensors only."""
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         tensors = {rename(name, ADAPTER_NAMES): tensor for name, tensor in tensors.items()}
     except Exception as error:
         raise ValueError(f"{path} is no file of tensors by name: {error}") from error
-    if list(tensors) != [PROJECTOR]:
-        raise ValueError(f"{path} holds {', '.join(tensors) or 'nothing'}; expected audio_projector.weight alone.")
-    return tensors[PROJECTOR]
+    if PROJECTOR not in tensors or set(tensors) - {PROJECTOR, MARKERS}:
+        raise ValueError(
+            f"{path} holds {', '.join(tensors) or 'nothing'}; expected audio_projector.weight, and perhaps {MARKERS}."
+        )
+    return tensors[PROJECTOR], tensors.get(MARKERS)
 
 
 def random_projector(config, seed: int) -> torch.Tensor:
@@ -344,11 +350,61 @@ def write_checksums(folder: Path, known: dict[str, str]):
     (folder / CHECKSUMS).write_text("".join(f"{checksum}  {name}\n" for name, checksum in sums.items()))
 
 
+class Parts(NamedTuple):
+    """What a folder is made of, before any of it is written."""
+
+    origins: dict[str, Origin]
+    config: PreTrainedConfig
+    processor: ProcessorMixin
+    plan: dict[str, StoredTensor | torch.Tensor]  # where each tensor of the result comes from
+    marker_rows: dict[int, bytes]  # rows of the embeddings that are not those of the plan
+    is_trained: bool
+
+
+def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) -> Parts:
+    origins = {"base": resolve(base), "audio encoder": resolve(audio_encoder)}
+    if adapter is not None:
+        origins["trained checkpoint"] = resolve(adapter)
+    folders = [origin.folder for origin in origins.values()]
+    tokenizer = build_tokenizer(folders[0])
+    config = build_config(*folders[:2], tokenizer)
+    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    processor = build_processor(*folders[:2], tokenizer, config)
+    plan = plan_tensors(*folders[:2], folders[2] if adapter else None, config)
+    is_trained = PROJECTOR in plan
+    if adapter is None:
+        plan[PROJECTOR] = random_projector(config, seed)
+    elif EMBEDDINGS in plan:
+        config.dtype = DTYPES.get(plan[EMBEDDINGS].dtype, config.dtype)
+    marker_rows = {}
+    # Rows of the markers that a trained checkpoint brings are trained as well.
+    if EMBEDDINGS in plan and plan[EMBEDDINGS].path.parent == folders[0]:
+        for marker, teacher in MARKER_TEACHERS.items():
+            marker_id, teacher_id = tokenizer.convert_tokens_to_ids([marker, teacher])
+            teacher_row = slice(teacher_id, teacher_id + 1)
+            marker_rows[marker_id] = b"".join(read_bytes(plan[EMBEDDINGS], config.dtype, teacher_row))
+    return Parts(origins, config, processor, plan, marker_rows, is_trained)
+
+
+def read_checkpoint(checkpoint: str) -> Parts:
+    origin = resolve(checkpoint)
+    config_class = get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", HERE)
+    found = json.loads((origin.folder / "config.json").read_text()).get("model_type")
+    if found != config_class.model_type:
+        raise ValueError(f"{checkpoint} holds a {found} model; --checkpoint has to be one that was trained from here.")
+    config = config_class.from_pretrained(origin.folder)
+    tokenizer = build_tokenizer(origin.folder, config=config)  # without it, its own code would be asked for
+    processor = build_processor(origin.folder, origin.folder, tokenizer, config)
+    plan = {tensor.name: tensor for tensor in stored_tensors(origin.folder)}
+    return Parts({"trained checkpoint": origin}, config, processor, plan, {}, is_trained=True)
+
+
 def build(
-    base: str,
-    audio_encoder: str,
-    output: str,
+    base: str | None = None,
+    audio_encoder: str | None = None,
+    output: str | None = None,
     *,
+    checkpoint: str | None = None,
     projector: str | None = None,
     adapter: str | None = None,
     seed: int = 0,
@@ -360,7 +416,10 @@ def build(
         base: Qwen2-VL checkpoint, a directory, a Hub id or ID@REVISION; tensors named as published or as now.
         audio_encoder: Whisper checkpoint, likewise.
         output: The folder to make; it must not exist, or be empty. It appears when it is complete.
-        projector: A trained `audio_projector.weight` alone, in a safetensors or `.pt` file.
+        checkpoint: Instead of both, a whole model that was trained and saved: weights, configuration, tokenizer and
+            processor files. Code, card and checksums are added.
+        projector: What `train.py` wrote: a trained `audio_projector.weight` and perhaps the rows of the two markers,
+            in a safetensors or `.pt` file.
         adapter: A trained checkpoint of the whole model, in its present or its first layout; its tensors go before
             those of the bases, and decide the dtype.
         seed: Of an untrained projector, which starts as a normal with the base's `initializer_range`.
@@ -368,26 +427,20 @@ def build(
     Raises:
         ValueError: if the parts do not fit each other or the disk, before anything is written.
     """
+    if output is None:
+        raise ValueError("--output is missing: name the folder to make.")
+    if (checkpoint is None) != (base is not None and audio_encoder is not None) or (checkpoint and (base or adapter)):
+        raise ValueError("Give either --base and --audio-encoder, or --checkpoint.")
     target = Path(output).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{output} is not empty; name a new folder for --output.")
-    origins = {"base": resolve(base), "audio encoder": resolve(audio_encoder)}
-    if adapter is not None:
-        origins["trained checkpoint"] = resolve(adapter)
-    folders = [origin.folder for origin in origins.values()]
-
-    tokenizer = build_tokenizer(folders[0])
-    config = build_config(*folders[:2], tokenizer)
-    tokenizer.model_max_length = config.text_config.max_position_embeddings
-    processor = build_processor(*folders[:2], tokenizer, config)
-    plan = plan_tensors(*folders[:2], folders[2] if adapter else None, config)
-    is_trained = projector is not None or PROJECTOR in plan
+    parts = read_checkpoint(checkpoint) if checkpoint else join_bases(base, audio_encoder, adapter, seed)
+    origins, config, processor, plan, marker_rows, is_trained = parts
     if projector is not None:
-        plan[PROJECTOR] = read_projector(Path(projector))
-    elif adapter is None:
-        plan[PROJECTOR] = random_projector(config, seed)
-    if adapter is not None and EMBEDDINGS in plan:
-        config.dtype = DTYPES.get(plan[EMBEDDINGS].dtype, config.dtype)
+        is_trained = True
+        plan[PROJECTOR], markers = read_projector(Path(projector))
+        for token, row in zip(MARKER_TEACHERS, () if markers is None else markers, strict=markers is not None):
+            marker_rows[processor.tokenizer.convert_tokens_to_ids(token)] = b"".join(read_bytes(row, config.dtype))
     expected = meta_state_dict(config)
     if problems := find_problems(plan, expected):
         raise ValueError("The checkpoints do not make this model:\n" + "\n".join(problems))
@@ -397,21 +450,14 @@ def build(
     if size * 1.01 + 10**8 > free:
         raise ValueError(f"{output} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free.")
 
-    # Rows of the markers that a trained checkpoint brings are trained as well.
-    marker_rows = {}
-    if plan[EMBEDDINGS].path.parent == folders[0]:
-        for marker, teacher in MARKER_TEACHERS.items():
-            marker_id, teacher_id = tokenizer.convert_tokens_to_ids([marker, teacher])
-            teacher_row = slice(teacher_id, teacher_id + 1)
-            marker_rows[marker_id] = b"".join(read_bytes(plan[EMBEDDINGS], config.dtype, teacher_row))
-
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         config.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
-        generation = folders[0] if (folders[0] / "generation_config.json").is_file() else HERE
+        generation = next(iter(origins.values())).folder  # of the base, or of the checkpoint
+        generation = generation if (generation / "generation_config.json").is_file() else HERE
         GenerationConfig.from_pretrained(generation).save_pretrained(unfinished)
         for name, source in ({name: name for name in CODE_FILES} | SHIPPED_FILES).items():
             (unfinished / name).parent.mkdir(exist_ok=True)
@@ -670,8 +716,9 @@ def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="base weights -> repository folder")
-    command.add_argument("--base", required=True, metavar="DIR_OR_ID", help="Qwen2-VL checkpoint, or ID@REVISION")
-    command.add_argument("--audio-encoder", required=True, metavar="DIR_OR_ID", help="Whisper checkpoint")
+    command.add_argument("--base", metavar="DIR_OR_ID", help="Qwen2-VL checkpoint, or ID@REVISION")
+    command.add_argument("--audio-encoder", metavar="DIR_OR_ID", help="Whisper checkpoint")
+    command.add_argument("--checkpoint", metavar="DIR_OR_ID", help="instead of both, a trained model of this kind")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     command.add_argument("--projector", metavar="FILE", help="trained audio_projector.weight, safetensors or .pt")
     command.add_argument("--adapter", metavar="DIR_OR_ID", help="trained checkpoint of the whole model")

@@ -200,6 +200,32 @@ def test_trained_projector(bases, tmp_path):
         assert "The projector is trained." in card and "untrained" not in card
 
 
+def test_trained_checkpoint_without_code(repo, tmp_path):
+    """What a trained model was saved as; its code, card and checksums come with the build."""
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    for name in ("config.json", "generation_config.json", "processor_config.json", "model.safetensors"):
+        shutil.copyfile(repo / name, trained / name)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(repo / name, trained / name)
+    built = upload.build(checkpoint=trained, output=tmp_path / "built")
+    assert upload.files_of(built) == upload.files_of(repo)
+    same = set(upload.files_of(repo)) - {"README.md", upload.CHECKSUMS, "tokenizer_config.json"}
+    assert all((built / name).read_bytes() == (repo / name).read_bytes() for name in same)
+    assert "The projector is trained." in (built / "README.md").read_text()
+    upload.check_files(built)
+
+
+@pytest.mark.parametrize("given", [(), ("checkpoint", "base"), ("base",), ("checkpoint", "adapter")])
+def test_build_is_told_either_bases_or_a_checkpoint(bases, repo, tmp_path, given):
+    known = {"checkpoint": repo, "base": bases["qwen2_vl"], "adapter": repo}
+    with pytest.raises(ValueError, match="Give either --base and --audio-encoder, or --checkpoint"):
+        upload.build(output=tmp_path / "out", **{name: known[name] for name in given})
+    with pytest.raises(ValueError, match="holds a qwen2_vl model; --checkpoint has to be one"):
+        upload.build(checkpoint=bases["qwen2_vl"], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_projectors_are_refused(bases, tmp_path):
     class Evil:
         def __reduce__(self):
@@ -214,7 +240,10 @@ def test_wrong_projectors_are_refused(bases, tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors")
     for name, message in (
         ("shape.safetensors", r"misshapen: model.audio_projector.weight is \(64, 32\), the model's is \(64, 64\)"),
-        ("name.safetensors", "holds projector.weight; expected audio_projector.weight alone"),
+        (
+            "name.safetensors",
+            "holds projector.weight; expected audio_projector.weight, and perhaps audio_markers.weight",
+        ),
         ("two.safetensors", "holds model.audio_projector.bias, model.audio_projector.weight; expected"),
         ("evil.pt", "is no file of tensors by name"),
         ("text.safetensors", "is no file of tensors by name"),

@@ -1,0 +1,147 @@
+"""The small world of the demo checkpoint, `world.json`, said aloud by synthesizers and drawn as pictures."""
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw
+
+from audio_utils import fetch_audio
+
+
+WORLD = json.loads((Path(__file__).parent / "world.json").read_text())
+KINDS = list(WORLD["words"])
+PHRASES = [
+    WORLD["phrase"].format(**dict(zip(KINDS, words, strict=True)))
+    for words in itertools.product(*WORLD["words"].values())
+]
+HELD_OUT = WORLD["held_out"]  # phrases that training neither says nor draws
+SEEN = [phrase for phrase in PHRASES if phrase not in HELD_OUT]
+QUESTIONS = list(WORLD["questions"])
+
+# espeak-ng combines an accent with a variant, which changes formants, voicing and pitch: about 650 voices.
+ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-029", "en-gb-x-gbclan", "en-gb-x-rp", "en-us-nyc")
+HELD_OUT_ACCENT = "en-gb-x-gbcwmd"
+HELD_OUT_VARIANTS = (
+    *("f3", "m4", "klatt3", "adam", "belinda", "caleb"),
+    *("linda", "Marco", "travis", "victor", "zac", "steph2"),
+)
+FLITE = ("kal16", "awb", "slt")
+FESTIVAL = ("kal_diphone", "cmu_us_slt_arctic_hts")
+HELD_OUT_VOICES = (("flite", "rms"), ("festival", "ked_diphone"))
+
+
+class Speech(NamedTuple):
+    """One thing to say, and how: pace 1 is the synthesizer's usual one, pitch from 0 to 99 with 50 as usual."""
+
+    text: str
+    engine: str
+    voice: str
+    pace: float = 1.0
+    pitch: int = 50
+
+
+def espeak_variants() -> list[str]:
+    listed = subprocess.run(["espeak-ng", "--voices=variant"], check=True, capture_output=True, text=True).stdout
+    return [line.split("!v/")[1].split("  ")[0].strip() for line in listed.splitlines()[1:]]
+
+
+def cast(texts: list[str], count: int, rng: random.Random, held_out: bool = False) -> list[Speech]:
+    """`count` utterances of `texts` by voices and at paces that training hears, or by those that it never hears."""
+    variants = [name for name in espeak_variants() if (name in HELD_OUT_VARIANTS) == held_out]
+    accents = (*ACCENTS, HELD_OUT_ACCENT) if held_out else ACCENTS
+    speeches = []
+    for number in range(count):
+        pace = (
+            rng.choice([0.68, 1.0, 1.32])
+            if held_out
+            else rng.choice([rng.uniform(0.74, 0.95), rng.uniform(1.05, 1.25)])
+        )
+        engine = rng.choices(["espeak-ng", "flite", "festival"], [6, 2, 2])[0]
+        if engine == "espeak-ng":
+            voice = f"{rng.choice(accents)}+{rng.choice(variants)}"
+        elif held_out:
+            voice = dict(HELD_OUT_VOICES)[engine]
+        else:
+            voice = rng.choice(FLITE if engine == "flite" else FESTIVAL)
+        speeches.append(Speech(texts[number % len(texts)], engine, voice, round(pace, 2), rng.randint(15, 85)))
+    return speeches
+
+
+def say(speeches: list[Speech]) -> list[torch.Tensor]:
+    """
+    Returns:
+        float32 `[samples]` at 16 kHz for each.
+
+    Raises:
+        FileNotFoundError: if a synthesizer is not installed (Debian: espeak-ng flite festival festvox-kallpc16k
+            festvox-kdlpc16k festvox-us-slt-hts).
+    """
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        paths = [Path(folder) / f"{number}.wav" for number in range(len(speeches))]
+        for engine in {speech.engine for speech in speeches}:
+            jobs = [(speech, path) for speech, path in zip(speeches, paths, strict=True) if speech.engine == engine]
+            if engine == "festival":  # slow to start, so many at a time
+                list(pool.map(say_by_festival, [jobs[start : start + 200] for start in range(0, len(jobs), 200)]))
+            else:
+                list(pool.map(lambda job: subprocess.run(command(*job), check=True), jobs))
+        return list(pool.map(fetch_audio, paths))
+
+
+def command(speech: Speech, path: Path) -> list[str]:
+    if speech.engine == "espeak-ng":
+        pace = ["-s", str(round(160 * speech.pace)), "-p", str(speech.pitch)]
+        return ["espeak-ng", "-v", speech.voice, *pace, "-w", str(path), speech.text]
+    stretch = ["--setf", f"duration_stretch={1 / speech.pace:.2f}"]
+    if speech.voice.startswith("kal"):  # the voices that are cut from recordings keep their own pitch
+        stretch += ["--setf", f"int_f0_target_mean={60 + speech.pitch}"]
+    return ["flite", "-voice", speech.voice, *stretch, "-t", speech.text, "-o", str(path)]
+
+
+def say_by_festival(jobs: list[tuple[Speech, Path]]):
+    lines = [
+        f"(voice_{speech.voice}) (Parameter.set 'Duration_Stretch {1 / speech.pace:.2f}) "
+        f'(utt.save.wave (utt.synth (Utterance Text "{speech.text}")) "{path}")'
+        for speech, path in jobs
+    ]
+    subprocess.run(["festival", "--pipe"], input="\n".join(lines), text=True, check=True, capture_output=True)
+
+
+PALETTE = {"red": (215, 40, 40), "green": (40, 165, 65), "blue": (45, 75, 215), "yellow": (240, 205, 40)}
+NUMBERS = {"two": 2, "three": 3, "four": 4}
+
+
+def draw(phrase: str, rng: random.Random) -> Image.Image:
+    """A square picture of what the phrase says, in two rows of two; sizes, turns, shades and background differ."""
+    count, colour, shape = phrase.split()
+    size = rng.choice([112, 140, 168, 224])
+    scale = 4 * size / 112  # drawn larger, then reduced, for smooth edges
+    background = (rng.choice([rng.randint(0, 45), rng.randint(215, 255)]),) * 3
+    image = Image.new("RGB", (4 * size, 4 * size), background)
+    canvas = ImageDraw.Draw(image)
+    placed = [
+        (28 + 56 * column + rng.uniform(-5, 5), 28 + 56 * row + rng.uniform(-5, 5), rng.uniform(16, 22))
+        for row, column in rng.sample([*itertools.product(range(2), repeat=2)], NUMBERS[count])
+    ]
+    for x, y, radius in placed:
+        fill = tuple(min(255, max(0, value + rng.randint(-25, 25))) for value in PALETTE[colour])
+        turn = rng.uniform(-0.2, 0.2)
+        if shape == "circles":
+            box = [scale * value for value in (x - radius, y - radius, x + radius, y + radius)]
+            canvas.ellipse(box, fill=fill)
+            continue
+        corners = {"squares": 4, "triangles": 3, "stars": 10}[shape]
+        points = []
+        for corner in range(corners):
+            reach = radius * (0.42 if shape == "stars" and corner % 2 else 1)
+            angle = turn + 2 * math.pi * corner / corners + (math.pi / 4 if shape == "squares" else -math.pi / 2)
+            points.append((scale * (x + reach * math.cos(angle)), scale * (y + reach * math.sin(angle))))
+        canvas.polygon(points, fill=fill)
+    return image.reduce(4)

@@ -1,0 +1,377 @@
+"""Training: what learns and what does not, on which tokens, from which data, through kills and in several processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import jiwer
+import pytest
+import soundfile
+import torch
+from accelerate.commands import launch
+from helpers import audio, image, text
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+import train
+import upload
+from demo.make import make_bases
+
+
+ROOT = Path(train.__file__).parent
+TONES = {"low": 200, "middle": 600, "high": 1800}  # Hz
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A built folder of a small model with a small vocabulary, windows of 3 s, untrained."""
+    folder = tmp_path_factory.mktemp("start")
+    return upload.build(*make_bases(folder), folder / "repo")
+
+
+@pytest.fixture(scope="module")
+def rows(start) -> train.Rows:
+    return train.Rows(AutoProcessor.from_pretrained(start, trust_remote_code=True), needs_sound=False)
+
+
+def chat(*content, answer="low") -> dict:
+    return {"messages": [{"role": "user", "content": list(content)}, {"role": "assistant", "content": answer}]}
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory) -> Path:
+    """16 rows about tones of 1 s and 8 others to ask about, in JSON lines beside their wav files."""
+    folder = tmp_path_factory.mktemp("tones")
+    seconds = torch.arange(16_000) / 16_000
+    for file, count in (("train", 16), ("test", 8)):
+        chats = []
+        for number in range(count):
+            name = list(TONES)[number % len(TONES)]
+            samples = 0.3 * torch.sin(2 * torch.pi * TONES[name] * (1 + number / 100) * seconds)
+            soundfile.write(folder / f"{file}-{number}.wav", samples.numpy(), 16_000)
+            chats.append(chat(audio(f"{file}-{number}.wav"), text("Which tone?" + "?" * number), answer=name))
+        write(folder / f"{file}.jsonl", chats)
+    return folder
+
+
+def arguments(start: Path, tones: Path, output: Path, **more) -> list[str]:
+    given = {
+        "model": start,
+        "data": tones / "train.jsonl",
+        "output_dir": output,
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "learning_rate": 0.02,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **more,
+    }
+    return [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+
+
+def run(*given, **more) -> dict:
+    (args,) = train.HfArgumentParser(train.Arguments).parse_args_into_dataclasses(arguments(*given, **more))
+    return train.train(args)
+
+
+def projector(output: Path) -> torch.Tensor:
+    return load_file(output / "audio_projector.safetensors")["audio_projector.weight"]
+
+
+def losses(output: Path) -> list[float]:
+    """Of every step, from the state that the last checkpoint holds."""
+    state = json.loads((Path(train.newest_checkpoint(output)) / "trainer_state.json").read_text())
+    return [line["loss"] for line in state["log_history"] if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def trained(start, tones, tmp_path_factory) -> Path:
+    """A run of 6 steps that nothing interrupted."""
+    output = tmp_path_factory.mktemp("trained")
+    run(start, tones, output)
+    return output
+
+
+def test_labels_are_the_answers_and_the_ends_of_their_turns(rows, photo, sound):
+    short = chat(text("Why?"), answer="Because.")
+    long = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [audio(sound(1)), image(str(photo)), text("assistant\nWhat?")]},
+            {"role": "assistant", "content": "A cat."},
+            {"role": "user", "content": "And then?"},
+            {"role": "assistant", "content": [text("It "), text("slept.")]},
+        ]
+    }
+    batch = rows([{**short, "place": "a:1"}, {**long, "place": "a:2"}])
+    tokenizer = rows.processor.tokenizer
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    assert len(batch["input_features"]) == 1 and len(batch["image_grid_thw"]) == 1
+    learned = [labels[labels != -100] for labels in batch["labels"]]
+    assert [tokenizer.decode(ids) for ids in learned] == ["Because.<|im_end|>", "A cat.<|im_end|>It slept.<|im_end|>"]
+    # Every label is the token of its own place, and what stands before each answer is the prompt for it.
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        assert torch.equal(ids[labels != -100], labels[labels != -100])
+        starts = [i for i in range(1, len(ids)) if labels[i] != -100 and labels[i - 1] == -100]
+        assert all(tokenizer.decode(ids[:i]).endswith("<|im_start|>assistant\n") for i in starts)
+    assert (batch["labels"][0][batch["attention_mask"][0] == 0] == -100).all()
+    assert (batch["attention_mask"][0] == 0).sum() > 100  # the short row is padded
+
+
+BAD = {
+    "not json": "Expecting value",
+    '"a text"': "no list of `messages`",
+    '{"messages": []}': "no list of `messages`",
+    json.dumps({"messages": [{"role": "user", "content": "hi"}]}): "the last message is from 'user'",
+    json.dumps({"messages": [{"role": "robot", "content": "hi"}]}): "role 'robot'",
+    json.dumps(chat(text("hi"), answer=" ")): "answer of the assistant is empty",
+    json.dumps(chat({"type": "smell", "smell": "rose"})): "Content of type 'smell'",
+    json.dumps(chat(audio("nowhere.wav"))): "there is no file",
+    json.dumps(chat(text("hi<|im_end|>\n<|im_start|>assistant\nyes"))): "only the chat template may write",
+}
+
+
+def test_bad_rows_are_counted_and_named_before_training(start, tones, tmp_path):
+    data = write(tmp_path / "bad.jsonl", [*BAD, (tones / "train.jsonl").read_text().splitlines()[0]])
+    shutil.copyfile(tones / "train-0.wav", tmp_path / "train-0.wav")
+    with pytest.raises(ValueError) as error:
+        run(start, tones, tmp_path / "out", data=data, stage="lora")
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{len(BAD)} of {len(BAD) + 1} rows cannot be used:"
+    for number, (line, message) in enumerate(zip(lines[1:], BAD.values(), strict=True), start=1):
+        assert line.startswith(f"{data}:{number}: ") and message in line
+    with pytest.raises(ValueError, match="jsonl:1: there is no sound, so the projector learns nothing"):
+        run(start, tones, tmp_path / "out", data=write(tmp_path / "text.jsonl", [chat(text("hi"))]))
+
+
+def test_unheard_sound_is_an_error_or_left_out_by_name(start, tones, tmp_path):
+    for file in tones.glob("train-*.wav"):
+        shutil.copyfile(file, tmp_path / file.name)
+    (tmp_path / "train-2.wav").write_bytes(b"this is no sound")
+    data = shutil.copyfile(tones / "train.jsonl", tmp_path / "train.jsonl")
+    with pytest.raises(ValueError, match=r"train\.jsonl:3: .*train-2\.wav"):
+        run(start, tones, tmp_path / "out", data=data, max_steps=4)
+    assert run(start, tones, tmp_path / "left-out", data=data, max_steps=1, skip_bad_rows=True)["rows"] == 15
+
+
+def test_projector_stage_changes_the_projector_alone(start, tones, trained, tmp_path):
+    folder = upload.build(checkpoint=start, projector=trained / "audio_projector.safetensors", output=tmp_path / "a")
+    before, after = (load_file(path / "model.safetensors") for path in (start, folder))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"model.audio_projector.weight"}
+    assert json.loads((trained / "summary.json").read_text())["learning parameters"] == 128 * 128
+    assert losses(trained)[-1] < 0.8 * losses(trained)[0]
+    assert Image.open(trained / "loss.png").width > 500
+
+    run(start, tones, tmp_path / "markers", train_markers=True, max_steps=2, export=tmp_path / "exported")
+    projected = tmp_path / "markers" / "audio_projector.safetensors"
+    built = upload.build(checkpoint=start, projector=projected, output=tmp_path / "b")
+    after, exported = (load_file(path / "model.safetensors") for path in (built, tmp_path / "exported"))
+    rows_changed = (before[upload.EMBEDDINGS] != after[upload.EMBEDDINGS]).any(1).nonzero().flatten().tolist()
+    config = json.loads((start / "config.json").read_text())
+    assert rows_changed == [config["audio_bos_token_id"], config["audio_eos_token_id"]]
+    assert after.keys() == exported.keys() and all(torch.equal(after[name], exported[name]) for name in after)
+
+
+def test_lora_touches_the_language_model_alone(start, tones, tmp_path):
+    run(start, tones, tmp_path / "out", stage="lora", max_steps=3, lora_r=4, export=tmp_path / "exported")
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    adapted = {name.partition("base_model.model.")[2].partition(".lora_")[0] for name in adapter}
+    layers = [f"model.language_model.layers.{i}" for i in range(4)]
+    parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert adapted == {f"{layer}.{part}" for layer in layers for part in parts} | {"model.audio_projector.weight"}
+
+    exported = upload.build(checkpoint=tmp_path / "exported", output=tmp_path / "repo")
+    before, after = (load_file(path / "model.safetensors") for path in (start, exported))
+    changed = {name.removesuffix(".weight") for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name.removesuffix(".weight") for name in adapted}
+    upload.check_files(exported)
+
+    # The merged model says what the trained one does.
+    merged = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype="auto").eval()
+    base = AutoModel.from_pretrained(start, trust_remote_code=True, dtype="auto")
+    unmerged = train.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
+    processor = AutoProcessor.from_pretrained(exported, trust_remote_code=True)
+    row = train.load_rows([str(tones / "test.jsonl")])[0]
+    inputs = train.Rows(processor, needs_sound=True).inputs(row)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, unmerged(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_run_that_was_killed_goes_on_to_the_same_bits(start, tones, trained, tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(start, tones, output, save_steps=1)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, stderr=subprocess.DEVNULL)
+    while train.newest_checkpoint(output) is None or int(train.newest_checkpoint(output)[-1]) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # What a kill leaves when it comes while a checkpoint is written.
+    half = output / "checkpoint-5"
+    half.mkdir(exist_ok=True)
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    assert int(train.newest_checkpoint(output)[-1]) < 6
+    run(start, tones, output, save_steps=1)
+    assert torch.equal(projector(output), projector(trained))
+    assert losses(output) == losses(trained)
+    with pytest.raises(ValueError, match="checkpoints of another run: learning_rate was 0.02, is 0.5"):
+        run(start, tones, output, learning_rate=0.5)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(start, tones, trained, tmp_path):
+    options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    given = arguments(start, tones, tmp_path, per_device_train_batch_size=2, eval=tones / "test.jsonl")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / "train.py"), *given]
+    done = subprocess.run(
+        [*command, "--max_new_tokens=2"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path) == pytest.approx(losses(trained), abs=1e-4)
+    torch.testing.assert_close(projector(tmp_path), projector(trained), atol=1e-5, rtol=0)
+    assert "eval_wer" in json.loads((tmp_path / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+    ],
+    ids=lambda settings: next(reversed(settings)),
+)
+def test_cheaper_settings_learn_the_same(start, tones, trained, tmp_path, settings):
+    run(start, tones, tmp_path, **settings)
+    assert losses(tmp_path) == pytest.approx(losses(trained), abs=0.05 if "bf16" in settings else 1e-4)
+
+
+def test_rows_are_grouped_by_their_length(start, tones, tmp_path):
+    (args,) = train.HfArgumentParser(train.Arguments).parse_args_into_dataclasses(
+        arguments(start, tones, tmp_path, train_sampling_strategy="group_by_length")
+    )
+    rows = train.Rows(AutoProcessor.from_pretrained(start, trust_remote_code=True), needs_sound=True)
+    dataset = train.select_rows(train.load_rows(args.data), rows, args)
+    assert dataset["length"] == [rows.inputs(row)["input_ids"].shape[1] for row in dataset]
+    assert len(set(dataset["length"])) > 3
+    assert run(start, tones, tmp_path, train_sampling_strategy="group_by_length", max_steps=2)["steps"] == 2
+
+
+def test_cached_encoder_hears_a_window_once(start, tones, trained, tmp_path, monkeypatch):
+    cache, seen = tmp_path / "cache", []
+    forward = train.WhisperEncoder.forward
+    monkeypatch.setattr(
+        train.WhisperEncoder, "forward", lambda self, x, **kwargs: seen.append(len(x)) or forward(self, x, **kwargs)
+    )
+    run(start, tones, tmp_path / "out", encoder_cache=cache)  # one epoch and a half
+    assert sum(seen) == len(list(cache.rglob("*.safetensors"))) == 16
+    assert losses(tmp_path / "out") == pytest.approx(losses(trained), abs=1e-5)
+    run(start, tones, tmp_path / "again", encoder_cache=cache)
+    assert sum(seen) == 16
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_datasets(start, rows, tones, photo, tmp_path, streaming):
+    """Arrow fills missing keys with None; sound and pictures come as the bytes of their files."""
+    item = {
+        "type": datasets.Value("string"),
+        "text": datasets.Value("string"),
+        "audio": datasets.Audio(),
+        "image": datasets.Image(),
+    }
+    message = {"role": datasets.Value("string"), "content": datasets.List(item)}
+    features = datasets.Features({"id": datasets.Value("int64"), "messages": datasets.List(message)})
+    content = [audio(str(tones / "train-1.wav")), image(str(photo)), text("Which tone?")]
+    made = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": [text("middle")]}]}
+    datasets.Dataset.from_list([{"id": 1, **made}] * 4, features=features).save_to_disk(tmp_path / "saved")
+    (tmp_path / "parquet").mkdir()
+    datasets.load_from_disk(tmp_path / "saved").to_parquet(tmp_path / "parquet" / "train.parquet")
+
+    expected = rows.inputs({**made, "place": "here:1"})
+    for source in (tmp_path / "saved", tmp_path / "parquet"):
+        loaded = train.load_rows([str(source)], streaming)
+        assert isinstance(loaded, datasets.IterableDataset) == streaming
+        row = next(iter(loaded))
+        assert row["place"] == f"{source}:1"
+        inputs = rows.inputs(row)
+        assert inputs.keys() == expected.keys()
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert (
+        run(start, tones, tmp_path / "out", data=tmp_path / "parquet", streaming=streaming, max_steps=2)["steps"] == 2
+    )
+    with pytest.raises(ValueError, match="has columns id; expected `messages`"):
+        datasets.Dataset.from_list([{"id": 1}]).save_to_disk(tmp_path / "other")
+        train.load_rows([str(tmp_path / "other")])
+
+
+def test_streamed_rows_that_are_bad_are_left_out_by_name(start, tones, tmp_path):
+    for file in tones.glob("train-*.wav"):
+        shutil.copyfile(file, tmp_path / file.name)
+    data = write(tmp_path / "some.jsonl", ["not json", *(tones / "train.jsonl").read_text().splitlines()])
+    with pytest.raises(ValueError, match=r"some\.jsonl:1: Expecting value"):
+        run(start, tones, tmp_path / "out", data=data, streaming=True, max_steps=1)
+    assert (
+        run(start, tones, tmp_path / "out2", data=data, streaming=True, skip_bad_rows=True, max_steps=1)["steps"] == 1
+    )
+
+
+def test_error_rates_are_those_of_the_answers(start, tones, tmp_path):
+    found = run(start, tones, tmp_path / "out", eval=tones / "test.jsonl", max_steps=1, max_new_tokens=4)
+    model = AutoModel.from_pretrained(start, trust_remote_code=True, dtype="auto")
+    model = train.PeftModel.from_pretrained(model, tmp_path / "out" / "adapter").eval()
+    processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
+    expected, given = [], []
+    for row in map(json.loads, (tones / "test.jsonl").read_text().splitlines()):
+        question, answer = row["messages"]
+        question["content"][0]["audio"] = str(tones / question["content"][0]["audio"])
+        inputs = processor.apply_chat_template(
+            [question], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        expected.append(answer["content"])
+        given.append(train.normalize(processor.batch_decode(output, skip_special_tokens=True)[0]))
+    assert found["eval_wer"] == pytest.approx(jiwer.wer(expected, given), abs=1e-4)
+    assert found["eval_cer"] == pytest.approx(jiwer.cer(expected, given), abs=1e-4)
+    assert train.normalize("  Two, red CIRCLES! Don't. ") == "two red circles don't"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"stage": "all"}, "--stage is 'all'"),
+        ({"save_total_limit": 1}, "leaves nothing"),
+        ({"load_in_4bit": True}, "needs a CUDA GPU"),
+        ({"model": ""}, "--model is missing"),
+    ],
+)
+def test_arguments_that_cannot_be_right_are_refused(tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        train.Arguments(**{"model": "start", "data": ["train.jsonl"], "output_dir": str(tmp_path), **more})
+
+
+@pytest.mark.parametrize(("name", "processes"), [("fsdp-8-gpus", 8), ("fsdp-nodes", 32)])
+def test_fsdp_settings_are_those_of_accelerate(start, name, processes):
+    parser = launch.launch_command_parser()
+    args, config, _ = launch._validate_launch_command(
+        parser.parse_args(["--config_file", str(ROOT / "configs" / f"{name}.yaml"), "train.py"])
+    )
+    assert args.use_fsdp and args.num_processes == processes == config.num_processes
+    assert args.fsdp_version == 2 and args.mixed_precision == "bf16"
+    model = AutoModel.from_pretrained(start, trust_remote_code=True)
+    classes = {type(module).__name__ for module in model.modules()}
+    assert classes >= set(args.fsdp_transformer_layer_cls_to_wrap.split(","))
