@@ -15,6 +15,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -209,10 +210,14 @@ class Rows:
         if role == "assistant" and not answer_text(content).strip():
             raise ValueError("an answer of the assistant is empty")
         if isinstance(content, list):
-            # Arrow fills the keys that an item does not have with None.
-            items = [{name: part for name, part in item.items() if part is not None} for item in content]
-            content = [{name: locate(name, part, folder) for name, part in item.items()} for item in items]
+            content = [self.item(item, folder) for item in content]
         return {"role": role, "content": content}
+
+    def item(self, item, folder: Path):
+        if not isinstance(item, dict):
+            return item  # which the processor refuses
+        # Arrow fills the keys that an item does not have with None.
+        return {name: locate(name, part, folder) for name, part in item.items() if part is not None}
 
     def inputs(self, row: dict) -> dict[str, torch.Tensor]:
         """Model inputs of one row, unpadded, and `labels`: the answers and the ends of their turns, -100 elsewhere."""
@@ -253,20 +258,15 @@ class Rows:
         return batch
 
 
-class naming:
+@contextmanager
+def naming(place: str):
     """Puts the place of a row before every error that its content causes."""
-
-    def __init__(self, place: str):
-        self.place = place
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, (ValueError, TypeError, KeyError, IndexError, OSError, AttributeError)):
-            if isinstance(error, BadRow):
-                return
-            raise BadRow(f"{self.place}: {str(error) or type(error).__name__}") from error
+    try:
+        yield
+    except BadRow:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
+        raise BadRow(f"{place}: {str(error) or type(error).__name__}") from error
 
 
 def answer_text(content) -> str:
@@ -303,7 +303,7 @@ def select_rows(dataset, rows: Rows, args: Arguments):
     Raises:
         ValueError: that counts and names bad rows.
     """
-    whole = args.skip_bad_rows or args.train_sampling_strategy != "random"
+    whole = args.skip_bad_rows or args.train_sampling_strategy not in ("random", "sequential")
 
     def look(row) -> int | str:
         try:
@@ -352,15 +352,18 @@ class CachedEncoder(WhisperEncoder):
         digest = hashlib.sha256()
         for name, tensor in encoder.state_dict().items():
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        # Windows of other encoders, or in another dtype, are not the same.
+        # A window is heard differently by another encoder.
         cached.folder = Path(folder) / digest.hexdigest()[:16]
         cached.folder.mkdir(parents=True, exist_ok=True)
         return cached.requires_grad_(False).eval()
 
     def forward(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutput:
         """As in [`WhisperEncoder`], the last hidden state alone."""
+        device = input_features.device.type
+        precision = str(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input_features.dtype)
         windows = input_features.cpu().contiguous().view(torch.uint8).numpy()
-        paths = [self.folder / f"{hashlib.sha256(window.tobytes()).hexdigest()}.safetensors" for window in windows]
+        keys = [hashlib.sha256(precision.encode() + window.tobytes()).hexdigest() for window in windows]
+        paths = [self.folder / f"{key}.safetensors" for key in keys]
         missing = [index for index, path in enumerate(paths) if not path.is_file()]
         if missing:
             encoded = super().forward(input_features[missing], **kwargs).last_hidden_state
@@ -484,9 +487,8 @@ def refuse_another_run(args: Arguments):
                 f"{args.output_dir} holds checkpoints of another run: {'; '.join(differing)}. Go on with its "
                 "arguments, or name a new --output_dir."
             )
-    if args.should_save:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(own, indent=2) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(own, indent=2) + "\n")
 
 
 def write_projector(adapter: Path, path: Path):
@@ -532,7 +534,8 @@ def train(args: Arguments) -> dict:
     Raises:
         ValueError: on rows that cannot be used, and on the checkpoints of another run.
     """
-    refuse_another_run(args)
+    if args.process_index == 0:
+        refuse_another_run(args)
     set_seed(args.seed)
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     rows = Rows(processor, needs_sound=args.stage == "projector")
@@ -562,6 +565,7 @@ def train(args: Arguments) -> dict:
         "rows": None if args.streaming else len(dataset),
         "steps": teacher.state.global_step,
         "seconds": round(time.time() - start, 1),
+        "rows per second": result.metrics["train_samples_per_second"],
         "loss": round(result.training_loss, 4),
         **{name: round(value, 4) for name, value in metrics.items() if name in ("eval_loss", "eval_wer", "eval_cer")},
     }

@@ -417,7 +417,7 @@ def build(
         audio_encoder: Whisper checkpoint, likewise.
         output: The folder to make; it must not exist, or be empty. It appears when it is complete.
         checkpoint: Instead of both, a whole model that was trained and saved: weights, configuration, tokenizer and
-            processor files. Code, card and checksums are added.
+            processor files, perhaps examples of its own. Code, card and checksums are added.
         projector: What `train.py` wrote: a trained `audio_projector.weight` and perhaps the rows of the two markers,
             in a safetensors or `.pt` file.
         adapter: A trained checkpoint of the whole model, in its present or its first layout; its tensors go before
@@ -456,12 +456,13 @@ def build(
     try:
         config.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
-        generation = next(iter(origins.values())).folder  # of the base, or of the checkpoint
-        generation = generation if (generation / "generation_config.json").is_file() else HERE
+        first = next(iter(origins.values())).folder  # the base, or the checkpoint
+        generation = first if (first / "generation_config.json").is_file() else HERE
         GenerationConfig.from_pretrained(generation).save_pretrained(unfinished)
         for name, source in ({name: name for name in CODE_FILES} | SHIPPED_FILES).items():
+            brought = checkpoint and name in EXAMPLES and (first / name).is_file()
             (unfinished / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(HERE / source, unfinished / name)
+            shutil.copyfile(first / name if brought else HERE / source, unfinished / name)
         make_card(origins, is_trained, expected, config.dtype).save(unfinished / "README.md")
 
         split = split_torch_state_dict_into_shards(expected, max_shard_size=MAX_SHARD_SIZE)

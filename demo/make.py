@@ -1,12 +1,14 @@
 """
 Trains the demo checkpoint from scratch, on speech and pictures that `demo/world.py` makes: `python -m demo.make`.
 
-1. The audio encoder alone learns to hear the words, in order (CTC, https://doi.org/10.1145/1143844.1143891).
+1. The audio encoder alone learns to hear the words, in order (CTC, https://doi.org/10.1145/1143844.1143891), in three
+   rounds.
 2. Beside it, the vision tower alone learns to see number, colour and shape; then the language model learns all skills,
    with written words among silence in the place of sound, which is some ten times shorter.
 3. All are put together; the encoder is frozen from here on, as it is for every user, and the rest learns to read it.
 
-Every part is kept in `build/world` and not made again.
+What it makes on the way lies in `build/world`. It takes about two hours on two CPU cores, and Debian's espeak-ng,
+flite, festival, festvox-kallpc16k, festvox-kdlpc16k and festvox-us-slt-hts.
 """
 
 import argparse
@@ -14,11 +16,17 @@ import itertools
 import json
 import math
 import random
+import shutil
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
@@ -35,16 +43,35 @@ from transformers.utils import logging
 import upload
 from audio_utils import log_mel
 from demo.bases import ASSETS
-from demo.world import HELD_OUT, PHRASES, QUESTIONS, SEEN, WORLD, cast, draw, say
+from demo.evaluate import ask
+from demo.world import (
+    ENGINES,
+    HELD_OUT,
+    PHRASES,
+    QUESTIONS,
+    SEEN,
+    SKILLS,
+    WORLD,
+    Examples,
+    cast,
+    content,
+    draw,
+    say,
+    write_speech,
+)
 
 
 logger = logging.get_logger(__name__)
-BUILD = Path(__file__).resolve().parent.parent / "build" / "world"
+DEMO = Path(__file__).resolve().parent
+BUILD = DEMO.parent / "build" / "world"
+CHECKPOINT_FILES = (
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+)
 WINDOW = 3  # seconds; Whisper's own 30 would cost ten times as much
 PICTURE = 112  # pixels a side: 16 tokens
 STD = 0.08  # of the first weights; with the usual 0.02 so small a model hardly starts to learn
 WORDS = sorted({word for text in PHRASES + QUESTIONS for word in text.split()})
-SKILLS = WORLD["skills"]
 
 
 def make_bases(folder: Path) -> tuple[Path, Path]:
@@ -105,17 +132,16 @@ class Clips:
 
     def __init__(self, name: str, texts: list[str], count: int, held_out: bool, seed: int):
         path = BUILD / f"{name}.safetensors"
+        speeches = cast(texts, count, random.Random(seed), held_out)
         if not path.exists():
-            speeches = cast(texts, count, random.Random(seed), held_out)
             samples = [(clip * 32767).short() for clip in say(speeches)]
             ends = torch.tensor([len(clip) for clip in samples]).cumsum(0)
-            said = torch.tensor([texts.index(speech.text) for speech in speeches])
-            save_file({"samples": torch.cat(samples), "ends": ends, "texts": said}, path)
+            save_file({"samples": torch.cat(samples), "ends": ends}, path)
         stored = load_file(path)
         clips = stored["samples"].float().div(32768).tensor_split(stored["ends"][:-1])
-        self.by_text = {text: [] for text in texts}
-        for clip, text in zip(clips, stored["texts"].tolist(), strict=True):
-            self.by_text[texts[text]].append(clip)
+        self.by_text = {text: {engine: [] for engine in ENGINES} for text in texts}
+        for clip, speech in zip(clips, speeches, strict=True):
+            self.by_text[speech.text][speech.engine].append(clip)
         self.rng = random.Random(seed)
 
     def windows(self, texts: list[str], rough: float, num_windows: int = 1) -> torch.Tensor:
@@ -126,7 +152,8 @@ class Clips:
         rng, size = self.rng, num_windows * 16_000 * WINDOW
         rows = torch.zeros(len(texts), size)
         for row, text in zip(rows, texts, strict=True):
-            clip = rng.choice(self.by_text[text])
+            # The synthesizers with few voices are heard as often as the one with many.
+            clip = rng.choice(rng.choice([said for said in self.by_text[text].values() if said]))
             pace = 1 + rng.uniform(-0.15, 0.2) * rough
             pace = max(pace, len(clip) / size)
             at = np.arange(0, len(clip) - 1, pace)
@@ -224,14 +251,15 @@ def hear(steps: int, batch: int = 40):
     """Part 1; a second call goes on from the first, with a new start of the schedule."""
     torch.manual_seed(1)
     processor, model = load_untrained()
-    path = BUILD / "hear.safetensors"
-    again = path.exists()
-    if again:
-        model.model.audio_encoder.load_state_dict(load_file(path))
+    paths = BUILD / "hear.safetensors", BUILD / "hear-head.safetensors"
+    again = paths[0].exists()
     encoder = model.model.audio_encoder.requires_grad_(True)
     head = torch.nn.Linear(encoder.config.d_model, len(WORDS) + 1)
+    if again:
+        for module, path in zip((encoder, head), paths, strict=True):
+            module.load_state_dict(load_file(path))
     clips, test = training_clips(), held_out_clips()
-    run = Schedule("hear", [*encoder.parameters(), *head.parameters()], steps, 1.5e-3)
+    run = Schedule("hear", [*encoder.parameters(), *head.parameters()], steps, 1e-3 if again else 1.5e-3)
 
     def logits(rows, rough):
         features = log_mel(list(rows), processor.feature_extractor)
@@ -257,8 +285,8 @@ def hear(steps: int, batch: int = 40):
                     heard = logits(test.windows(texts, 0), 0).argmax(-1)
                     right += [spell(ids) == text for ids, text in zip(heard, texts, strict=True)]
             run.log(number, held_out=float(np.mean(right)))
-    save_file(encoder.state_dict(), path)
-    save_file(head.state_dict(), BUILD / "hear-head.safetensors")
+    for module, path in zip((encoder, head), paths, strict=True):
+        save_file(module.state_dict(), path)
 
 
 def see(steps: int, batch: int = 64):
@@ -294,37 +322,6 @@ def see(steps: int, batch: int = 64):
     save_file(tower.state_dict(), BUILD / "see.safetensors")
 
 
-class Examples:
-    """Examples of every skill: texts for the sound, pictures, and the answer."""
-
-    def __init__(self, phrases: list[str], others: list[str], seed: int):
-        self.phrases, self.others, self.rng = phrases, others, random.Random(seed)
-
-    def other(self, phrase: str) -> str:
-        """Another phrase, as a rule one that differs in one word only."""
-        distance = 1 if self.rng.random() < 0.7 else 2
-        words = phrase.split()
-        differences = {o: sum(a != b for a, b in zip(words, o.split(), strict=True)) for o in self.others}
-        return self.rng.choice([other for other in self.others if differences[other] == distance])
-
-    def make(self, skill: str) -> tuple[list[str], str | None, str]:
-        """What is said, what is drawn, and the answer."""
-        phrase = self.rng.choice(self.phrases)
-        if skill == "transcribe":
-            said = self.rng.choice(QUESTIONS) if self.rng.random() < 0.1 else phrase
-            return [said], None, said
-        if skill == "picture":
-            return [], phrase, phrase
-        if skill == "question":
-            said = self.rng.choice(QUESTIONS)
-            kinds = list(WORLD["words"])
-            return [said], phrase, phrase.split()[kinds.index(WORLD["questions"][said])]
-        same = self.rng.random() < 0.5
-        other = phrase if same else self.other(phrase)
-        answer = "yes" if same else "no"
-        return ([phrase], other, answer) if skill == "agree" else ([phrase, other], None, answer)
-
-
 class Prompts:
     """Token ids of whole batches of one skill; a batch has one layout, so nothing is padded but answers."""
 
@@ -335,11 +332,16 @@ class Prompts:
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]
 
-    def batch(self, skill: str, slots: list[list[list[int]]], pictures: list, answers: list[str], flip: bool) -> dict:
-        """`slots`: for each row and clip the ids between the markers."""
+    def batch(self, skill: str, slots: list[list[list[int]]], pictures: list, answers: list[str], odd: bool) -> dict:
+        """
+        `slots`: for each row and clip the ids between the markers. `odd`: sound comes before the picture, and is
+        transcribed without being told.
+        """
         inputs = SKILLS[skill]["inputs"]
-        content = [{"type": name} for name in (reversed(inputs) if flip else inputs)]
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": SKILLS[skill]["instruction"]}]}]
+        content = [{"type": name} for name in (reversed(inputs) if odd else inputs)]
+        if skill != "transcribe" or not odd:
+            content.append({"type": "text", "text": SKILLS[skill]["instruction"]})
+        messages = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         config = self.model.config
         prompt = []
@@ -384,9 +386,9 @@ def save(model, name: str):
 SHARES = {"transcribe": 10, "picture": 8, "agree": 14, "question": 10, "compare": 14}
 
 
-def learn(run: Schedule, steps: int, model, examples, test_examples, make_batch, every: int = 100, resume: int = 0):
+def learn(run: Schedule, steps: int, model, examples, test_examples, make_batch):
     """All skills in every step."""
-    for number in range(resume + 1, steps + 1):
+    for number in range(1, steps + 1):
         total = 0.0
         for skill, share in SHARES.items():
             made = [examples.make(skill) for _ in range(share)]
@@ -395,7 +397,7 @@ def learn(run: Schedule, steps: int, model, examples, test_examples, make_batch,
             (loss * share / sum(SHARES.values())).backward()
             total += loss.item() * share / sum(SHARES.values())
         run.step(total)
-        if number % every == 0:
+        if number % 100 == 0:
             scores = {}
             with torch.no_grad():
                 for skill in SHARES:
@@ -428,7 +430,7 @@ def reason(steps: int):
         length = round(math.exp(rng.uniform(math.log(6), math.log(50)))) if training else 20
         slots = [[write(text, length) for text in said] for said, _, _ in made]
         pictures = [draw(drawn, rng) for _, drawn, _ in made if drawn]
-        return prompts.batch(skill, slots, pictures, [answer for *_, answer in made], rng.random() < 0.3)
+        return prompts.batch(skill, slots, pictures, [answer for *_, answer in made], training and rng.random() < 0.25)
 
     run = Schedule("reason", model.parameters(), steps, 1.5e-3)
     learn(run, steps, model, Examples(SEEN, SEEN, 2), Examples(HELD_OUT, PHRASES, 3), make_batch)
@@ -436,14 +438,17 @@ def reason(steps: int):
 
 
 def join(steps: int):
-    """Part 3."""
-    torch.manual_seed(3)
+    """Part 3; a second call goes on from the first, with a new start of the schedule and other examples."""
     processor, model = load_untrained()
-    model.load_state_dict(load_file(BUILD / "reason.safetensors"))
+    again = (BUILD / "join.safetensors").exists()
+    model.load_state_dict(load_file(BUILD / ("join.safetensors" if again else "reason.safetensors")))
     model.model.audio_encoder.load_state_dict(load_file(BUILD / "hear.safetensors"))
     model.train()
-    prompts, rng = Prompts(processor, model), random.Random(4)
+    seed = 20 if again else 3
+    torch.manual_seed(seed)
+    prompts, rng = Prompts(processor, model), random.Random(seed + 1)
     clips, test = training_clips(), held_out_clips()
+    clips.rng = random.Random(seed + 2)
 
     def make_batch(skill, made, training, number):
         source = clips if training else test
@@ -452,34 +457,133 @@ def join(steps: int):
         pictures = [draw(drawn, rng) for _, drawn, _ in made if drawn]
         slot = [model.config.audio_token_id] * (50 * WINDOW * num_windows)
         batch = prompts.batch(
-            skill, [[slot] * len(said) for said, _, _ in made], pictures, [a for *_, a in made], rng.random() < 0.3
+            skill,
+            [[slot] * len(said) for said, _, _ in made],
+            pictures,
+            [a for *_, a in made],
+            training and rng.random() < 0.25,
         )
         if texts:
             rows = source.windows(texts, rng.random() if training else 0, num_windows)
             batch["input_features"] = log_mel(list(rows.reshape(-1, 16_000 * WINDOW)), processor.feature_extractor)
         return batch
 
-    run = Schedule("join", model.parameters(), steps, 1e-3)
-    learn(run, steps, model, Examples(SEEN, SEEN, 5), Examples(HELD_OUT, PHRASES, 6), make_batch, every=50)
+    run = Schedule("join", model.parameters(), steps, 6e-4 if again else 1e-3)
+    learn(run, steps, model, Examples(SEEN, SEEN, seed + 2), Examples(HELD_OUT, PHRASES, seed + 3), make_batch)
     save(model, "join")
 
 
-STEPS = {"hear": 1800, "see": 1200, "reason": 1000, "join": 1000}
+def ship(examples: int = 4):
+    """Puts the trained checkpoint, its curves, and for every skill examples that it answers right into `demo/`."""
+    processor, model = load_untrained()
+    model.load_state_dict(load_file(BUILD / "join.safetensors"))
+    model.to(torch.bfloat16).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        for name in CHECKPOINT_FILES:
+            shutil.copyfile(Path(folder) / name, DEMO / name)
+    draw_curves(DEMO / "curves.png")
+
+    rng, made = random.Random(11), Examples(HELD_OUT, PHRASES, 11)
+    folder = DEMO / "examples"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    listed, wrong = [], 0
+    while len(listed) < examples * len(SKILLS):
+        number, skill = len(listed) + 1, list(SKILLS)[len(listed) % len(SKILLS)]
+        said, drawn, answer = made.make(skill)
+        speeches = cast(said, len(said), rng, held_out=True)
+        sounds = [folder / f"{number:02}-{index + 1}-{speech.engine}.wav" for index, speech in enumerate(speeches)]
+        write_speech(speeches, sounds)
+        image = folder / f"{number:02}.png" if drawn else None
+        if image:
+            draw(drawn, rng).save(image)
+        if ask(processor, model, [content(skill, [str(path) for path in sounds], image and str(image))]) != [answer]:
+            wrong += 1
+            for path in sounds:
+                path.unlink()
+            continue
+        names = {"audio": [path.name for path in sounds], "image": image and image.name}
+        listed.append({"skill": skill, **names, "said": said, "answer": answer})
+    logger.warning(f"{wrong} other examples were answered wrong and left out.")
+    (folder / "examples.json").write_text(json.dumps(listed, indent=2) + "\n")
+
+    # Those of the card, which `upload.py` takes along: a question and the picture that it is about.
+    (clip,) = say(cast(QUESTIONS[:1], 1, rng, held_out=True))
+    with av.open(folder / "speech.mp3", "w") as file:
+        stream = file.add_stream("mp3", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray((clip * 32767).short().numpy()[None], format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        file.mux([*stream.encode(frame), *stream.encode(None)])
+    draw(HELD_OUT[1], rng).save(folder / "photo.png")
 
 
-def run_part(name: str, threads: int):
+def draw_curves(path: Path):
+    lines = [json.loads(line) for line in (BUILD / "log.jsonl").read_text().splitlines()]
+    titles = {
+        "hear": "1. the encoder hears words",
+        "see": "2. the tower sees",
+        "reason": "2. skills, with written words for sound",
+        "join": "3. all together",
+    }
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(titles), sharey=True), titles.items(), strict=True):
+        runs = [[]]
+        for line in (line for line in lines if line["part"] == name):
+            if runs[-1] and line["step"] <= runs[-1][-1]["step"]:
+                runs.append([])
+            runs[-1].append(line)
+        offset, points = 0, []
+        for run in runs:
+            points += [{**line, "step": offset + line["step"]} for line in run]
+            offset = points[-1]["step"] if points else 0
+        for score in [key for key in points[0] if key not in ("part", "step", "seconds", "loss")]:
+            label = score.replace("_", " ")
+            axes.plot([line["step"] for line in points], [line[score] for line in points], label=label, linewidth=1)
+        axes.set(title=title, xlabel="step", ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.supylabel("right, held out", fontsize=9)
+    figure.savefig(path, dpi=90)
+
+
+PARTS = {"hear": hear, "see": see, "reason": reason, "join": join}
+# Two processes of one thread each, then one of two.
+RECIPE = (
+    [[("hear", 1800), ("hear", 1400)], [("see", 1200), ("reason", 1000)]],
+    [[("hear", 1000), ("join", 800), ("join", 450)]],
+)
+
+
+def run_parts(parts: list[tuple[str, int]], threads: int):
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
-    {"hear": hear, "see": see, "reason": reason, "join": join}[name](STEPS[name])
+    for name, steps in parts:
+        PARTS[name](steps)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "ship"], help="one part alone (default: all of them)")
+    parser.add_argument("--steps", type=int, help="of that part")
+    options = parser.parse_args()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    if options.part == "ship":
+        ship()
+    elif options.part:
+        run_parts([(options.part, options.steps)], threads=2)
+    else:
+        shutil.rmtree(BUILD)
+        BUILD.mkdir()
+        load_untrained()
+        training_clips()
+        held_out_clips()
+        for stage in RECIPE:
+            with ProcessPoolExecutor(len(stage), get_context("spawn")) as pool:
+                list(pool.map(run_parts, stage, [2 // len(stage)] * len(stage)))
+        ship()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--threads", type=int, default=1)
-    o = parser.parse_args()
-    BUILD.mkdir(parents=True, exist_ok=True)
-    if o.steps:
-        STEPS[o.name] = o.steps
-    run_part(o.name, o.threads)
+    main()

@@ -1,72 +1,78 @@
-"""`make demo`: builds a small folder and asks it about a real recording and a real photo, the way a user does."""
+"""`make demo`: builds the demo checkpoint and asks it about the recordings and pictures in `demo/examples`."""
 
+import json
 import shutil
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from transformers import AutoModel, AutoProcessor
+from matplotlib.figure import Figure
+from transformers.utils import logging
 
 import upload
-from audio_utils import fetch_audio
-from demo.bases import ASSETS, make_qwen2_vl, make_whisper
+from audio_utils import fetch_audio, log_mel
+from demo.evaluate import DEMO, ask, load
+from demo.world import SKILLS, content
 
 
-BUILD = Path(__file__).resolve().parent.parent / "build" / "demo"
-SPEECH = ASSETS / "audio" / "jfk.mp3"
-PHOTO = ASSETS / "images" / "chelsea.png"
+BUILD = DEMO.parent / "build" / "demo"
+EXAMPLES = DEMO / "examples"
 
 
-@contextmanager
-def step(name: str):
-    start = time.perf_counter()
-    yield
-    print(f"  {name:<52} {time.perf_counter() - start:6.2f} s", flush=True)
+def read_examples() -> list[dict]:
+    """Of every example `skill`, `audio` (names of files), what is `said`, `image` (a file or None) and `answer`."""
+    return json.loads((EXAMPLES / "examples.json").read_text())
+
+
+def ask_example(processor, model, example: dict) -> str:
+    picture = example["image"] and str(EXAMPLES / example["image"])
+    sounds = [str(EXAMPLES / name) for name in example["audio"]]
+    return ask(processor, model, [content(example["skill"], sounds, picture)])[0]
+
+
+def draw_sound(name: str, title: str, feature_extractor, path: Path):
+    """The log-mel spectrogram that the encoder is given, under what was asked and answered."""
+    samples = fetch_audio(EXAMPLES / name, feature_extractor.sampling_rate)
+    seconds = len(samples) / feature_extractor.sampling_rate
+    features = log_mel([samples[: feature_extractor.n_samples]], feature_extractor)[0].numpy()
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(
+        features,
+        origin="lower",
+        aspect="auto",
+        extent=(0, feature_extractor.chunk_length, 0, len(features)),
+        cmap="magma",
+    )
+    axes.axvline(seconds, color="white", linewidth=0.8)
+    axes.set(title=title, xlabel="seconds", ylabel="mel bin")
+    figure.savefig(path, dpi=110)
 
 
 def main():
+    logging.set_verbosity_error()
+    start = time.perf_counter()
     shutil.rmtree(BUILD, ignore_errors=True)
     BUILD.mkdir(parents=True)
-    print("Steps")
-    with step("make two small base checkpoints, random weights"):
-        base, encoder = make_qwen2_vl(BUILD / "qwen2-vl"), make_whisper(BUILD / "whisper")
-    with step("upload.py build"):
-        repo = upload.build(base, encoder, BUILD / "qwen2-audio-vl")
-    with step("load with AutoModel and AutoProcessor"):
-        processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
-        model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype="auto", device_map="auto")
-
-    question = "Answer the spoken question about the photo."
-    content = [
-        {"type": "image", "url": str(PHOTO)},
-        {"type": "audio", "url": str(SPEECH)},
-        {"type": "text", "text": question},
-    ]
-    with step("photo and sound -> model inputs"):
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(model.device)
-    with step("audio encoder and projector, alone"), torch.no_grad():
-        model.get_audio_features(inputs["input_features"])
-    with step("generate 16 tokens"):
-        output = model.generate(**inputs, max_new_tokens=16, min_new_tokens=16, do_sample=False)
-    answer = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
-
-    types = inputs["mm_token_type_ids"]
-    seconds = len(fetch_audio(SPEECH)) / processor.feature_extractor.sampling_rate
-    windows, bins, frames = inputs["input_features"].shape
-    print("\nWhat went in")
-    print(f"  {PHOTO.name}: {int((types == 1).sum())} tokens")
-    print(f"  {SPEECH.name}: {seconds:.1f} s, {windows} window of {bins} x {frames}, {int((types == 3).sum())} tokens")
-    print(f"  with the text {question!r}: {types.numel()} tokens in all")
-    print("\nWhat came out")
-    print(f"  {answer!r}")
-    print("  The weights are random, so these words mean nothing: the path is real, the answer is not.")
+    repo = upload.build(checkpoint=DEMO, output=BUILD / "qwen2-audio-vl")
+    processor, model = load(repo)
+    print(f"\n{'files':<58}{'question':<45}{'expected':<24}answer")
+    right, examples, drawn = 0, read_examples(), {}
+    for example in examples:
+        given = ask_example(processor, model, example)
+        right += given == example["answer"]
+        question = SKILLS[example["skill"]]["instruction"]
+        files = ", ".join([*filter(None, [example["image"]]), *example["audio"]])
+        print(f"{files:<58}{question:<45}{example['answer']:<24}{given}", flush=True)
+        for name in example["audio"]:
+            drawn.setdefault(name, []).append(f"{question} {given}")
+    for name, titles in drawn.items():
+        path = BUILD / f"{Path(name).stem}.png"
+        draw_sound(name, "\n".join(titles), processor.feature_extractor, path)
+    seconds = time.perf_counter() - start
+    print(f"\n{right} of {len(examples)} right, in {seconds:.0f} s, by {model.num_parameters():,} parameters.")
+    print(f"What it heard, one picture for each recording: {BUILD.relative_to(DEMO.parent)}/*.png")
+    if right < len(examples):
+        raise SystemExit("An answer is wrong.")
 
 
 if __name__ == "__main__":

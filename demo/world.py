@@ -25,7 +25,9 @@ PHRASES = [
 HELD_OUT = WORLD["held_out"]  # phrases that training neither says nor draws
 SEEN = [phrase for phrase in PHRASES if phrase not in HELD_OUT]
 QUESTIONS = list(WORLD["questions"])
+SKILLS = WORLD["skills"]
 
+ENGINES = ("espeak-ng", "flite", "festival")
 # espeak-ng combines an accent with a variant, which changes formants, voicing and pitch: about 650 voices.
 ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-029", "en-gb-x-gbclan", "en-gb-x-rp", "en-us-nyc")
 HELD_OUT_ACCENT = "en-gb-x-gbcwmd"
@@ -64,7 +66,7 @@ def cast(texts: list[str], count: int, rng: random.Random, held_out: bool = Fals
             if held_out
             else rng.choice([rng.uniform(0.74, 0.95), rng.uniform(1.05, 1.25)])
         )
-        engine = rng.choices(["espeak-ng", "flite", "festival"], [6, 2, 2])[0]
+        engine = rng.choices(ENGINES, [6, 2, 2])[0]
         if engine == "espeak-ng":
             voice = f"{rng.choice(accents)}+{rng.choice(variants)}"
         elif held_out:
@@ -76,23 +78,28 @@ def cast(texts: list[str], count: int, rng: random.Random, held_out: bool = Fals
 
 
 def say(speeches: list[Speech]) -> list[torch.Tensor]:
+    """float32 `[samples]` at 16 kHz for each."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number}.wav" for number in range(len(speeches))]
+        write_speech(speeches, paths)
+        return [fetch_audio(path) for path in paths]
+
+
+def write_speech(speeches: list[Speech], paths: list[Path]):
     """
-    Returns:
-        float32 `[samples]` at 16 kHz for each.
+    Writes the synthesizers' own files, of 16 to 32 kHz.
 
     Raises:
         FileNotFoundError: if a synthesizer is not installed (Debian: espeak-ng flite festival festvox-kallpc16k
             festvox-kdlpc16k festvox-us-slt-hts).
     """
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        paths = [Path(folder) / f"{number}.wav" for number in range(len(speeches))]
+    with ThreadPoolExecutor(2) as pool:
         for engine in {speech.engine for speech in speeches}:
             jobs = [(speech, path) for speech, path in zip(speeches, paths, strict=True) if speech.engine == engine]
             if engine == "festival":  # slow to start, so many at a time
                 list(pool.map(say_by_festival, [jobs[start : start + 200] for start in range(0, len(jobs), 200)]))
             else:
                 list(pool.map(lambda job: subprocess.run(command(*job), check=True), jobs))
-        return list(pool.map(fetch_audio, paths))
 
 
 def command(speech: Speech, path: Path) -> list[str]:
@@ -145,3 +152,43 @@ def draw(phrase: str, rng: random.Random) -> Image.Image:
             points.append((scale * (x + reach * math.cos(angle)), scale * (y + reach * math.sin(angle))))
         canvas.polygon(points, fill=fill)
     return image.reduce(4)
+
+
+class Examples:
+    """Examples of every skill, about some of the phrases; what differs from them is one of the `others`."""
+
+    def __init__(self, phrases: list[str], others: list[str], seed: int):
+        self.phrases, self.others, self.rng = phrases, others, random.Random(seed)
+
+    def other(self, phrase: str) -> str:
+        """Another phrase, as a rule one that differs in one word only."""
+        distance = 1 if self.rng.random() < 0.7 else 2
+        words = phrase.split()
+        differences = {o: sum(a != b for a, b in zip(words, o.split(), strict=True)) for o in self.others}
+        return self.rng.choice([other for other in self.others if differences[other] == distance])
+
+    def make(self, skill: str) -> tuple[list[str], str | None, str]:
+        """What is said, what is drawn, and the answer."""
+        phrase = self.rng.choice(self.phrases)
+        if skill == "transcribe":
+            said = self.rng.choice(QUESTIONS) if self.rng.random() < 0.1 else phrase
+            return [said], None, said
+        if skill == "picture":
+            return [], phrase, phrase
+        if skill == "question":
+            said = self.rng.choice(QUESTIONS)
+            return [said], phrase, phrase.split()[KINDS.index(WORLD["questions"][said])]
+        same = self.rng.random() < 0.5
+        other = phrase if same else self.other(phrase)
+        answer = "yes" if same else "no"
+        return ([phrase], other, answer) if skill == "agree" else ([phrase, other], None, answer)
+
+
+def content(skill: str, sounds: list, picture) -> list[dict]:
+    """The content of a user's message that asks for a skill; sounds and picture as the processor takes them."""
+    left = iter(sounds)
+    items = [
+        {"type": "image", "image": picture} if kind == "image" else {"type": "audio", "audio": next(left)}
+        for kind in SKILLS[skill]["inputs"]
+    ]
+    return [*items, {"type": "text", "text": SKILLS[skill]["instruction"]}]

@@ -1,0 +1,124 @@
+"""
+What the stages of `train.py` cost: measured with the demo checkpoint on this machine, and counted for full size.
+
+    python -m benchmarks.train [--readme]
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModel
+
+import upload
+from demo.evaluate import DEMO
+from demo.run import EXAMPLES, read_examples
+from demo.world import content
+from train import LANGUAGE_MODEL
+
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKS = "<!-- benchmarks/train.py -->\n", "<!-- end of benchmarks/train.py -->\n"
+STEPS, BATCH = 40, 8
+SETTINGS = {
+    "projector": ["--stage", "projector"],
+    "projector, `--encoder_cache`": ["--stage", "projector", "--encoder_cache", "{folder}/cache"],
+    "projector, `--gradient_checkpointing`": ["--stage", "projector", "--gradient_checkpointing"],
+    "lora": ["--stage", "lora"],
+}
+TOKENS = 1_600  # a clip of 30 s in one row, with its text
+
+
+def write_rows(path: Path):
+    with path.open("w") as file:
+        for example in read_examples():
+            for name, said in zip(example["audio"], example["said"], strict=True):
+                asked = content("transcribe", [str(EXAMPLES / name)], None)
+                messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+                file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def measure(folder: Path, number: int, options: list[str]) -> tuple[float, float]:
+    """Rows per second, and the peak memory of the process in GiB."""
+    output = folder / f"run-{number}"
+    command = [sys.executable, str(ROOT / "train.py"), "--model", str(folder / "model"), "--use_cpu", "--output_dir"]
+    command += [str(output), "--data", str(folder / "rows.jsonl"), "--max_steps", str(STEPS), "--report_to", "none"]
+    command += ["--per_device_train_batch_size", str(BATCH), *(option.format(folder=folder) for option in options)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise ValueError(f"{' '.join(command)} ended with {status}")
+    return json.loads((output / "summary.json").read_text())["rows per second"], usage.ru_maxrss / 2**20
+
+
+def count_full_size() -> list[str]:
+    """Memory and operations at full size: of the configuration in this repository, by the arithmetic of the README."""
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (*upload.CODE_FILES, "config.json"):
+            (Path(folder) / name).write_bytes((ROOT / name).read_bytes())
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, trust_remote_code=True)
+    text = config.text_config
+    layers, encoder = (
+        sum(parameter.numel() for parameter in part.parameters())
+        for part in (model.model.language_model.layers, model.model.audio_encoder)
+    )
+    layers += model.lm_head.weight.numel()
+    frozen = sum(parameter.numel() for parameter in model.parameters())
+    projector = model.model.audio_projector.weight.numel()
+    with torch.device("meta"):
+        peft = get_peft_model(model, LoraConfig(r=16, target_modules=LANGUAGE_MODEL))
+    lora = sum(parameter.numel() for parameter in peft.parameters() if parameter.requires_grad)
+
+    # Inputs of the layers in 16 bits; logits and their gradients in 16 and 32 bits.
+    activations = text.num_hidden_layers * TOKENS * text.hidden_size * 2 + TOKENS * text.vocab_size * 12
+    rows = []
+    for stage, learning in (("projector", projector), ("lora", projector + lora)):
+        memory = frozen * 2 + learning * 16 + activations
+        operations = 6 * layers * TOKENS + 2 * encoder * config.audio_config.max_source_positions
+        operations += 6 * (learning - projector) * TOKENS
+        rows.append(
+            f"| {stage} | {learning / 1e6:.1f} million | {memory / 1e9:.0f} GB | {operations / 1e12:.0f} TFLOP |"
+        )
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", action="store_true", help="put the tables into the README")
+    options = parser.parse_args()
+    lines = ["| full size, counted | learns | memory | operations for a clip of 30 s |", "|---|---|---|---|"]
+    lines += [*count_full_size(), "", "| demo checkpoint, measured | clips per second | peak memory |", "|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        upload.build(checkpoint=DEMO, output=folder / "model")
+        write_rows(folder / "rows.jsonl")
+        for number, (name, words) in enumerate(SETTINGS.items()):
+            rate, memory = measure(folder, number, words)
+            lines.append(f"| {name} | {rate:.0f} | {memory:.1f} GiB |")
+    where = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    note = f"{date.today()}, {where}, {versions}; {STEPS} steps of {BATCH} clips of 3 s, in one process."
+    text = "\n".join([*lines, "", note]) + "\n"
+    print(text)
+    if options.readme:
+        start, end = MARKS
+        readme = ROOT / "README.md"
+        filled = re.sub(f"{start}.*{end}", lambda _: start + text + end, readme.read_text(), flags=re.DOTALL)
+        readme.write_text(filled)
+
+
+if __name__ == "__main__":
+    main()
