@@ -29,7 +29,7 @@ from train import LANGUAGE_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = "<!-- benchmarks/train.py -->\n", "<!-- end of benchmarks/train.py -->\n"
-STEPS, BATCH = 40, 8
+STEPS, BATCH = 12, 4
 SETTINGS = {
     "projector": ["--stage", "projector"],
     "projector, `--encoder_cache`": ["--stage", "projector", "--encoder_cache", "{folder}/cache"],

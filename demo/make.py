@@ -392,7 +392,7 @@ def learn(run: Schedule, steps: int, model, examples, test_examples, make_batch)
         total = 0.0
         for skill, share in SHARES.items():
             made = [examples.make(skill) for _ in range(share)]
-            batch = make_batch(skill, made, True, number)
+            batch = make_batch(skill, made, True)
             loss = model(**batch, use_cache=False).loss
             (loss * share / sum(SHARES.values())).backward()
             total += loss.item() * share / sum(SHARES.values())
@@ -401,7 +401,7 @@ def learn(run: Schedule, steps: int, model, examples, test_examples, make_batch)
             scores = {}
             with torch.no_grad():
                 for skill in SHARES:
-                    batch = make_batch(skill, [test_examples.make(skill) for _ in range(100)], False, number)
+                    batch = make_batch(skill, [test_examples.make(skill) for _ in range(100)], False)
                     right = right_answers(model(**batch, use_cache=False).logits, batch["labels"])
                     scores[skill] = right.float().mean().item()
             run.log(number, **scores)
@@ -426,7 +426,7 @@ def reason(steps: int):
             slot[place] = i
         return slot
 
-    def make_batch(skill, made, training, number):
+    def make_batch(skill, made, training):
         length = round(math.exp(rng.uniform(math.log(6), math.log(50)))) if training else 20
         slots = [[write(text, length) for text in said] for said, _, _ in made]
         pictures = [draw(drawn, rng) for _, drawn, _ in made if drawn]
@@ -450,7 +450,7 @@ def join(steps: int):
     clips, test = training_clips(), held_out_clips()
     clips.rng = random.Random(seed + 2)
 
-    def make_batch(skill, made, training, number):
+    def make_batch(skill, made, training):
         source = clips if training else test
         num_windows = 2 if training and skill != "compare" and rng.random() < 0.1 else 1
         texts = [text for said, _, _ in made for text in said]
@@ -524,7 +524,7 @@ def draw_curves(path: Path):
     titles = {
         "hear": "1. the encoder hears words",
         "see": "2. the tower sees",
-        "reason": "2. skills, with written words for sound",
+        "reason": "2. skills, on written words",
         "join": "3. all together",
     }
     figure = Figure(figsize=(12, 3), layout="constrained")
