@@ -255,8 +255,8 @@ def hear(steps: int, batch: int = 40):
     again = paths[0].exists()
     encoder = model.model.audio_encoder.requires_grad_(True)
     head = torch.nn.Linear(encoder.config.d_model, len(WORDS) + 1)
-    if again:
-        for module, path in zip((encoder, head), paths, strict=True):
+    for module, path in zip((encoder, head), paths, strict=True):
+        if path.exists():
             module.load_state_dict(load_file(path))
     clips, test = training_clips(), held_out_clips()
     run = Schedule("hear", [*encoder.parameters(), *head.parameters()], steps, 1e-3 if again else 1.5e-3)
@@ -552,7 +552,7 @@ PARTS = {"hear": hear, "see": see, "reason": reason, "join": join}
 # Two processes of one thread each, then one of two.
 RECIPE = (
     [[("hear", 1800), ("hear", 1400)], [("see", 1200), ("reason", 1000)]],
-    [[("hear", 1000), ("join", 800), ("join", 450)]],
+    [[("hear", 1000), ("join", 800)]],
 )
 
 
