@@ -497,7 +497,7 @@ def write_projector(adapter: Path, path: Path):
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         if name.endswith("audio_projector.weight"):
             tensors["audio_projector.weight"] = tensor
-        elif "trainable_tokens" in name or "token_adapter" in name:
+        elif name.endswith("trainable_tokens_delta"):
             tensors["audio_markers.weight"] = tensor
     save_file(tensors, path)
 

@@ -25,6 +25,7 @@ from transformers.audio_utils import load_audio
 
 import upload
 from audio_utils import fetch_audio, log_mel, resample, split_windows
+from benchmarks import readme
 from demo.bases import ASSETS, make_qwen2_vl, make_whisper
 from tests.sounds import encode
 
@@ -35,7 +36,6 @@ from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parent.parent
 PLOT = ROOT / "benchmarks" / "sound.png"
-MARKS = "<!-- benchmarks/sound.py -->\n", "<!-- end of benchmarks/sound.py -->\n"
 RATE = 16_000  # Hz
 
 
@@ -198,10 +198,7 @@ def main():
     text = "\n".join([*table.lines, "", note]) + "\n"
     print(text)
     if arguments.readme:
-        readme = ROOT / "README.md"
-        before, _, rest = readme.read_text().partition(MARKS[0])
-        _, _, after = rest.partition(MARKS[1])
-        readme.write_text(before + MARKS[0] + text + MARKS[1] + after)
+        readme.fill("benchmarks/sound.py", text)
 
 
 if __name__ == "__main__":

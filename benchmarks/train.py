@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,14 +20,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel
 
 import upload
+from benchmarks import readme
 from demo.evaluate import DEMO
-from demo.run import EXAMPLES, read_examples
-from demo.world import content
+from demo.run import write_transcripts
 from train import LANGUAGE_MODEL
 
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKS = "<!-- benchmarks/train.py -->\n", "<!-- end of benchmarks/train.py -->\n"
 STEPS, BATCH = 12, 4
 SETTINGS = {
     "projector": ["--stage", "projector"],
@@ -37,15 +35,6 @@ SETTINGS = {
     "lora": ["--stage", "lora"],
 }
 TOKENS = 1_600  # a clip of 30 s in one row, with its text
-
-
-def write_rows(path: Path):
-    with path.open("w") as file:
-        for example in read_examples():
-            for name, said in zip(example["audio"], example["said"], strict=True):
-                asked = content("transcribe", [str(EXAMPLES / name)], None)
-                messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-                file.write(json.dumps({"messages": messages}) + "\n")
 
 
 def measure(folder: Path, number: int, options: list[str]) -> tuple[float, float]:
@@ -104,7 +93,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         upload.build(checkpoint=DEMO, output=folder / "model")
-        write_rows(folder / "rows.jsonl")
+        write_transcripts(folder / "rows.jsonl")
         for number, (name, words) in enumerate(SETTINGS.items()):
             rate, memory = measure(folder, number, words)
             lines.append(f"| {name} | {rate:.0f} | {memory:.1f} GiB |")
@@ -114,10 +103,7 @@ def main():
     text = "\n".join([*lines, "", note]) + "\n"
     print(text)
     if options.readme:
-        start, end = MARKS
-        readme = ROOT / "README.md"
-        filled = re.sub(f"{start}.*{end}", lambda _: start + text + end, readme.read_text(), flags=re.DOTALL)
-        readme.write_text(filled)
+        readme.fill("benchmarks/train.py", text)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,12 @@ def make_whisper(folder: Path, window_seconds: int = 30, dtype: torch.dtype = to
         sizes |= {f"{half}_layers": 2, f"{half}_attention_heads": 2, f"{half}_ffn_dim": 128}
     config = WhisperConfig(**sizes, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0)
     sharpen(WhisperForConditionalGeneration(config), std=0.2).to(dtype).save_pretrained(folder)
+    write_feature_extractor(folder, window_seconds)
+    return folder
+
+
+def write_feature_extractor(folder: Path, window_seconds: int):
+    """Whisper's own, but for the length of its windows."""
     extractor = json.loads((ASSETS / "whisper-large-v3-turbo" / "preprocessor_config.json").read_text())
     extractor |= {
         "chunk_length": window_seconds,
@@ -57,4 +63,3 @@ def make_whisper(folder: Path, window_seconds: int = 30, dtype: torch.dtype = to
         "nb_max_frames": 100 * window_seconds,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(extractor))
-    return folder

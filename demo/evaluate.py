@@ -5,7 +5,6 @@ and again with the sound taken away: `python -m demo.evaluate`. `--readme` puts 
 
 import argparse
 import random
-import re
 import tempfile
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 import upload
+from benchmarks import readme
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SKILLS, Examples, cast, content, draw, say
 
 
 DEMO = Path(__file__).resolve().parent
-README = DEMO.parent / "README.md"
-MARKS = "<!-- demo/evaluate.py -->\n", "<!-- end of demo/evaluate.py -->\n"
 CHANCE = {"transcribe": 1 / 51, "picture": 1 / 48, "agree": 1 / 2, "question": 1 / 3, "compare": 1 / 2}
 BATCH = 50
 
@@ -94,9 +92,7 @@ def main():
     text = table(shares)
     print(text)
     if options.readme:
-        start, end = MARKS
-        readme = re.sub(f"{start}.*{end}", lambda _: f"{start}{text}\n{end}", README.read_text(), flags=re.DOTALL)
-        README.write_text(readme)
+        readme.fill("demo/evaluate.py", text + "\n")
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ from transformers.utils import logging
 
 import upload
 from audio_utils import log_mel
-from demo.bases import ASSETS
-from demo.evaluate import ask
+from demo.bases import ASSETS, write_feature_extractor
+from demo.evaluate import DEMO, ask
 from demo.world import (
     ENGINES,
     HELD_OUT,
@@ -62,7 +62,6 @@ from demo.world import (
 
 
 logger = logging.get_logger(__name__)
-DEMO = Path(__file__).resolve().parent
 BUILD = DEMO.parent / "build" / "world"
 CHECKPOINT_FILES = (
     *("config.json", "generation_config.json", "model.safetensors"),
@@ -121,9 +120,7 @@ def make_bases(folder: Path) -> tuple[Path, Path]:
         sizes |= {f"{half}_layers": layers, f"{half}_attention_heads": 4, f"{half}_ffn_dim": 512}
     ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
     WhisperForConditionalGeneration(WhisperConfig(**sizes, **ids, init_std=STD)).save_pretrained(encoder)
-    extractor = json.loads((ASSETS / "whisper-large-v3-turbo" / "preprocessor_config.json").read_text())
-    extractor |= {"chunk_length": WINDOW, "n_samples": 16_000 * WINDOW, "nb_max_frames": 100 * WINDOW}
-    (encoder / "preprocessor_config.json").write_text(json.dumps(extractor))
+    write_feature_extractor(encoder, WINDOW)
     return base, encoder
 
 
@@ -210,7 +207,7 @@ class Schedule:
     """AdamW with warm-up and cosine, gradients clipped, and a line of JSON now and then."""
 
     def __init__(self, name: str, parameters, steps: int, lr: float):
-        self.name, self.steps, self.parameters = name, steps, [p for p in parameters if p.requires_grad]
+        self.name, self.parameters = name, [p for p in parameters if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda s: min(s / 100, 0.5 + 0.5 * math.cos(math.pi * min(1, s / steps))) + 0.002
@@ -366,7 +363,7 @@ class Prompts:
             batch |= self.processor.image_processor(pictures, return_tensors="pt")
         first = batch["input_ids"][:1]
         types = (first == config.image_token_id).int()
-        grid = batch.get("image_grid_thw", torch.empty(0, 3).long())[:1] if pictures else None
+        grid = batch["image_grid_thw"][:1] if pictures else None
         positions, _ = self.model.get_rope_index(first, types, grid)
         batch["position_ids"] = positions.expand(3, len(rows), -1)
         return batch

@@ -23,6 +23,17 @@ def read_examples() -> list[dict]:
     return json.loads((EXAMPLES / "examples.json").read_text())
 
 
+def write_transcripts(path: Path) -> list[dict]:
+    """Writes, and returns, a row to train on for every recording: a request to transcribe it, and what is said."""
+    rows = []
+    for example in read_examples():
+        for name, said in zip(example["audio"], example["said"], strict=True):
+            asked = content("transcribe", [str(EXAMPLES / name)], None)
+            rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
 def ask_example(processor, model, example: dict) -> str:
     picture = example["image"] and str(EXAMPLES / example["image"])
     sounds = [str(EXAMPLES / name) for name in example["audio"]]

@@ -37,7 +37,7 @@ HELD_OUT_VARIANTS = (
 )
 FLITE = ("kal16", "awb", "slt")
 FESTIVAL = ("kal_diphone", "cmu_us_slt_arctic_hts")
-HELD_OUT_VOICES = (("flite", "rms"), ("festival", "ked_diphone"))
+HELD_OUT_VOICES = {"flite": "rms", "festival": "ked_diphone"}
 
 
 class Speech(NamedTuple):
@@ -70,7 +70,7 @@ def cast(texts: list[str], count: int, rng: random.Random, held_out: bool = Fals
         if engine == "espeak-ng":
             voice = f"{rng.choice(accents)}+{rng.choice(variants)}"
         elif held_out:
-            voice = dict(HELD_OUT_VOICES)[engine]
+            voice = HELD_OUT_VOICES[engine]
         else:
             voice = rng.choice(FLITE if engine == "flite" else FESTIVAL)
         speeches.append(Speech(texts[number % len(texts)], engine, voice, round(pace, 2), rng.randint(15, 85)))

@@ -98,7 +98,7 @@ def test_make_demo_answers_and_draws(examples):
             assert Image.open(run.BUILD / f"{Path(name).stem}.png").width > 500
 
 
-def test_training_from_two_base_folders_to_a_repository_that_hears(repo, examples, tmp_path):
+def test_training_from_two_base_folders_to_a_repository_that_hears(repo, tmp_path):
     """The halves of the checkpoint as they would be published, and a projector that learns from nothing."""
     config = json.loads((repo / "config.json").read_text())
     tensors = {name: tensor.float() for name, tensor in load_file(repo / "model.safetensors").items()}
@@ -121,12 +121,7 @@ def test_training_from_two_base_folders_to_a_repository_that_hears(repo, example
     (encoder / "preprocessor_config.json").write_text(json.dumps(processors["feature_extractor"]))
     start = upload.build(base, encoder, tmp_path / "start")
 
-    rows = []
-    for example in examples:
-        for name, said in zip(example["audio"], example["said"], strict=True):
-            asked = content("transcribe", [str(run.EXAMPLES / name)], None)
-            rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
-    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = run.write_transcripts(tmp_path / "clips.jsonl")
     given = {"model": start, "data": tmp_path / "clips.jsonl", "eval": tmp_path / "clips.jsonl"}
     settings = {"max_steps": 150, "learning_rate": 0.01, "train_markers": True, "max_new_tokens": 8, "use_cpu": True}
     words = [str(word) for name, value in (given | settings).items() for word in (f"--{name}", value)]
