@@ -548,8 +548,8 @@ def describe(source) -> str:
         kind = "array" if isinstance(source, np.ndarray) else "tensor"
         return f"The {kind} of shape {tuple(source.shape)} and dtype {source.dtype}"
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"The sound of {len(source)} bytes"
+        return f"The content of {len(source)} bytes"
     if isinstance(source, (str, Path)):
         text = str(source)
-        return f"The sound {text if len(text) <= 80 else text[:60] + '...' + text[-17:]!r}"
+        return f"The source {text if len(text) <= 80 else text[:60] + '...' + text[-17:]!r}"
     return f"The {type(source).__name__}"

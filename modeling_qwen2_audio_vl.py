@@ -201,6 +201,13 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        # vLLM takes the backbone from `AutoModel`, which gives the whole model here, and puts a head of its own on it.
+        if config.text_config._attn_implementation == "vllm":
+            return Qwen2AudioVLModel._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
+
     def get_audio_features(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`Qwen2AudioVLModel.get_audio_features`]."""
         return self.model.get_audio_features(input_features, **kwargs)

@@ -59,7 +59,9 @@ from configuration_qwen2_audio_vl import CODE_FILES
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png": "assets/images/chelsea.png"}
-SHIPPED_FILES = {name: name for name in ("LICENSE", "requirements.txt", ".gitattributes")} | EXAMPLES
+SHIPPED_FILES = {
+    name: name for name in ("LICENSE", "requirements.txt", ".gitattributes", "handler.py", "app.py")
+} | EXAMPLES
 CHECKSUMS = "SHA256SUMS"  # of every other file, as `sha256sum --check` reads them
 KNOWN_FILES = (
     *CODE_FILES,

@@ -45,7 +45,6 @@ from audio_utils import log_mel
 from demo.bases import ASSETS, write_feature_extractor
 from demo.evaluate import DEMO, ask
 from demo.world import (
-    ENGINES,
     HELD_OUT,
     PHRASES,
     QUESTIONS,
@@ -136,9 +135,9 @@ class Clips:
             save_file({"samples": torch.cat(samples), "ends": ends}, path)
         stored = load_file(path)
         clips = stored["samples"].float().div(32768).tensor_split(stored["ends"][:-1])
-        self.by_text = {text: {engine: [] for engine in ENGINES} for text in texts}
+        self.by_text = {text: [] for text in texts}
         for clip, speech in zip(clips, speeches, strict=True):
-            self.by_text[speech.text][speech.engine].append(clip)
+            self.by_text[speech.text].append(clip)
         self.rng = random.Random(seed)
 
     def windows(self, texts: list[str], rough: float, num_windows: int = 1) -> torch.Tensor:
@@ -149,9 +148,8 @@ class Clips:
         rng, size = self.rng, num_windows * 16_000 * WINDOW
         rows = torch.zeros(len(texts), size)
         for row, text in zip(rows, texts, strict=True):
-            # The synthesizers with few voices are heard as often as the one with many.
-            clip = rng.choice(rng.choice([said for said in self.by_text[text].values() if said]))
-            pace = 1 + rng.uniform(-0.15, 0.2) * rough
+            clip = rng.choice(self.by_text[text])
+            pace = 1 + rng.uniform(-0.2, 0.25) * rough
             pace = max(pace, len(clip) / size)
             at = np.arange(0, len(clip) - 1, pace)
             clip = torch.from_numpy(np.interp(at, np.arange(len(clip)), clip.numpy())).float()[:size]
@@ -189,7 +187,7 @@ def roughen(rows: torch.Tensor, rough: float) -> torch.Tensor:
 def smear(features: torch.Tensor, rough: float) -> torch.Tensor:
     """Other vocal tracts, by stretching the mel axis, and SpecAugment's masks (https://arxiv.org/abs/1904.08779)."""
     count, bins, _ = features.shape
-    stretch = 1 + torch.empty(count, 1).uniform_(-0.12, 0.14) * rough
+    stretch = 1 + torch.empty(count, 1).uniform_(-0.14, 0.16) * rough
     at = (torch.arange(bins) * stretch).clamp(max=bins - 1)
     low, part = at.long(), (at - at.long()).unsqueeze(-1)
     rows = torch.arange(count).unsqueeze(1)
@@ -244,9 +242,9 @@ def held_out_clips() -> Clips:
     return Clips("held-out", PHRASES + QUESTIONS, 1_000, held_out=True, seed=1)
 
 
-def hear(steps: int, batch: int = 40):
+def hear(steps: int, seed: int, batch: int = 40):
     """Part 1; a second call goes on from the first, with a new start of the schedule."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     processor, model = load_untrained()
     paths = BUILD / "hear.safetensors", BUILD / "hear-head.safetensors"
     again = paths[0].exists()
@@ -256,6 +254,7 @@ def hear(steps: int, batch: int = 40):
         if path.exists():
             module.load_state_dict(load_file(path))
     clips, test = training_clips(), held_out_clips()
+    clips.rng.seed(seed)
     run = Schedule("hear", [*encoder.parameters(), *head.parameters()], steps, 1e-3 if again else 1.5e-3)
 
     def logits(rows, rough):
@@ -286,11 +285,11 @@ def hear(steps: int, batch: int = 40):
         save_file(module.state_dict(), path)
 
 
-def see(steps: int, batch: int = 64):
+def see(steps: int, seed: int, batch: int = 64):
     """Part 2, the vision tower."""
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     processor, model = load_untrained()
-    tower, rng = model.model.visual, random.Random(7)
+    tower, rng = model.model.visual, random.Random(seed)
     kinds = list(WORLD["words"].values())
     queries = torch.nn.Parameter(torch.randn(len(kinds), model.config.text_config.hidden_size) * STD)
     heads = torch.nn.ModuleList(torch.nn.Linear(queries.shape[1], len(words)) for words in kinds)
@@ -405,13 +404,13 @@ def learn(run: Schedule, steps: int, model, examples, test_examples, make_batch)
             save(model, f"{run.name}-unfinished")
 
 
-def reason(steps: int):
+def reason(steps: int, seed: int):
     """Part 2, the language model; what sees goes on learning."""
-    torch.manual_seed(2)
+    torch.manual_seed(seed)
     processor, model = load_untrained()
     model.model.visual.load_state_dict(load_file(BUILD / "see.safetensors"))
     model.model.audio_projector.requires_grad_(False)
-    prompts, rng = Prompts(processor, model), random.Random(2)
+    prompts, rng = Prompts(processor, model), random.Random(seed)
 
     def write(text: str, length: int) -> list[int]:
         """The words of a text, some of them held for longer, among silence."""
@@ -430,22 +429,21 @@ def reason(steps: int):
         return prompts.batch(skill, slots, pictures, [answer for *_, answer in made], training and rng.random() < 0.25)
 
     run = Schedule("reason", model.parameters(), steps, 1.5e-3)
-    learn(run, steps, model, Examples(SEEN, SEEN, 2), Examples(HELD_OUT, PHRASES, 3), make_batch)
+    learn(run, steps, model, Examples(SEEN, SEEN, seed), Examples(HELD_OUT, PHRASES, 0), make_batch)
     save(model, "reason")
 
 
-def join(steps: int):
-    """Part 3; a second call goes on from the first, with a new start of the schedule and other examples."""
+def join(steps: int, seed: int):
+    """Part 3; a second call goes on from the first, with a new start of the schedule."""
     processor, model = load_untrained()
     again = (BUILD / "join.safetensors").exists()
     model.load_state_dict(load_file(BUILD / ("join.safetensors" if again else "reason.safetensors")))
     model.model.audio_encoder.load_state_dict(load_file(BUILD / "hear.safetensors"))
     model.train()
-    seed = 20 if again else 3
     torch.manual_seed(seed)
-    prompts, rng = Prompts(processor, model), random.Random(seed + 1)
+    prompts, rng = Prompts(processor, model), random.Random(seed)
     clips, test = training_clips(), held_out_clips()
-    clips.rng = random.Random(seed + 2)
+    clips.rng.seed(seed)
 
     def make_batch(skill, made, training):
         source = clips if training else test
@@ -466,7 +464,7 @@ def join(steps: int):
         return batch
 
     run = Schedule("join", model.parameters(), steps, 6e-4 if again else 1e-3)
-    learn(run, steps, model, Examples(SEEN, SEEN, seed + 2), Examples(HELD_OUT, PHRASES, seed + 3), make_batch)
+    learn(run, steps, model, Examples(SEEN, SEEN, seed), Examples(HELD_OUT, PHRASES, 0), make_batch)
     save(model, "join")
 
 
@@ -546,30 +544,32 @@ def draw_curves(path: Path):
 
 
 PARTS = {"hear": hear, "see": see, "reason": reason, "join": join}
-# Two processes of one thread each, then one of two.
+# Part, steps, seed. Two processes of one thread each, then one of two.
 RECIPE = (
-    [[("hear", 1800), ("hear", 1400)], [("see", 1200), ("reason", 1000)]],
-    [[("hear", 1000), ("join", 800)]],
+    [[("hear", 1800, 1), ("hear", 1400, 2)], [("see", 1200, 5), ("reason", 1000, 2)]],
+    [[("hear", 1000, 3), ("join", 800, 3)]],
 )
 
 
-def run_parts(parts: list[tuple[str, int]], threads: int):
+def run_parts(parts: list[tuple[str, int, int]], threads: int):
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
-    for name, steps in parts:
-        PARTS[name](steps)
+    for name, steps, seed in parts:
+        PARTS[name](steps, seed)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=[*PARTS, "ship"], help="one part alone (default: all of them)")
     parser.add_argument("--steps", type=int, help="of that part")
+    parser.add_argument("--seed", type=int, help="of that part")
+    parser.add_argument("--threads", type=int, default=2, help="of that part (default: 2)")
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     if options.part == "ship":
         ship()
     elif options.part:
-        run_parts([(options.part, options.steps)], threads=2)
+        run_parts([(options.part, options.steps, options.seed)], options.threads)
     else:
         shutil.rmtree(BUILD)
         BUILD.mkdir()

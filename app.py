@@ -1,0 +1,236 @@
+"""
+A page to try the model: record or drop sound, drop a picture, ask, and see where the answer looked. What Spaces run.
+
+    python app.py [REPO]    a folder or a Hub id; the default is $REPO, or else the folder of this file
+"""
+
+import argparse
+import os
+import threading
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from matplotlib.figure import Figure
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.image_utils import load_image
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+MAX_NEW_TOKENS = 256
+MAX_BYTES = 2**25  # of a file
+MAX_SECONDS = 600.0  # of sound
+QUESTIONS = {
+    (True, True): "Answer the spoken question about the photo.",
+    (True, False): "Transcribe the audio.",
+    (False, True): "What is in the photo?",
+}
+
+
+class Listener:
+    """A loaded repository, which answers and shows what it looked at."""
+
+    def __init__(self, repo: str):
+        self.folder = Path(repo) if Path(repo).is_dir() else Path(snapshot_download(repo))
+        code = {"trust_remote_code": True}
+        self.processor = AutoProcessor.from_pretrained(self.folder, **code)
+        self.model = AutoModel.from_pretrained(self.folder, dtype="auto", device_map="auto", **code).eval()
+        self.fetch_audio = get_class_from_dynamic_module("audio_utils.fetch_audio", str(self.folder))
+
+    def open(self, sound: str | None, picture: str | None) -> tuple[torch.Tensor | None, Image.Image | None]:
+        """
+        Raises:
+            gr.Error: if a file cannot be opened; shown on the page.
+        """
+        sr = self.processor.feature_extractor.sampling_rate
+        try:
+            clip = self.fetch_audio(Path(sound), sr, max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS) if sound else None
+        except ValueError as error:
+            raise gr.Error(f"This sound cannot be heard: {error}", title="Sound") from error
+        try:
+            return clip, load_image(picture) if picture else None
+        except (OSError, SyntaxError, ValueError) as error:
+            raise gr.Error("This file is no picture that can be opened.", title="Picture") from error
+
+    def answer(self, sound: str | None, picture: str | None, question: str | None):
+        """
+        Yields, as the answer grows: the answer, what went in, and at the end the two figures (None before).
+
+        Args:
+            sound, picture: Paths of files, or None.
+            question: Where it is empty, the usual one about what is there.
+        """
+        clip, image = self.open(sound, picture)
+        question = question or QUESTIONS.get((clip is not None, image is not None))
+        if not question:
+            raise gr.Error("Give a sound, a picture or a question.", title="Nothing to answer")
+        content = [{"type": "text", "text": question}]
+        if clip is not None:
+            content.insert(0, {"type": "audio", "audio": clip})
+        if image is not None:
+            content.insert(0, {"type": "image", "image": image})
+        try:
+            inputs = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            ).to(self.model.device)
+        except ValueError as error:  # such as a prompt that is too long
+            raise gr.Error(str(error), title="Question") from error
+        facts = self.describe(inputs, clip)
+
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        done = {}
+
+        def generate():
+            try:
+                done["output"] = self.model.generate(
+                    **inputs,
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    do_sample=False,
+                    return_dict_in_generate=True,
+                    streamer=streamer,
+                )
+            except Exception:
+                logger.exception("The answer failed.")
+                streamer.end()
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        text = ""
+        for piece in streamer:
+            text += piece
+            yield text, facts, None, None
+        thread.join()
+        if "output" not in done:
+            raise gr.Error("The answer failed; this is logged.", title="Answer")
+        attention, heard, seen = self.look(inputs, done["output"]), None, None
+        config, ids = self.model.config, inputs["input_ids"][0]
+        if clip is not None:
+            extractor = self.processor.feature_extractor
+            heard = draw_sound(inputs["input_features"], len(clip), extractor, attention[ids == config.audio_token_id])
+        if image is not None:
+            height = int(inputs["image_grid_thw"][0, 1])
+            rows = height // config.vision_config.spatial_merge_size
+            seen = draw_picture(image, attention[ids == config.image_token_id].reshape(rows, -1))
+        yield text, facts, heard, seen
+
+    def describe(self, inputs, clip: torch.Tensor | None) -> str:
+        config, ids = self.model.config, inputs["input_ids"][0]
+        parts = [] if clip is None else [f"{len(clip) / self.processor.feature_extractor.sampling_rate:.2f} s of sound"]
+        for kind, token_id in (("audio", config.audio_token_id), ("image", config.image_token_id)):
+            if count := int((ids == token_id).sum()):
+                parts.append(f"{count} {kind} tokens")
+        return ", ".join([*parts, f"{len(ids)} tokens in all"])
+
+    @torch.no_grad()
+    def look(self, inputs, output) -> torch.Tensor:
+        """
+        How much the answer attends to each token of the prompt, float32 `[tokens]`: the mean over the layers and heads
+        of the language model and over the answer's tokens. The answer alone is computed once more, on the cache of its
+        own prompt, as the kernels that generate do not tell.
+        """
+        prompt = inputs["input_ids"].shape[1]
+        cache = output.past_key_values
+        if answered := cache.get_seq_length() - prompt:
+            cache.crop(-answered)
+        usual = self.model.config.text_config._attn_implementation
+        self.model.set_attn_implementation({"text_config": "eager"})
+        try:
+            outputs = self.model(
+                input_ids=output.sequences[:, prompt:],
+                attention_mask=torch.ones_like(output.sequences),
+                past_key_values=cache,
+                output_attentions=True,
+            )
+        finally:
+            self.model.set_attn_implementation({"text_config": usual})
+        layers = [layer[0].float().mean((0, 1))[:prompt].cpu() for layer in outputs.attentions]  # [heads, answer, all]
+        return torch.stack(layers).mean(0)
+
+
+def draw_sound(
+    features: torch.Tensor, num_samples: int, feature_extractor, attention: torch.Tensor | None = None, title: str = ""
+) -> Figure:
+    """
+    The log-mel spectrogram that the encoder is given, and over it where the answer looked.
+
+    Args:
+        features: `[windows, mel bins, frames]`.
+        num_samples: Of the clip; what follows is padding.
+        attention: `[audio tokens]`, or None.
+    """
+    mel = torch.cat(list(features.float().cpu()), dim=1).numpy()  # [mel bins, frames of all windows]
+    seconds = len(features) * feature_extractor.chunk_length
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, len(mel)), cmap="magma")
+    axes.axvline(num_samples / feature_extractor.sampling_rate, color="white", linewidth=0.8)
+    axes.set(title=title, xlabel="seconds", ylabel="mel bin")
+    if attention is not None:
+        over = axes.twinx()
+        times = (np.arange(len(attention)) + 0.5) * seconds / len(attention)
+        over.fill_between(times, attention / attention.max(), color="cyan", alpha=0.45, linewidth=0)
+        over.set(ylim=(0, 1.05), xlim=(0, seconds), yticks=[], ylabel="where the answer looked")
+    return figure
+
+
+def draw_picture(image: Image.Image, attention: torch.Tensor) -> Figure:
+    """A picture under the attention to its tokens, `[rows, columns]`."""
+    figure = Figure(figsize=(4, 4 * image.height / image.width), layout="constrained")
+    axes = figure.subplots()
+    extent = (0, image.width, image.height, 0)
+    axes.imshow(image, extent=extent)
+    axes.imshow(attention, extent=extent, cmap="turbo", alpha=0.45, interpolation="bilinear")
+    axes.set_axis_off()
+    return figure
+
+
+def make_page(listener: Listener) -> gr.Blocks:
+    speech, photo = (str(listener.folder / "examples" / name) for name in ("speech.mp3", "photo.png"))
+    with gr.Blocks(title="Qwen2-VL with ears") as page:
+        gr.Markdown("# Qwen2-VL with ears\nRecord or drop sound, drop a picture, ask about either or both.")
+        with gr.Row():
+            with gr.Column():
+                sound = gr.Audio(type="filepath", label="Sound", elem_id="sound")
+                picture = gr.Image(type="filepath", label="Picture", elem_id="picture")
+                question = gr.Textbox(label="Question", placeholder="or leave it to the sound", elem_id="question")
+                button = gr.Button("Ask", variant="primary", elem_id="ask")
+            with gr.Column():
+                answer = gr.Textbox(label="Answer", elem_id="answer")
+                facts = gr.Textbox(label="What went in", elem_id="facts")
+                heard = gr.Plot(label="What it heard, and where the answer looked", elem_id="heard")
+                seen = gr.Plot(label="Where the answer looked in the picture", elem_id="seen")
+        inputs, outputs = [sound, picture, question], [answer, facts, heard, seen]
+        gr.on([button.click, question.submit], listener.answer, inputs, outputs)
+        gr.Examples(
+            [
+                [speech, photo, QUESTIONS[True, True]],
+                [speech, None, QUESTIONS[True, False]],
+                [None, photo, QUESTIONS[False, True]],
+            ],
+            inputs,
+        )
+    return page
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repo", nargs="?", default=os.environ.get("REPO", str(Path(__file__).resolve().parent)))
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    options = parser.parse_args()
+    listener = Listener(options.repo)
+    page = make_page(listener)
+    page.launch(server_port=options.port, allowed_paths=[str(listener.folder / "examples")], max_file_size=MAX_BYTES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""
+Serves the folder that it lies in: requests of strangers -> answers.
+
+An Inference Endpoint makes one `EndpointHandler` and calls it with the body of every request; what it raises is
+answered with HTTP 400 and `{"error": "..."}` (https://github.com/huggingface/huggingface-inference-toolkit).
+"""
+
+import inspect
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import AutoModel, AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.image_utils import load_image
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+TRANSCRIBE = "Transcribe the audio."  # what is asked about bare sound
+DESCRIBE = "What is in the photo?"  # what is asked about a bare picture
+ROLES = ("system", "user", "assistant")
+MAX_MESSAGES = 64
+MAX_ITEMS = 8  # pictures in a request, and clips likewise
+MAX_TEXT = 100_000  # characters of a request
+MAX_BYTES = 2**25  # of a picture or clip
+MAX_SECONDS = 600.0  # of a clip
+MAX_PIXELS = 2**26  # of a picture
+TIMEOUT = 15.0  # seconds for a download
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+IMAGE_SOURCES = ("image", "url", "path", "base64")
+# Type and bounds of each generation parameter.
+PARAMETERS = {
+    "max_new_tokens": (int, 1, 1024),
+    "do_sample": (bool, False, True),
+    "temperature": (float, 0.0, 2.0),
+    "top_k": (int, 1, 1000),
+    "top_p": (float, 0.01, 1.0),
+    "repetition_penalty": (float, 0.5, 2.0),
+}
+SAMPLING = ("temperature", "top_k", "top_p")
+MAX_BATCH = 16  # requests answered together
+MAX_BATCH_TOKENS = 2**16  # of them, padding and answers included
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered. The message is one sentence for whoever sent it."""
+
+
+@dataclass(eq=False)
+class Request:
+    """What waits to be answered: the processor's inputs for one prompt, the settings of `generate`, its answer."""
+
+    inputs: BatchFeature
+    settings: dict
+    answer: Future = field(default_factory=Future)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.inputs["input_ids"].shape[1] + self.settings["max_new_tokens"]
+
+
+class EndpointHandler:
+    """
+    Answers one request at a call. Calls may come from many threads: those that wait are answered as one batch, which
+    gives the answers that each would get alone.
+
+    Args:
+        path (`str`): The repository folder. The default is the one of this file.
+    """
+
+    def __init__(self, path: str = ""):
+        path = path or str(Path(__file__).parent)
+        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        self.model = AutoModel.from_pretrained(path, trust_remote_code=True, dtype="auto", device_map="auto").eval()
+        self.positions = self.model.config.text_config.max_position_embeddings
+        # The very modules that the processor uses.
+        self.fetch_audio = get_class_from_dynamic_module("audio_utils.fetch_audio", path)
+        self.read = get_class_from_dynamic_module("audio_utils.read", path)
+        self.normalize_content = get_class_from_dynamic_module("processing_qwen2_audio_vl.normalize_content", path)
+        self.waiting: list[Request] = []
+        self.turn = threading.Lock()
+
+    def __call__(self, data: dict) -> dict:
+        """
+        Args:
+            data: `inputs` is one of
+                - chat messages, `[{"role", "content"}, ...]` or `{"messages": [...]}`, with content items of
+                  transformers or OpenAI;
+                - `{"text", "image", "audio"}`: each of the latter an address, base64, or a list of these;
+                - the bytes of a sound file, or a [`PIL.Image.Image`].
+                `parameters`, as in `PARAMETERS`, is optional. The default is greedy, of at most 256 tokens.
+
+        Returns:
+            `{"text": answer}`.
+
+        Raises:
+            RequestError: if the request cannot be answered; its message tells why. Others are not affected.
+            RuntimeError: if the fault is not the request's. It is logged, and its message tells nothing of it.
+        """
+        try:
+            if not isinstance(data, dict) or "inputs" not in data or set(data) - {"inputs", "parameters"}:
+                raise RequestError("A request is an object of inputs and perhaps parameters.")
+            settings = read_parameters(data.get("parameters") or {})
+            messages = self._open_messages(read_messages(data["inputs"]))
+            inputs = self._process(messages)
+            request = Request(inputs, settings)
+            if request.num_tokens > self.positions:
+                raise RequestError(
+                    f"The request has {inputs['input_ids'].shape[1]} tokens and asks for {settings['max_new_tokens']} "
+                    f"more, but the model has {self.positions} positions."
+                )
+            self.waiting.append(request)
+            with self.turn:
+                if not request.answer.done():  # with those before it
+                    self._answer(self._take_batch(request))
+            return {"text": request.answer.result()}
+        except ValueError as error:
+            message = " ".join(str(error).split())
+            raise RequestError(message if len(message) <= 400 else message[:397] + "...") from None
+        except Exception:
+            logger.exception("A request failed.")
+            raise RuntimeError("The request could not be answered.") from None
+
+    def _open_messages(self, messages: list[dict]) -> list[dict]:
+        """Copies of messages, with pictures and samples in the place of their addresses."""
+        opened, counts, length = [], {"text": 0, "image": 0, "audio": 0}, 0
+        for message in messages:
+            content = message["content"]
+            items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            items = [self.normalize_content(item) for item in items]
+            for item in items:
+                if item["type"] not in counts:
+                    raise RequestError(f"Content of type {item['type']} is not served here, only {', '.join(counts)}.")
+                counts[item["type"]] += 1
+                length += len(item.get("text") or "")
+            opened.append({"role": message["role"], "content": items})
+        for kind in ("image", "audio"):
+            if counts[kind] > MAX_ITEMS:
+                raise RequestError(f"The request has {counts[kind]} items of type {kind}, more than {MAX_ITEMS}.")
+        if length > MAX_TEXT:
+            raise RequestError(f"The request has {length} characters of text, more than {MAX_TEXT}.")
+        opening = {"text": lambda item: item["text"], "image": self._open_image, "audio": self._open_audio}
+        for message in opened:
+            message["content"] = [
+                {"type": item["type"], item["type"]: opening[item["type"]](item)} for item in message["content"]
+            ]
+        return opened
+
+    def _open_audio(self, item: dict) -> torch.Tensor:
+        sr = self.processor.feature_extractor.sampling_rate
+        limits = {"max_bytes": MAX_BYTES, "max_seconds": MAX_SECONDS, "timeout": TIMEOUT, "public_only": True}
+        return self.fetch_audio(item, sr, **limits)
+
+    def _open_image(self, item: dict) -> Image.Image:
+        sources = [item[key] for key in IMAGE_SOURCES if item.get(key) is not None]
+        if len(sources) != 1:
+            raise RequestError(f"A picture needs one source, under one of {', '.join(IMAGE_SOURCES)}.")
+        image = sources[0]
+        if not isinstance(image, Image.Image):
+            if not isinstance(image, (str, bytes)):
+                raise RequestError(f"A picture is an address or base64, not a {type(image).__name__}.")
+            try:
+                image = Image.open(self.read(image, MAX_BYTES, TIMEOUT, public_only=True), formats=IMAGE_FORMATS)
+            except (OSError, Image.DecompressionBombError) as error:
+                raise RequestError(f"A picture is not one of {', '.join(IMAGE_FORMATS)}.") from error
+        if image.width * image.height > MAX_PIXELS:
+            raise RequestError(f"A picture has {image.width} x {image.height} pixels, more than {MAX_PIXELS}.")
+        try:
+            return load_image(image)
+        except (OSError, SyntaxError) as error:  # Pillow's for a broken file
+            raise RequestError("A picture is broken or cut short.") from error
+
+    def _process(self, messages: list[dict]) -> BatchFeature:
+        settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        if "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
+            settings["sanitize_control_tokens"] = True
+        else:  # transformers < 5.20
+            special = self.processor.tokenizer.all_special_tokens
+            texts = [item["text"] for message in messages for item in message["content"] if item["type"] == "text"]
+            if any(token in text for token in special for text in texts):
+                raise RequestError(f"Text must not hold the model's control tokens, such as {special[0]}.")
+        return self.processor.apply_chat_template(messages, **settings)
+
+    def _take_batch(self, request: Request) -> list[Request]:
+        """A request, and of those that wait beside it the ones with the same settings, as many as fit."""
+        batch, longest = [request], request.num_tokens
+        for other in list(self.waiting):
+            padded = max(longest, other.num_tokens) * (len(batch) + 1)
+            fits = len(batch) < MAX_BATCH and padded <= MAX_BATCH_TOKENS
+            if other is not request and other.settings == request.settings and fits:
+                batch.append(other)
+                longest = max(longest, other.num_tokens)
+        for taken in batch:
+            self.waiting.remove(taken)
+        return batch
+
+    def _answer(self, batch: list[Request]):
+        try:
+            inputs = join_rows([request.inputs for request in batch], self.processor.tokenizer.pad_token_id)
+            with torch.inference_mode():
+                output = self.model.generate(**inputs.to(self.model.device), **batch[0].settings)
+            new = output[:, inputs["input_ids"].shape[1] :]
+            texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].answer.set_exception(RuntimeError(str(error)))
+            else:  # so that what one of them has done falls on that one alone
+                for request in batch:
+                    self._answer([request])
+            return
+        for request, text in zip(batch, texts, strict=True):
+            request.answer.set_result(text.strip())
+
+
+def read_messages(inputs) -> list[dict]:
+    """Chat messages from any of the forms of a request, checked but not opened."""
+    if isinstance(inputs, (bytes, bytearray)):
+        inputs = {"audio": bytes(inputs), "text": TRANSCRIBE}
+    elif isinstance(inputs, Image.Image):
+        inputs = {"image": inputs, "text": DESCRIBE}
+    elif isinstance(inputs, str):
+        inputs = {"text": inputs}
+    if isinstance(inputs, dict) and set(inputs) == {"messages"}:
+        inputs = inputs["messages"]
+    if isinstance(inputs, dict):
+        if not inputs or set(inputs) - {"text", "image", "audio"}:
+            given = ", ".join(map(str, inputs)) or "nothing"
+            raise RequestError(f"Inputs are messages, or text, image and audio; these have {given}.")
+        content = []
+        for kind in ("image", "audio", "text"):
+            given = inputs.get(kind)
+            given = given if isinstance(given, list) else [] if given is None else [given]
+            content += [{"type": kind, kind: source} for source in given]
+        if "text" not in inputs:
+            content.append({"type": "text", "text": TRANSCRIBE if "audio" in inputs else DESCRIBE})
+        inputs = [{"role": "user", "content": content}]
+    if not isinstance(inputs, list) or not 1 <= len(inputs) <= MAX_MESSAGES:
+        raise RequestError(f"Messages are a list of 1 to {MAX_MESSAGES}.")
+    for message in inputs:
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise RequestError("Every message has a role and a content, and nothing else.")
+        if message["role"] not in ROLES:
+            raise RequestError(f"The role of a message is one of {', '.join(ROLES)}.")
+        if not isinstance(message["content"], (str, list)):
+            raise RequestError("The content of a message is a text or a list of items.")
+    if inputs[-1]["role"] != "user":
+        raise RequestError("The last message is the user's.")
+    return inputs
+
+
+def read_parameters(parameters: dict) -> dict:
+    """The settings of `generate`, within bounds; greedy unless a parameter of sampling is given."""
+    if not isinstance(parameters, dict):
+        raise RequestError("Parameters are an object of names and values.")
+    settings = {}
+    for name, value in parameters.items():
+        if name not in PARAMETERS:
+            raise RequestError(f"There is no parameter {name}; known are {', '.join(PARAMETERS)}.")
+        kind, low, high = PARAMETERS[name]
+        fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and kind is not bool) or not low <= value <= high:
+            raise RequestError(f"The parameter {name} is a {kind.__name__} from {low} to {high}, not {value!r:.40}.")
+        settings[name] = value
+    if settings.get("temperature") == 0:  # the usual way to ask for greedy
+        del settings["temperature"]
+        settings.setdefault("do_sample", False)
+    sampling = [name for name in SAMPLING if name in settings]
+    if sampling and settings.get("do_sample") is False:
+        raise RequestError(f"Without sampling there is no {' and no '.join(sampling)}.")
+    return {"max_new_tokens": 256, "do_sample": bool(sampling), **settings}
+
+
+def join_rows(rows: list[BatchFeature], pad_token_id: int) -> BatchFeature:
+    """One batch of several prompts, padded on the left; pictures and sound follow row after row."""
+    length = max(row["input_ids"].shape[1] for row in rows)
+    fillers = {"input_ids": pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    joined = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        tensors = [row[name] for row in rows if name in row]
+        if name in fillers:
+            tensors = [F.pad(tensor, (length - tensor.shape[1], 0), value=fillers[name]) for tensor in tensors]
+        joined[name] = torch.cat(tensors)
+    return BatchFeature(joined)

@@ -1,0 +1,112 @@
+"""What the tests of servers share: the forms of a request, and servers in threads and processes."""
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from demo.run import EXAMPLES
+from demo.world import SKILLS
+
+
+def encode(name: str) -> str:
+    return base64.b64encode((EXAMPLES / name).read_bytes()).decode()
+
+
+def short_form(example: dict) -> dict:
+    """The handler's `inputs` for an example of the demo checkpoint."""
+    inputs = {"text": SKILLS[example["skill"]]["instruction"]}
+    if example["audio"]:
+        inputs["audio"] = [encode(name) for name in example["audio"]]
+    if example["image"]:
+        inputs["image"] = encode(example["image"])
+    return inputs
+
+
+def openai_form(example: dict) -> list[dict]:
+    """Messages as OpenAI's clients send them."""
+    sounds = iter(example["audio"])
+    content = []
+    for kind in SKILLS[example["skill"]]["inputs"]:
+        if kind == "image":
+            content.append({"type": "image_url", "image_url": {"url": png(encode(example["image"]))}})
+        else:
+            name = next(sounds)
+            content.append({"type": "input_audio", "input_audio": {"data": encode(name), "format": "wav"}})
+    content.append({"type": "text", "text": SKILLS[example["skill"]]["instruction"]})
+    return [{"role": "user", "content": content}]
+
+
+def png(content: str) -> str:
+    return f"data:image/png;base64,{content}"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def make_endpoint(handler) -> Starlette:
+    """What an Inference Endpoint does around a handler, without its limit of one request at a time."""
+
+    async def predict(request):
+        body = await request.body()
+        try:
+            is_sound = request.headers.get("content-type", "").startswith("audio/")
+            return JSONResponse(await run_in_threadpool(handler, {"inputs": body} if is_sound else json.loads(body)))
+        except Exception as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
+
+    return Starlette(routes=[Route("/", predict, methods=["POST"])])
+
+
+@contextlib.contextmanager
+def serve(app: Starlette):
+    """Yields the address of an app that really listens."""
+    server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.config.port}"
+    server.should_exit = True
+    thread.join()
+
+
+@contextlib.contextmanager
+def serve_process(command: list[str], address: str, log: Path, timeout: float, **environment):
+    """Runs a server in a process of its own from when it answers at `address` until the end of the block."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env={**os.environ, **environment}, cwd=log.parent, start_new_session=True
+        )
+        try:
+            end = time.monotonic() + timeout
+            while True:
+                assert process.poll() is None and time.monotonic() < end, log.read_text()[-5000:]
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(address, timeout=5).status_code == 200:
+                        break
+                time.sleep(0.5)
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 15)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait()

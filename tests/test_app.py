@@ -1,0 +1,109 @@
+"""The demo page in a real browser: what a visitor does and sees. `make test-app`; needs Debian's chromium."""
+
+import shutil
+import sys
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+from serving import free_port, serve_process
+
+from demo.evaluate import DEMO
+from demo.run import EXAMPLES
+from demo.world import SKILLS
+
+
+pytestmark = pytest.mark.app
+SCREENSHOT = DEMO.parent / "build" / "page.png"
+TIMEOUT = 60_000  # milliseconds
+
+
+@pytest.fixture(scope="module")
+def address(demo_repo, tmp_path_factory):
+    port = free_port()
+    command = [sys.executable, str(demo_repo / "app.py"), "--port", str(port)]
+    address = f"http://127.0.0.1:{port}"
+    log = tmp_path_factory.mktemp("app") / "log.txt"
+    with serve_process(command, address, log, timeout=120, GRADIO_ANALYTICS_ENABLED="False"):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.fail("The page is tested in Chromium: apt-get install chromium.")
+    with sync_playwright() as playwright:
+        # Without these it asks its maker's servers about updates and more.
+        quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=[*quiet, "--disable-sync"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(TIMEOUT)
+    page.goto(address)
+    yield page
+    page.close()
+
+
+def give(page, sound=None, picture=None, question=""):
+    if sound:
+        page.locator("#sound input[type=file]").set_input_files(sound)
+        page.locator("#sound").get_by_label("Play", exact=True).wait_for()
+    if picture:
+        page.locator("#picture input[type=file]").set_input_files(picture)
+        page.locator("#picture img").wait_for()
+    page.fill("#question textarea", question)
+    page.click("#ask")
+
+
+def test_sound_and_picture_are_answered_and_shown(page, examples):
+    example = next(example for example in examples if example["skill"] == "question")
+    give(page, EXAMPLES / example["audio"][0], EXAMPLES / example["image"], SKILLS["question"]["instruction"])
+    expect(page.locator("#answer textarea")).to_have_value(example["answer"], timeout=TIMEOUT)
+    expect(page.locator("#facts textarea")).to_have_value(
+        "1.99 s of sound, 150 audio tokens, 16 image tokens, 197 tokens in all"
+    )
+    for figure in ("#heard img", "#seen img"):
+        drawn = page.locator(figure)
+        drawn.wait_for()
+        assert drawn.evaluate("image => image.naturalWidth") > 300
+    SCREENSHOT.parent.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOT, full_page=True)
+
+
+def test_bare_sound_and_bare_picture_have_their_usual_questions(page, examples):
+    clip = next(example for example in examples if example["skill"] == "transcribe")
+    give(page, sound=EXAMPLES / clip["audio"][0])
+    expect(page.locator("#answer textarea")).to_have_value(clip["answer"], timeout=TIMEOUT)
+    page.reload()
+    picture = next(example for example in examples if example["skill"] == "picture")
+    give(page, picture=EXAMPLES / picture["image"])
+    expect(page.locator("#answer textarea")).to_have_value(picture["answer"], timeout=TIMEOUT)
+
+
+def test_examples_of_the_repository_are_there_to_click(page):
+    page.get_by_text("Transcribe the audio.").first.click()
+    expect(page.locator("#question textarea")).to_have_value("Transcribe the audio.")
+    page.locator("#sound").get_by_label("Play", exact=True).wait_for()
+    page.click("#ask")
+    expect(page.locator("#answer textarea")).to_have_value("how many are there", timeout=TIMEOUT)
+
+
+def test_bad_file_is_an_error_in_words_and_the_page_goes_on(page, examples, tmp_path):
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"RIFF this is no sound")
+    page.locator("#sound input[type=file]").set_input_files(broken)
+    page.wait_for_timeout(500)
+    page.click("#ask")
+    page.get_by_text("This sound cannot be heard").wait_for()
+    page.reload()
+    page.click("#ask")
+    page.get_by_text("Give a sound, a picture or a question.").wait_for()
+    page.reload()
+    clip = next(example for example in examples if example["skill"] == "transcribe")
+    give(page, sound=EXAMPLES / clip["audio"][0])
+    expect(page.locator("#answer textarea")).to_have_value(clip["answer"], timeout=TIMEOUT)
