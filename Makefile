@@ -4,11 +4,17 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 OLDEST := $(VENV)/transformers-5.16.1
+VLLM := $(VENV)/vllm
 
-.PHONY: demo held-out test test-oldest bench lint format clean
+.PHONY: demo app held-out test test-oldest test-app test-vllm bench lint format clean
 
 demo: $(READY)
 	HF_HOME=build/huggingface HF_HUB_OFFLINE=1 $(PYTHON) -m demo.run
+
+app: $(READY)
+	rm -rf build/app
+	HF_HOME=build/huggingface HF_HUB_OFFLINE=1 $(PYTHON) upload.py build --checkpoint demo --output build/app
+	HF_HOME=build/huggingface HF_HUB_OFFLINE=1 $(PYTHON) app.py build/app
 
 # The table of the README; needs the synthesizers that demo/make.py names.
 held-out: $(READY)
@@ -19,6 +25,14 @@ test: $(READY)
 
 test-oldest: $(READY) $(OLDEST)/.ready
 	PYTHONPATH=$(OLDEST) $(PYTHON) -m pytest
+
+test-app: $(READY)
+	$(PYTHON) -m pytest -m app
+
+# Where vLLM cannot be installed the tests are skipped, and say so.
+test-vllm: $(READY)
+	-$(MAKE) $(VLLM)/.ready
+	$(PYTHON) -m pytest -m vllm
 
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.sound --readme
@@ -44,4 +58,15 @@ $(READY): requirements-dev.txt
 $(OLDEST)/.ready: $(READY)
 	$(PYTHON) -m pip install --quiet --target $(OLDEST) --upgrade httpx==0.28.1
 	$(PYTHON) -m pip install --quiet --target $(OLDEST) --upgrade --no-deps transformers==5.16.1 huggingface_hub==1.33.0
+	touch $@
+
+# vLLM on the CPU expects its own name, no Triton, and of its companions nothing that was compiled for CUDA: of torchaudio
+# the pure Python, and of torchvision all but the registrations of compiled operators.
+$(VLLM)/.ready: requirements-vllm.txt
+	python3 -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --requirement requirements-vllm.txt
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchcodec triton
+	cd $(VLLM)/lib/python3*/site-packages && rm -f torchaudio/lib/*.so \
+		&& sed -i '/^    _meta_registrations,$$/d' torchvision/__init__.py && mkdir -p vllm-0.32.0+cpu.dist-info \
+		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@

@@ -55,7 +55,8 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
 
         Args:
             input_features (`torch.Tensor` of shape `(windows, mel bins, frames)`):
-                Log-mel spectrograms of any float dtype, from the processor.
+                Log-mel spectrograms of any float dtype, from the processor. Several windows may also follow each other
+                along the frames; they are taken apart, row after row.
             kwargs: [`WhisperEncoder`]'s, such as `output_hidden_states`.
 
         Returns:
@@ -67,6 +68,8 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         """
         encoder, bins = self.audio_encoder, self.config.audio_config.num_mel_bins
         frames = self.config.audio_config.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
+        if input_features.ndim == 3 and input_features.shape[2] and input_features.shape[2] % frames == 0:
+            input_features = input_features.unflatten(2, (-1, frames)).transpose(1, 2).flatten(0, 1)
         if input_features.ndim != 3 or input_features.shape[1:] != (bins, frames):
             raise ValueError(
                 f"input_features has shape {tuple(input_features.shape)}, but the audio encoder hears (windows, {bins} "

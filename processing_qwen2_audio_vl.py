@@ -6,6 +6,8 @@ import inspect
 import re
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.video_utils import load_video, make_batched_videos
@@ -129,6 +131,10 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         inputs = super().__call__(images=images, text=text, videos=videos, audio=audio if clips else None, **kwargs)
         if clips and text is not None:
             self._check_prompts(inputs["input_ids"])
+        if clips and kwargs.get("return_text_replacement_offsets"):
+            # Who places clips by these offsets, as vLLM does, takes the features of a clip to be one row of the batch.
+            counts = [len(split_windows(samples, self.feature_extractor)) for samples in audio]
+            inputs["input_features"] = join_windows(inputs["input_features"], counts)
         return inputs
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
@@ -271,6 +277,13 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
                 f"(max_position_embeddings); {tokens_per_window(self.feature_extractor)} tokens are "
                 f"{self.feature_extractor.chunk_length} s of sound. Shorten the sound or split the conversation."
             )
+
+
+def join_windows(features: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """`(windows, mel bins, frames)` -> `(clips, mel bins, frames of the clip with most windows)`, filled with zeros."""
+    rows = [torch.cat(list(windows), dim=1) for windows in features.split(counts)]
+    longest = max(row.shape[1] for row in rows)
+    return torch.stack([F.pad(row, (0, longest - row.shape[1])) for row in rows])
 
 
 def normalize_content(item) -> dict:

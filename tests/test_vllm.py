@@ -1,0 +1,191 @@
+"""
+The demo checkpoint behind `vllm serve`, asked over HTTP: `make test-vllm`. vLLM has a virtual environment of its own,
+as it pins another torch; what it answers is compared with `generate` in this one.
+"""
+
+import base64
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import av
+import httpx
+import numpy as np
+import pytest
+import torch
+from serving import encode, free_port, openai_form, png, serve_process
+from transformers import AutoModel, AutoProcessor
+
+from audio_utils import fetch_audio
+from demo.evaluate import DEMO
+from demo.run import EXAMPLES
+
+
+pytestmark = pytest.mark.vllm
+PYTHON = DEMO.parent / ".venv" / "vllm" / "bin" / "python"
+STEPS = 12
+SETTINGS = (
+    *("--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
+    *("--limit-mm-per-prompt", '{"image":2,"audio":2,"video":0}', "--host", "127.0.0.1", "--served-model-name", "demo"),
+)
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def start(repo: Path, folder: Path, *settings: str):
+    if not (PYTHON.parents[1] / ".ready").exists():
+        pytest.skip("vLLM is not installed; `make test-vllm` installs it where it can be had for this machine.")
+    port = free_port()
+    command = [str(PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(repo), *SETTINGS, *settings]
+    address = f"http://127.0.0.1:{port}"
+    log = folder / "log.txt"
+    running = serve_process([*command, "--port", str(port)], f"{address}/health", log, timeout=300, **ENVIRONMENT)
+    return address, running
+
+
+@pytest.fixture(scope="module")
+def address(demo_repo, tmp_path_factory):
+    address, running = start(demo_repo, tmp_path_factory.mktemp("vllm"))
+    with running:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def loaded(demo_repo):
+    processor = AutoProcessor.from_pretrained(demo_repo, trust_remote_code=True)
+    return processor, AutoModel.from_pretrained(demo_repo, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+def post(address: str, messages: list[dict], **settings) -> httpx.Response:
+    body = {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": STEPS, **settings}
+    return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300)
+
+
+def served_ids(address: str, messages: list[dict]) -> list[int]:
+    response = post(address, messages, return_token_ids=True)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["token_ids"]
+
+
+def generated_ids(loaded, messages: list[dict]) -> list[int]:
+    processor, model = loaded
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def wav(samples: np.ndarray, rate: int) -> dict:
+    """A content item of sound, float `[channels, samples]`, as 16 bit wav."""
+    file = io.BytesIO()
+    layout = "stereo" if len(samples) == 2 else "mono"
+    with av.open(file, "w", format="wav") as container:
+        stream = container.add_stream("pcm_s16le", rate=rate, layout=layout)
+        interleaved = np.ascontiguousarray((samples * 32767).astype(np.int16).T).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(interleaved, format="s16", layout=layout)
+        frame.sample_rate = rate
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(file.getvalue()).decode(), "format": "wav"}}
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def sound(name: str) -> dict:
+    return {"type": "input_audio", "input_audio": {"data": encode(name), "format": "wav"}}
+
+
+def picture(name: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": png(encode(name))}}
+
+
+def user(*content: dict) -> list[dict]:
+    return [{"role": "user", "content": list(content)}]
+
+
+def test_examples_are_answered_right(address, loaded, examples):
+    for example in examples:
+        messages = openai_form(example)
+        assert post(address, messages).json()["choices"][0]["message"]["content"] == example["answer"], example
+        assert served_ids(address, messages) == generated_ids(loaded, messages), example
+
+
+KINDS = {
+    "text": lambda names: user(text("What is in the photo?")),
+    "image": lambda names: user(picture(names["image"]), text("What is in the photo?")),
+    "audio": lambda names: user(sound(names["audio"])),
+    "audio and image": lambda names: user(sound(names["audio"]), picture(names["image"]), text("Do they agree?")),
+    "two clips": lambda names: user(sound(names["audio"]), sound(names["long"]), text("Do both clips say the same?")),
+    "interleaved": lambda names: user(
+        picture(names["image"]),
+        sound(names["audio"]),
+        text("and"),
+        picture("photo.png"),
+        sound(names["long"]),
+    ),
+    "a conversation": lambda names: [
+        *user(sound(names["audio"]), text("Transcribe the audio.")),
+        {"role": "assistant", "content": "two yellow stars"},
+        *user(picture(names["image"]), text("Do the audio and the photo agree?")),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def names(examples) -> dict[str, str]:
+    sounds = sorted((name for e in examples for name in e["audio"]), key=lambda name: (EXAMPLES / name).stat().st_size)
+    return {"audio": sounds[0], "long": sounds[-1], "image": next(e["image"] for e in examples if e["image"])}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_ids_equal_those_of_generate(kind, address, loaded, names):
+    messages = KINDS[kind](names)
+    assert served_ids(address, messages) == generated_ids(loaded, messages)
+
+
+def test_clip_in_stereo_at_44100_hz(address, examples):
+    """Resampled and mixed down by vLLM itself, so the answer is compared and not the ids."""
+    example = next(example for example in examples if example["skill"] == "transcribe")
+    clip = fetch_audio(EXAMPLES / example["audio"][0], 44_100).numpy()
+    response = post(address, user(wav(np.stack([clip, clip]), 44_100), text("Transcribe the audio.")))
+    assert response.json()["choices"][0]["message"]["content"] == example["answer"]
+
+
+@pytest.mark.parametrize("seconds", [4, 31])
+def test_clips_of_several_windows(seconds, address, loaded, examples):
+    """2 and 11 windows of this checkpoint, alone and beside a clip of one."""
+    example = next(example for example in examples if example["skill"] == "transcribe")
+    long = np.zeros((1, seconds * 16_000), np.float32)
+    clip = fetch_audio(EXAMPLES / example["audio"][0]).numpy()
+    long[0, -len(clip) :] = clip
+    for content in ([wav(long, 16_000)], [sound(example["audio"][0]), wav(long, 16_000)]):
+        messages = user(*content, text("Transcribe the audio."))
+        assert post(address, messages).json()["usage"]["prompt_tokens"] > seconds * 50
+        assert served_ids(address, messages) == generated_ids(loaded, messages)
+
+
+@pytest.mark.parametrize("what", ["no sound", "no picture", "too many clips", "too long a prompt", "too long a clip"])
+def test_bad_requests_are_400_and_the_engine_lives(what, address, names, examples):
+    garbage = base64.b64encode(b"this is no file").decode()
+    messages = {
+        "no sound": user({"type": "input_audio", "input_audio": {"data": garbage, "format": "wav"}}),
+        "no picture": user({"type": "image_url", "image_url": {"url": png(garbage)}}),
+        "too many clips": user(*[sound(names["audio"])] * 3),
+        "too long a prompt": user(text("two red circles " * 3_000)),
+        "too long a clip": user(wav(np.zeros((1, 90 * 16_000), np.float32), 16_000)),
+    }[what]
+    response = post(address, messages)
+    assert response.status_code == 400, response.text[:500]
+    assert "Traceback" not in response.text
+    example = next(example for example in examples if example["skill"] == "transcribe")
+    assert post(address, openai_form(example)).json()["choices"][0]["message"]["content"] == example["answer"]
+
+
+def test_64_requests_at_once(address, examples):
+    crowd = [examples[number % len(examples)] for number in range(64)]
+    with ThreadPoolExecutor(64) as pool:
+        responses = list(pool.map(lambda example: post(address, openai_form(example)), crowd))
+    assert [response.json()["choices"][0]["message"]["content"] for response in responses] == [
+        example["answer"] for example in crowd
+    ]
