@@ -10,7 +10,15 @@ import torch
 from helpers import TOKENS, SumOfParts, audio, image, text, video
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, DynamicCache, WhisperModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    DynamicCache,
+    WhisperModel,
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +121,18 @@ def test_audio_features_are_encoder_then_projector(repo_30s, bases, speech):
     assert features.pooler_output.shape == (1, 1500, 64)
     assert torch.equal(features.last_hidden_state, hidden.last_hidden_state)
     assert torch.equal(features.pooler_output, expected)
+
+
+def test_windows_joined_for_who_places_clips_by_offsets(processor, model, sound):
+    """vLLM's form of a batch: one row of features for every clip, whatever its length."""
+    texts, clips = "<|audio_pad|> and <|audio_pad|>", [sound(0.5), sound(2.5, 1)]
+    plain = processor(text=texts, audio=clips, return_tensors="pt")["input_features"]
+    joined = processor(text=texts, audio=clips, return_tensors="pt", return_text_replacement_offsets=True)
+    assert plain.shape[::2] == (4, 100) and joined["input_features"].shape[::2] == (2, 300)
+    expected = model.get_audio_features(plain).pooler_output
+    for row, windows in zip(joined["input_features"], expected.split([1, 3]), strict=True):
+        own = row[None, :, : 100 * len(windows)]
+        torch.testing.assert_close(model.get_audio_features(own).pooler_output, windows)
 
 
 def test_batch_equals_its_rows(ask, model, sound, thumbnail):
@@ -547,3 +567,13 @@ def test_return_tuple(kinds, model):
         assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits)
         features = model.get_audio_features(inputs["input_features"], return_dict=False)
     assert isinstance(features, tuple) and features[1].shape == (11, TOKENS, 64)
+
+
+def test_vllm_is_handed_the_backbone(repo):
+    """It asks `AutoModel` for a model with its own attention, to put its own head on it."""
+    config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
+    assert type(AutoModel.from_config(config, trust_remote_code=True)).__name__.endswith("ForConditionalGeneration")
+    AttentionInterface.register("vllm", AttentionInterface()["sdpa"])  # vLLM registers its own under this name
+    config.text_config._attn_implementation = "vllm"
+    with torch.device("meta"):
+        assert type(AutoModel.from_config(config, trust_remote_code=True)).__name__ == "Qwen2AudioVLModel"

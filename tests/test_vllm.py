@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoProcessor
 from audio_utils import fetch_audio
 from demo.evaluate import DEMO
 from demo.run import EXAMPLES
+from demo.world import SKILLS
 
 
 pytestmark = pytest.mark.vllm
@@ -31,14 +32,16 @@ SETTINGS = (
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def start(repo: Path, folder: Path, *settings: str):
+def start(repo: Path, folder: Path, *settings: str, **environment: str):
+    """The address of a server, and the context in which it runs."""
     if not (PYTHON.parents[1] / ".ready").exists():
         pytest.skip("vLLM is not installed; `make test-vllm` installs it where it can be had for this machine.")
     port = free_port()
     command = [str(PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(repo), *SETTINGS, *settings]
     address = f"http://127.0.0.1:{port}"
     log = folder / "log.txt"
-    running = serve_process([*command, "--port", str(port)], f"{address}/health", log, timeout=300, **ENVIRONMENT)
+    environment = ENVIRONMENT | environment
+    running = serve_process([*command, "--port", str(port)], f"{address}/health", log, timeout=300, **environment)
     return address, running
 
 
@@ -189,3 +192,12 @@ def test_64_requests_at_once(address, examples):
     assert [response.json()["choices"][0]["message"]["content"] for response in responses] == [
         example["answer"] for example in crowd
     ]
+
+
+def test_tensor_parallel_on_two_ranks(demo_repo, loaded, examples, tmp_path):
+    """One thread each: vLLM would by itself give every rank a NUMA node of its own."""
+    address, running = start(demo_repo, tmp_path, "--tensor-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    with running:
+        for example in examples[: len(SKILLS)]:
+            messages = openai_form(example)
+            assert served_ids(address, messages) == generated_ids(loaded, messages), example
