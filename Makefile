@@ -37,6 +37,7 @@ test-vllm: $(READY)
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.sound --readme
 	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.train --readme
+	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.serving --readme
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

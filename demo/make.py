@@ -45,6 +45,7 @@ from audio_utils import log_mel
 from demo.bases import ASSETS, write_feature_extractor
 from demo.evaluate import DEMO, ask
 from demo.world import (
+    HEARD,
     HELD_OUT,
     PHRASES,
     QUESTIONS,
@@ -135,9 +136,9 @@ class Clips:
             save_file({"samples": torch.cat(samples), "ends": ends}, path)
         stored = load_file(path)
         clips = stored["samples"].float().div(32768).tensor_split(stored["ends"][:-1])
-        self.by_text = {text: [] for text in texts}
+        self.by_text = {text: {} for text in texts}
         for clip, speech in zip(clips, speeches, strict=True):
-            self.by_text[speech.text].append(clip)
+            self.by_text[speech.text].setdefault(speech.engine, []).append(clip)
         self.rng = random.Random(seed)
 
     def windows(self, texts: list[str], rough: float, num_windows: int = 1) -> torch.Tensor:
@@ -148,8 +149,9 @@ class Clips:
         rng, size = self.rng, num_windows * 16_000 * WINDOW
         rows = torch.zeros(len(texts), size)
         for row, text in zip(rows, texts, strict=True):
-            clip = rng.choice(self.by_text[text])
-            pace = 1 + rng.uniform(-0.2, 0.25) * rough
+            engines = self.by_text[text]
+            clip = rng.choice(engines[rng.choices(list(engines), [HEARD[engine] for engine in engines])[0]])
+            pace = 1 + rng.uniform(-0.22, 0.35) * rough
             pace = max(pace, len(clip) / size)
             at = np.arange(0, len(clip) - 1, pace)
             clip = torch.from_numpy(np.interp(at, np.arange(len(clip)), clip.numpy())).float()[:size]

@@ -1,0 +1,155 @@
+"""
+The ways to serve, side by side on this machine with the demo checkpoint: `generate` in a loop, `handler.py` behind
+HTTP, and vLLM where `make .venv/vllm/.ready` could install it.
+
+    python -m benchmarks.serving [--readme]
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+import httpx
+import torch
+import transformers
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+import upload
+from benchmarks import readme
+from demo.evaluate import DEMO, load
+from demo.run import read_examples
+from handler import EndpointHandler
+from tests.serving import make_endpoint, openai_form, serve, short_form
+from tests.test_vllm import PYTHON, start
+
+
+REQUESTS, CLIENTS, STEPS = 96, 16, 12
+
+
+class FirstToken(BaseStreamer):
+    """Notes when the first token after the prompt came."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def measure(send, examples: list[dict], clients: tuple[int, ...] = (1, CLIENTS)) -> tuple[list[float], float]:
+    """
+    Args:
+        send: Answers an example; returns the answer and the seconds to its first token.
+        clients: How many ask at once, each number for itself.
+
+    Returns:
+        Requests per second for each number of clients, and the median of milliseconds to the first token at the first.
+    """
+    crowd = list(itertools.islice(itertools.cycle(examples), REQUESTS))
+    for example in examples[:5]:
+        send(example)
+    rates, firsts = [], []
+    for number in clients:
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(number) as pool:
+            answers = list(pool.map(send, crowd))
+        rates.append(REQUESTS / (time.perf_counter() - begin))
+        firsts.append(statistics.median(first for _, first in answers) * 1e3)
+        wrong = [e for e, (text, _) in zip(crowd, answers, strict=True) if text != e["answer"]]
+        if wrong:
+            raise ValueError(f"{len(wrong)} answers are wrong, the first to {wrong[0]}")
+    return rates, firsts[0]
+
+
+def by_generate(processor, model):
+    def send(example):
+        begin, streamer = time.perf_counter(), FirstToken()
+        inputs = processor.apply_chat_template(
+            openai_form(example), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, streamer=streamer)
+        text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return text, streamer.times[1] - begin  # the first is the prompt's
+
+    return send
+
+
+def by_handler(address: str):
+    def send(example):
+        begin = time.perf_counter()
+        body = {"inputs": short_form(example), "parameters": {"max_new_tokens": STEPS}}
+        text = httpx.post(address, json=body, timeout=300).json()["text"]
+        return text, time.perf_counter() - begin
+
+    return send
+
+
+def by_vllm(address: str):
+    def send(example):
+        begin, first, text = time.perf_counter(), None, ""
+        body = {
+            "model": "demo",
+            "messages": openai_form(example),
+            "temperature": 0,
+            "max_tokens": STEPS,
+            "stream": True,
+        }
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=300) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    piece = json.loads(line[6:])["choices"][0]["delta"].get("content")
+                    if piece:
+                        first = first or time.perf_counter() - begin
+                        text += piece
+        return text, first
+
+    return send
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    examples, results = read_examples(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        repo = upload.build(checkpoint=DEMO, output=Path(folder) / "demo")
+        processor, model = load(repo)
+        (one,), first = measure(by_generate(processor, model.float()), examples, clients=(1,))
+        results["`generate` in a loop"] = f"{one:.1f} | | {first:.0f} ms"
+        handler = EndpointHandler(str(repo))
+        handler.model.float()
+        with serve(make_endpoint(handler)) as address:
+            (one, many), first = measure(by_handler(address), examples)
+        results["`handler.py` behind HTTP"] = f"{one:.1f} | {many:.1f} | {first:.0f} ms, the whole answer"
+        if PYTHON.exists():
+            address, running = start(repo, Path(folder), VLLM_CPU_NUM_OF_RESERVED_CPU="0")
+            with running:
+                (one, many), first = measure(by_vllm(address), examples)
+            results["`vllm serve`"] = f"{one:.1f} | {many:.1f} | {first:.0f} ms"
+    rows = ["| | requests per second, one client | sixteen clients | first token, one client |", "|---|---|---|---|"]
+    rows += [f"| {name} | {cells} |" for name, cells in results.items()]
+    rows.append(
+        f"\n{date.today()}, {torch.get_num_threads()} threads of {platform.machine()}, float32, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}; {REQUESTS} requests of all skills, "
+        "the processor's work included."
+    )
+    text = "\n".join(rows)
+    print(text)
+    if options.readme:
+        readme.fill("benchmarks/serving.py", text + "\n")
+
+
+if __name__ == "__main__":
+    main()
