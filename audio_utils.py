@@ -47,7 +47,7 @@ ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper 
 MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
 INTEGER_SCALE = {torch.uint8: (128, 2**7), torch.int16: (0, 2**15), torch.int32: (0, 2**31)}  # zero and full scale
-MAX_BYTES = 2**28  # of a download or file object
+MAX_BYTES = 2**28  # of a source that is no local file
 MAX_PHASES = 2**22  # of a filter that torchaudio makes for a pair of rates
 MAX_SECONDS = 3600.0  # of decoded sound; the model itself hears about ten minutes
 TIMEOUT = 30.0  # seconds for a whole download
@@ -92,7 +92,7 @@ def fetch_audio(
         sr (`int`, defaults to 16000): Sampling rate of the result, in Hz.
         device: Where the result lies, and where it is resampled if torchaudio imports. The default is the CPU, or
             the device of a tensor that is given.
-        max_bytes (`int`, defaults to 2**28): Of what is downloaded or read from a file object.
+        max_bytes (`int`, defaults to 2**28): Of everything but local files: downloads, file objects, bytes, base64.
         max_seconds (`float`, defaults to 3600): Of sound; decoding stops there, however small the file. For rates above
             48 kHz it is proportionally less, so that it limits memory as well: 192 KB a second.
         timeout (`float`, defaults to 30): Seconds for a download, from the first connection to the last byte.
@@ -224,7 +224,7 @@ def read(
 ) -> io.BufferedIOBase | io.BytesIO:
     """Turns a source that is not samples into a binary file object; see [`fetch_audio`] for the limits."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return io.BytesIO(source)
+        return io.BytesIO(at_most(max_bytes, source, source))
     if hasattr(source, "read"):
         return io.BytesIO(at_most(max_bytes, source.read(max_bytes + 1), source))
     if isinstance(source, Path):
@@ -240,9 +240,9 @@ def read(
             return io.BytesIO(download(source, max_bytes, timeout, public_only))
         if scheme == "data":
             header, _, payload = source.partition(",")
-            if header.endswith(";base64"):
-                return io.BytesIO(base64.b64decode(unquote(payload), validate=True))
-            return io.BytesIO(unquote_to_bytes(payload))
+            is_base64 = header.endswith(";base64")
+            content = base64.b64decode(unquote(payload), validate=True) if is_base64 else unquote_to_bytes(payload)
+            return io.BytesIO(at_most(max_bytes, content, source))
         path = unquote(urlsplit(source).path) if scheme == "file" else source
         if not public_only and len(path) < 4096 and os.path.isfile(path):
             return open(path, "rb")
@@ -251,12 +251,13 @@ def read(
     except (OSError, HTTPException, ValueError) as error:
         raise AudioError(f"{describe(source)} cannot be read: {error}") from error
     try:
-        return io.BytesIO(base64.b64decode(source, validate=True))
+        content = base64.b64decode(source, validate=True)
     except (binascii.Error, ValueError) as error:
         reason = "neither an existing file, nor an address, nor base64"
         if public_only:
             reason = "neither an address nor base64; local files are not opened here"
         raise AudioError(f"{describe(source)} is {reason}.") from error
+    return io.BytesIO(at_most(max_bytes, content, source))
 
 
 def at_most(max_bytes: int, content: bytes, source) -> bytes:

@@ -138,6 +138,21 @@ def test_bad_requests_are_short_errors(name, address):
     assert words in error and len(error) <= 400 and "Traceback" not in error and "\n" not in error
 
 
+def test_size_and_duration_are_limited(module, handler, monkeypatch):
+    sound = {"inputs": {"audio": encode("speech.mp3")}}
+    monkeypatch.setattr(module, "MAX_SECONDS", 0.5)
+    with pytest.raises(ValueError, match=r"longer than the limit of 0\.5 s"):
+        handler(sound)
+    monkeypatch.setattr(module, "MAX_BYTES", 1000)
+    for request in (
+        sound,
+        {"inputs": (EXAMPLES / "speech.mp3").read_bytes()},
+        {"inputs": {"image": encode("photo.png")}},
+    ):
+        with pytest.raises(ValueError, match="larger than the limit of 1000 bytes"):
+            handler(request)
+
+
 def test_a_fault_that_is_not_the_requests_is_not_told(handler, monkeypatch, caplog):
     def fail(**kwargs):
         raise KeyError("a secret of the server")
