@@ -180,7 +180,7 @@ class EndpointHandler:
         settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         if "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
             settings["sanitize_control_tokens"] = True
-        else:  # transformers < 5.20
+        else:  # transformers before 5.23
             special = self.processor.tokenizer.all_special_tokens
             texts = [item["text"] for message in messages for item in message["content"] if item["type"] == "text"]
             if any(token in text for token in special for text in texts):
@@ -209,7 +209,9 @@ class EndpointHandler:
             texts = self.processor.batch_decode(new, skip_special_tokens=True)
         except Exception as error:
             if len(batch) == 1:
-                batch[0].answer.set_exception(RuntimeError(str(error)))
+                failure = RuntimeError("generate failed")  # whatever its type: it is not the request's fault
+                failure.__cause__ = error
+                batch[0].answer.set_exception(failure)
             else:  # so that what one of them has done falls on that one alone
                 for request in batch:
                     self._answer([request])

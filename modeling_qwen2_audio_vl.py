@@ -1,5 +1,7 @@
 """Model inputs -> logits: a Whisper encoder and a projector beside Qwen2-VL's vision tower, which is left as it is."""
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, Qwen2VLForConditionalGeneration, Qwen2VLModel
@@ -12,6 +14,8 @@ from .configuration_qwen2_audio_vl import Qwen2AudioVLConfig
 
 
 AUDIO_TOKEN_TYPE = 3  # in `mm_token_type_ids`, beside 0 text, 1 image, 2 video
+# transformers 5.24 renamed the argument, and takes the old name as well; older releases know that one alone.
+CACHE = "cache" if "cache" in inspect.signature(Qwen2VLModel.forward).parameters else "past_key_values"
 
 
 class FrozenAudioEncoder:
@@ -105,14 +109,16 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor | None:
         """
         M-RoPE positions `(3, batch, sequence)` of the tokens given, which follow those in the cache; None where plain
         counting is right. Qwen2-VL keeps the distance between a token's place and its position (`rope_deltas`) on the
         model, where the next call or another thread finds it; here it travels with the cache that it belongs to.
         """
-        past_length = cached_length(past_key_values)
-        offset = getattr(past_key_values, "mrope_offset", None) if past_length else None
+        cache = past_key_values if cache is None else cache
+        past_length = cached_length(cache)
+        offset = getattr(cache, "mrope_offset", None) if past_length else None
         batch, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         if input_ids is not None and (image_grid_thw is not None or video_grid_thw is not None):
             if mm_token_type_ids is None:
@@ -141,9 +147,11 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """As [`Qwen2AudioVLForConditionalGeneration.forward`], but returns the last hidden state instead of logits."""
+        cache = past_key_values if cache is None else cache
         input_features, audio_outputs = take_audio(kwargs)
         embedded_here = inputs_embeds is None
         if embedded_here:
@@ -170,20 +178,20 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
                 image_grid_thw=kwargs.get("image_grid_thw"),
                 video_grid_thw=kwargs.get("video_grid_thw"),
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 mm_token_type_ids=kwargs.get("mm_token_type_ids"),
             )
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             return_dict=True,
+            **{CACHE: cache},
             **kwargs,
         )
-        if is_prefill and outputs.past_key_values is not None:
-            cache, offset = outputs.past_key_values, None
+        cache, offset = getattr(outputs, CACHE), None
+        if is_prefill and cache is not None:
             if position_ids is not None:
                 last = position_ids[-1] if position_ids.ndim == 3 else position_ids
                 offset = last[:, -1:] + 1 - cache.get_seq_length()
@@ -232,6 +240,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         logits_to_keep: int | torch.Tensor = 0,
         input_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple | CausalLMOutputWithPast:
         """
@@ -247,6 +256,8 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             mm_encoder_outputs (`dict`, *optional*):
                 What `get_audio_features` returned, under "audio", instead of `input_features`: a clip that is asked
                 about many times is encoded once. On transformers >= 5.18 also "image" and "video".
+            cache (`Cache`, *optional*):
+                The name of `past_key_values` since transformers 5.24; either is taken on all releases.
 
         Raises:
             ValueError: if the audio tokens and the audio features differ in number, in either direction.
@@ -257,7 +268,6 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
@@ -268,6 +278,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             mm_token_type_ids=mm_token_type_ids,
             logits_to_keep=logits_to_keep,
             input_features=input_features,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
 
@@ -279,8 +290,8 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             input_ids = inputs_tensor
         elif not input_ids.numel():
             input_ids = None
-        past_key_values, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
-        past_length = cached_length(past_key_values)
+        cache, types = model_kwargs.get(CACHE), model_kwargs.get("mm_token_type_ids")
+        past_length = cached_length(cache)
         new = text_positions.shape[1] - past_length
         if new <= 0:
             raise ValueError(
@@ -293,7 +304,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             image_grid_thw=model_kwargs.get("image_grid_thw"),
             video_grid_thw=model_kwargs.get("video_grid_thw"),
             attention_mask=model_kwargs.get("attention_mask"),
-            past_key_values=past_key_values,
+            cache=cache,
             mm_token_type_ids=None if types is None else types[:, -new:],
         )
         positions = text_positions.expand(4, -1, -1).clone()  # text positions first, for the attention mask
@@ -317,8 +328,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         input_features, audio = take_audio(model_kwargs)
         given = input_features if audio is None else audio.pooler_output  # [windows, ...]
 
-        inputs_embeds, past_key_values = model_kwargs.get("inputs_embeds"), model_kwargs.get("past_key_values")
-        past_length = cached_length(past_key_values)
+        inputs_embeds, past_length = model_kwargs.get("inputs_embeds"), cached_length(model_kwargs.get(CACHE))
         is_audio = self.model.get_audio_mask(input_ids, inputs_embeds)
         is_new = is_audio[:, past_length - model_kwargs["position_ids"].shape[-1] :]
         all_tokens, new_tokens = is_audio.sum(-1).tolist(), is_new.sum(-1).tolist()
@@ -344,20 +354,15 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         expanded = [window for row in kept for _ in range(expand_size) for window in row]
         return BaseModelOutputWithPooling(pooler_output=given[expanded])
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
-    ):
-        if not is_first_iteration and past_key_values is not None and not past_key_values.is_compileable:
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+        cache = kwargs.get(CACHE)
+        if not is_first_iteration and cache is not None and not cache.is_compileable:
             # An assistant model's own prefill is announced as a later step, without images and sound.
-            is_first_iteration = past_key_values.get_seq_length() == 0
+            is_first_iteration = cache.get_seq_length() == 0
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("mm_encoder_outputs", None)  # releases before 5.18 drop only the raw inputs after the prefill
         return super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
 
 
@@ -367,8 +372,8 @@ def like(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return tensor.to(dtype) if weight.is_meta else tensor.to(weight.device, dtype)
 
 
-def cached_length(past_key_values: Cache | None) -> int:
-    return 0 if past_key_values is None else past_key_values.get_seq_length()
+def cached_length(cache: Cache | None) -> int:
+    return 0 if cache is None else cache.get_seq_length()
 
 
 def take_audio(kwargs: dict) -> tuple[torch.Tensor | None, BaseModelOutputWithPooling | None]:
