@@ -1,5 +1,11 @@
 """What the model is: Qwen2-VL's configuration plus a Whisper encoder and the three audio tokens."""
 
+from transformers.utils.versions import require_version
+
+
+# Before what older releases do not have is imported; a processor is loaded without the configuration, so in both files.
+require_version("transformers>=5.16.1,<6", "Install one with: pip install 'transformers>=5.16.1,<6'")
+
 import shutil
 from pathlib import Path
 from typing import ClassVar

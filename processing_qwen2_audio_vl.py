@@ -1,5 +1,11 @@
 """Messages -> model inputs: Qwen2-VL's processor with sound beside images and video."""
 
+from transformers.utils.versions import require_version
+
+
+# Before what older releases do not have is imported; a processor is loaded without the configuration, so in both files.
+require_version("transformers>=5.16.1,<6", "Install one with: pip install 'transformers>=5.16.1,<6'")
+
 import difflib
 import functools
 import inspect

@@ -61,6 +61,27 @@ def test_two_processes_load_into_one_empty_cache_at_once(start):
     assert len({answer(process) for process in [start(USE), start(USE)]}) == 1
 
 
+def test_unsupported_release_is_one_clear_sentence(start):
+    """Of a release that is too old, and of one that nobody has seen, whatever is loaded first."""
+    code = """
+        import importlib.metadata
+        from transformers import AutoModel, AutoProcessor
+        version = importlib.metadata.version
+        for auto in (AutoProcessor, AutoModel):
+            for release in ("5.15.1", "6.0.0"):
+                importlib.metadata.version = lambda name: release if name == "transformers" else version(name)
+                try:
+                    auto.from_pretrained(REPO, trust_remote_code=True)
+                except ImportError as error:
+                    assert "transformers>=5.16.1,<6 is required" in str(error), error
+                    assert release in str(error) and "pip install" in str(error), error
+                else:
+                    raise AssertionError(release)
+        print("TOKENS none")
+    """
+    assert answer(start(code)) == "TOKENS none"
+
+
 def test_model_needs_no_sound_library(start):
     code = textwrap.dedent(HIDE).replace('"torchaudio"', '"torchaudio", "av"') + textwrap.dedent(
         """

@@ -1,0 +1,77 @@
+"""
+Whether every release computes the same: `nox` records the logits and greedy tokens of the demo checkpoint on each.
+
+    python -m benchmarks.releases --record       of the transformers and torch that this Python finds
+    python -m benchmarks.releases [--readme]     compares all that was recorded with the first
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+import upload
+from benchmarks import readme
+from demo.evaluate import DEMO, load
+from demo.run import EXAMPLES, read_examples
+from demo.world import content
+
+
+RECORDS = DEMO.parent / "build" / "releases"
+
+
+def record():
+    with tempfile.TemporaryDirectory() as folder:
+        processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
+        model, found = model.float(), {}
+        for number, example in enumerate(read_examples()):
+            sounds = [str(EXAMPLES / name) for name in example["audio"]]
+            picture = example["image"] and str(EXAMPLES / example["image"])
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content(example["skill"], sounds, picture)}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            with torch.no_grad():
+                found[f"{number:02}.logits"] = model(**inputs).logits[0].contiguous()
+            found[f"{number:02}.tokens"] = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    name = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    save_file(found, RECORDS / f"{name}.safetensors")
+
+
+def table() -> str:
+    paths = sorted(RECORDS.glob("*.safetensors"))
+    first = load_file(paths[0])
+    rows = ["| release | largest difference of a logit | greedy tokens |", "|---|---|---|"]
+    for path in paths:
+        found = load_file(path)
+        logits = max((found[name] - first[name]).abs().max().item() for name in first if name.endswith("logits"))
+        equal = all(torch.equal(found[name], first[name]) for name in first if name.endswith("tokens"))
+        rows.append(f"| {path.stem} | {logits:.0e} | {'equal' if equal else 'different'} |")
+    return "\n".join(rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    if options.record:
+        record()
+        return
+    text = table()
+    print(text)
+    if options.readme:
+        readme.fill("benchmarks/releases.py", text + "\n")
+
+
+if __name__ == "__main__":
+    main()
