@@ -6,8 +6,7 @@ answered with HTTP 400 and `{"error": "..."}` (https://github.com/huggingface/hu
 """
 
 import inspect
-import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,7 +83,7 @@ class EndpointHandler:
         self.read = get_class_from_dynamic_module("audio_utils.read", path)
         self.normalize_content = get_class_from_dynamic_module("processing_qwen2_audio_vl.normalize_content", path)
         self.waiting: list[Request] = []
-        self.turn = threading.Lock()
+        self.turns = ThreadPoolExecutor(1)  # one thread, as each that computes has OpenMP threads of its own
 
     def __call__(self, data: dict) -> dict:
         """
@@ -116,9 +115,7 @@ class EndpointHandler:
                     f"more, but the model has {self.positions} positions."
                 )
             self.waiting.append(request)
-            with self.turn:
-                if not request.answer.done():  # with those before it
-                    self._answer(self._take_batch(request))
+            self.turns.submit(self._answer_waiting)
             return {"text": request.answer.result()}
         except ValueError as error:
             message = " ".join(str(error).split())
@@ -187,18 +184,20 @@ class EndpointHandler:
                 raise RequestError(f"Text must not hold the model's control tokens, such as {special[0]}.")
         return self.processor.apply_chat_template(messages, **settings)
 
-    def _take_batch(self, request: Request) -> list[Request]:
-        """A request, and of those that wait beside it the ones with the same settings, as many as fit."""
-        batch, longest = [request], request.num_tokens
-        for other in list(self.waiting):
+    def _answer_waiting(self):
+        """Answers the first that waits, and with it those with the same settings, as many as fit."""
+        if not self.waiting:  # they were all answered with one before
+            return
+        first, *others = list(self.waiting)
+        batch, longest = [first], first.num_tokens
+        for other in others:
             padded = max(longest, other.num_tokens) * (len(batch) + 1)
-            fits = len(batch) < MAX_BATCH and padded <= MAX_BATCH_TOKENS
-            if other is not request and other.settings == request.settings and fits:
+            if other.settings == first.settings and len(batch) < MAX_BATCH and padded <= MAX_BATCH_TOKENS:
                 batch.append(other)
                 longest = max(longest, other.num_tokens)
         for taken in batch:
             self.waiting.remove(taken)
-        return batch
+        self._answer(batch)
 
     def _answer(self, batch: list[Request]):
         try:

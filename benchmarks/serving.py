@@ -27,8 +27,7 @@ from benchmarks import readme
 from demo.evaluate import DEMO, load
 from demo.run import read_examples
 from handler import EndpointHandler
-from tests.serving import make_endpoint, openai_form, serve, short_form
-from tests.test_vllm import PYTHON, start
+from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, short_form
 
 
 REQUESTS, CLIENTS, STEPS = 96, 16, 12
@@ -85,17 +84,17 @@ def by_generate(processor, model):
     return send
 
 
-def by_handler(address: str):
+def by_handler(address: str, client: httpx.Client):
     def send(example):
         begin = time.perf_counter()
         body = {"inputs": short_form(example), "parameters": {"max_new_tokens": STEPS}}
-        text = httpx.post(address, json=body, timeout=300).json()["text"]
+        text = client.post(address, json=body).json()["text"]
         return text, time.perf_counter() - begin
 
     return send
 
 
-def by_vllm(address: str):
+def by_vllm(address: str, client: httpx.Client):
     def send(example):
         begin, first, text = time.perf_counter(), None, ""
         body = {
@@ -105,7 +104,7 @@ def by_vllm(address: str):
             "max_tokens": STEPS,
             "stream": True,
         }
-        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=300) as response:
+        with client.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
             for line in response.iter_lines():
                 if line.startswith("data: {"):
                     piece = json.loads(line[6:])["choices"][0]["delta"].get("content")
@@ -123,7 +122,7 @@ def main():
     options = parser.parse_args()
     logging.set_verbosity_error()
     examples, results = read_examples(), {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, httpx.Client(timeout=300) as client:
         repo = upload.build(checkpoint=DEMO, output=Path(folder) / "demo")
         processor, model = load(repo)
         (one,), first = measure(by_generate(processor, model.float()), examples, clients=(1,))
@@ -131,12 +130,11 @@ def main():
         handler = EndpointHandler(str(repo))
         handler.model.float()
         with serve(make_endpoint(handler)) as address:
-            (one, many), first = measure(by_handler(address), examples)
+            (one, many), first = measure(by_handler(address, client), examples)
         results["`handler.py` behind HTTP"] = f"{one:.1f} | {many:.1f} | {first:.0f} ms, the whole answer"
-        if PYTHON.exists():
-            address, running = start(repo, Path(folder), VLLM_CPU_NUM_OF_RESERVED_CPU="0")
-            with running:
-                (one, many), first = measure(by_vllm(address), examples)
+        if VLLM.exists():
+            with serve_vllm(repo, Path(folder), VLLM_CPU_NUM_OF_RESERVED_CPU="0") as address:
+                (one, many), first = measure(by_vllm(address, client), examples)
             results["`vllm serve`"] = f"{one:.1f} | {many:.1f} | {first:.0f} ms"
     rows = ["| | requests per second, one client | sixteen clients | first token, one client |", "|---|---|---|---|"]
     rows += [f"| {name} | {cells} |" for name, cells in results.items()]

@@ -17,8 +17,16 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from demo.evaluate import DEMO
 from demo.run import EXAMPLES
 from demo.world import SKILLS
+
+
+VLLM = DEMO.parent / ".venv" / "vllm" / ".ready"  # of an environment of its own, as it pins another torch
+SETTINGS = (
+    *("--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
+    *("--limit-mm-per-prompt", '{"image":2,"audio":2,"video":0}', "--host", "127.0.0.1", "--served-model-name", "demo"),
+)
 
 
 def encode(name: str) -> str:
@@ -110,3 +118,15 @@ def serve_process(command: list[str], address: str, log: Path, timeout: float, *
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, 9)
                 process.wait()
+
+
+@contextlib.contextmanager
+def serve_vllm(repo: Path, folder: Path, *settings: str, **environment: str):
+    """Yields the address of `vllm serve`; its log lies in `folder`."""
+    port, python = free_port(), VLLM.parent / "bin" / "python"
+    command = [str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(repo), *SETTINGS, *settings]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"} | environment
+    address, log = f"http://127.0.0.1:{port}", folder / "log.txt"
+    command += ["--port", str(port)]
+    with serve_process(command, f"{address}/health", log, timeout=300, **environment):
+        yield address

@@ -6,49 +6,33 @@ as it pins another torch; what it answers is compared with `generate` in this on
 import base64
 import io
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import av
 import httpx
 import numpy as np
 import pytest
 import torch
-from serving import encode, free_port, openai_form, png, serve_process
+from serving import VLLM, encode, openai_form, png, serve_vllm
 from transformers import AutoModel, AutoProcessor
 
 from audio_utils import fetch_audio
-from demo.evaluate import DEMO
 from demo.run import EXAMPLES
 from demo.world import SKILLS
 
 
 pytestmark = pytest.mark.vllm
-PYTHON = DEMO.parent / ".venv" / "vllm" / "bin" / "python"
 STEPS = 12
-SETTINGS = (
-    *("--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
-    *("--limit-mm-per-prompt", '{"image":2,"audio":2,"video":0}', "--host", "127.0.0.1", "--served-model-name", "demo"),
-)
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def start(repo: Path, folder: Path, *settings: str, **environment: str):
-    """The address of a server, and the context in which it runs."""
-    if not (PYTHON.parents[1] / ".ready").exists():
+@pytest.fixture(scope="module", autouse=True)
+def installed():
+    if not VLLM.exists():
         pytest.skip("vLLM is not installed; `make test-vllm` installs it where it can be had for this machine.")
-    port = free_port()
-    command = [str(PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(repo), *SETTINGS, *settings]
-    address = f"http://127.0.0.1:{port}"
-    log = folder / "log.txt"
-    environment = ENVIRONMENT | environment
-    running = serve_process([*command, "--port", str(port)], f"{address}/health", log, timeout=300, **environment)
-    return address, running
 
 
 @pytest.fixture(scope="module")
-def address(demo_repo, tmp_path_factory):
-    address, running = start(demo_repo, tmp_path_factory.mktemp("vllm"))
-    with running:
+def address(installed, demo_repo, tmp_path_factory):
+    with serve_vllm(demo_repo, tmp_path_factory.mktemp("vllm")) as address:
         yield address
 
 
@@ -196,8 +180,8 @@ def test_64_requests_at_once(address, examples):
 
 def test_tensor_parallel_on_two_ranks(demo_repo, loaded, examples, tmp_path):
     """One thread each: vLLM would by itself give every rank a NUMA node of its own."""
-    address, running = start(demo_repo, tmp_path, "--tensor-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="0|1")
-    with running:
+    settings = ("--tensor-parallel-size", "2")
+    with serve_vllm(demo_repo, tmp_path, *settings, VLLM_CPU_OMP_THREADS_BIND="0|1") as address:
         for example in examples[: len(SKILLS)]:
             messages = openai_form(example)
             assert served_ids(address, messages) == generated_ids(loaded, messages), example
