@@ -1,9 +1,9 @@
 """
 The core suite on supported releases of transformers, each beside the torch of `make`, and what they compute compared:
 
-    nox                           all of them
-    nox -s "core(5.18.0)"         one
-    python -m benchmarks.releases [--readme]    the table of what was recorded
+    nox                              all of them
+    nox -s "core(5.18.0)"            one
+    python -m benchmarks.releases    the table of what was recorded
 """
 
 import nox

@@ -2,7 +2,7 @@
 Whether every release computes the same: `nox` records the logits and greedy tokens of the demo checkpoint on each.
 
     python -m benchmarks.releases --record       of the transformers and torch that this Python finds
-    python -m benchmarks.releases [--readme]     compares all that was recorded with the first
+    python -m benchmarks.releases                compares all that was recorded with the first
 """
 
 import argparse
@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 import upload
-from benchmarks import readme
 from demo.evaluate import DEMO, load
 from demo.run import EXAMPLES, read_examples
 from demo.world import content
@@ -61,16 +60,12 @@ def table() -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true")
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     options = parser.parse_args()
     logging.set_verbosity_error()
     if options.record:
         record()
-        return
-    text = table()
-    print(text)
-    if options.readme:
-        readme.fill("benchmarks/releases.py", text + "\n")
+    else:
+        print(table())
 
 
 if __name__ == "__main__":
