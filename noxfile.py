@@ -26,7 +26,7 @@ CORE = [f"tests/test_{part}.py" for part in ("configuration", "processing", "mod
 
 
 @nox.session(venv_backend="none")
-@nox.parametrize("release", RELEASES, ids=list(RELEASES))
+@nox.parametrize("release", list(RELEASES), ids=list(RELEASES))
 def core(session: nox.Session, release: str):
     overlay = f".venv/transformers-{release}"
     packages = [f"transformers=={release}", *RELEASES[release]]
