@@ -50,7 +50,11 @@ def chat(example: dict) -> list[dict]:
 
 @pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])
 def test_pipelines_answer_one_chat_and_several(task, demo_repo, examples):
-    pipe = pipeline(task, model=str(demo_repo), trust_remote_code=True)
+    try:
+        pipe = pipeline(task, model=str(demo_repo), trust_remote_code=True)
+    except ImportError as error:  # older releases ask for a library that this model does not need
+        assert "requires the librosa library" in str(error)
+        pytest.skip("This release of transformers runs the any-to-any pipeline with librosa only.")
     chosen = [next(example for example in examples if example["skill"] == skill) for skill in SKILLS]
     settings = {"return_full_text": False, "generate_kwargs": {"do_sample": False, **SHORT}}
     for example in chosen:
