@@ -43,6 +43,8 @@ PARAMETERS = {
     "repetition_penalty": (float, 0.5, 2.0),
 }
 SAMPLING = ("temperature", "top_k", "top_p")
+# transformers before 5.23 cannot encode control tokens of a user as text.
+SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 MAX_BATCH = 16  # requests answered together
 MAX_BATCH_TOKENS = 2**16  # of them, padding and answers included
 
@@ -175,9 +177,9 @@ class EndpointHandler:
 
     def _process(self, messages: list[dict]) -> BatchFeature:
         settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        if "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
+        if SANITIZES:
             settings["sanitize_control_tokens"] = True
-        else:  # transformers before 5.23
+        else:
             special = self.processor.tokenizer.all_special_tokens
             texts = [item["text"] for message in messages for item in message["content"] if item["type"] == "text"]
             if any(token in text for token in special for text in texts):

@@ -16,8 +16,7 @@ from transformers.utils import logging
 
 import upload
 from demo.evaluate import DEMO, load
-from demo.run import EXAMPLES, read_examples
-from demo.world import content
+from demo.run import content_of, read_examples
 
 
 RECORDS = DEMO.parent / "build" / "releases"
@@ -28,10 +27,8 @@ def record():
         processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
         model, found = model.float(), {}
         for number, example in enumerate(read_examples()):
-            sounds = [str(EXAMPLES / name) for name in example["audio"]]
-            picture = example["image"] and str(EXAMPLES / example["image"])
             inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content(example["skill"], sounds, picture)}],
+                [{"role": "user", "content": content_of(example)}],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,

@@ -34,10 +34,14 @@ def write_transcripts(path: Path) -> list[dict]:
     return rows
 
 
-def ask_example(processor, model, example: dict) -> str:
+def content_of(example: dict) -> list[dict]:
+    """The content of a user's message that asks what the example asks, by paths."""
     picture = example["image"] and str(EXAMPLES / example["image"])
-    sounds = [str(EXAMPLES / name) for name in example["audio"]]
-    return ask(processor, model, [content(example["skill"], sounds, picture)])[0]
+    return content(example["skill"], [str(EXAMPLES / name) for name in example["audio"]], picture)
+
+
+def ask_example(processor, model, example: dict) -> str:
+    return ask(processor, model, [content_of(example)])[0]
 
 
 def draw_sound(name: str, title: str, feature_extractor, path: Path):

@@ -46,15 +46,18 @@ def short_form(example: dict) -> dict:
 def openai_form(example: dict) -> list[dict]:
     """Messages as OpenAI's clients send them."""
     sounds = iter(example["audio"])
-    content = []
-    for kind in SKILLS[example["skill"]]["inputs"]:
-        if kind == "image":
-            content.append({"type": "image_url", "image_url": {"url": png(encode(example["image"]))}})
-        else:
-            name = next(sounds)
-            content.append({"type": "input_audio", "input_audio": {"data": encode(name), "format": "wav"}})
+    kinds = SKILLS[example["skill"]]["inputs"]
+    content = [picture(example["image"]) if kind == "image" else sound(next(sounds)) for kind in kinds]
     content.append({"type": "text", "text": SKILLS[example["skill"]]["instruction"]})
     return [{"role": "user", "content": content}]
+
+
+def sound(name: str) -> dict:
+    return {"type": "input_audio", "input_audio": {"data": encode(name), "format": "wav"}}
+
+
+def picture(name: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": png(encode(name))}}
 
 
 def png(content: str) -> str:

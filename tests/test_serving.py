@@ -15,8 +15,8 @@ from PIL import Image
 from serving import encode, make_endpoint, openai_form, serve, short_form
 from transformers import pipeline
 
-from demo.run import EXAMPLES
-from demo.world import SKILLS, content
+from demo.run import EXAMPLES, content_of
+from demo.world import SKILLS
 
 
 SHORT = {"max_new_tokens": 12}
@@ -43,9 +43,7 @@ def address(handler):
 
 
 def chat(example: dict) -> list[dict]:
-    sounds = [str(EXAMPLES / name) for name in example["audio"]]
-    picture = example["image"] and str(EXAMPLES / example["image"])
-    return [{"role": "user", "content": content(example["skill"], sounds, picture)}]
+    return [{"role": "user", "content": content_of(example)}]
 
 
 @pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])

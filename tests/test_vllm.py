@@ -12,7 +12,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from serving import VLLM, encode, openai_form, png, serve_vllm
+from helpers import text
+from serving import VLLM, openai_form, picture, png, serve_vllm, sound
 from transformers import AutoModel, AutoProcessor
 
 from audio_utils import fetch_audio
@@ -73,18 +74,6 @@ def wav(samples: np.ndarray, rate: int) -> dict:
         frame.sample_rate = rate
         container.mux([*stream.encode(frame), *stream.encode(None)])
     return {"type": "input_audio", "input_audio": {"data": base64.b64encode(file.getvalue()).decode(), "format": "wav"}}
-
-
-def text(words: str) -> dict:
-    return {"type": "text", "text": words}
-
-
-def sound(name: str) -> dict:
-    return {"type": "input_audio", "input_audio": {"data": encode(name), "format": "wav"}}
-
-
-def picture(name: str) -> dict:
-    return {"type": "image_url", "image_url": {"url": png(encode(name))}}
 
 
 def user(*content: dict) -> list[dict]:
