@@ -5,9 +5,9 @@ import shutil
 import time
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from transformers.utils import logging
 
+import app
 import upload
 from audio_utils import fetch_audio, log_mel
 from demo.evaluate import DEMO, ask, load
@@ -47,20 +47,8 @@ def ask_example(processor, model, example: dict) -> str:
 def draw_sound(name: str, title: str, feature_extractor, path: Path):
     """The log-mel spectrogram that the encoder is given, under what was asked and answered."""
     samples = fetch_audio(EXAMPLES / name, feature_extractor.sampling_rate)
-    seconds = len(samples) / feature_extractor.sampling_rate
-    features = log_mel([samples[: feature_extractor.n_samples]], feature_extractor)[0].numpy()
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(
-        features,
-        origin="lower",
-        aspect="auto",
-        extent=(0, feature_extractor.chunk_length, 0, len(features)),
-        cmap="magma",
-    )
-    axes.axvline(seconds, color="white", linewidth=0.8)
-    axes.set(title=title, xlabel="seconds", ylabel="mel bin")
-    figure.savefig(path, dpi=110)
+    features = log_mel([samples[: feature_extractor.n_samples]], feature_extractor)
+    app.draw_sound(features, len(samples), feature_extractor, title=title).savefig(path, dpi=110)
 
 
 def main():
