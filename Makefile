@@ -3,10 +3,9 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
-OLDEST := $(VENV)/transformers-5.16.1
 VLLM := $(VENV)/vllm
 
-.PHONY: demo app held-out test test-oldest test-app test-vllm bench lint format clean
+.PHONY: demo app held-out test test-releases test-endurance test-app test-vllm releases bench lint format clean
 
 demo: $(READY)
 	HF_HOME=build/huggingface HF_HUB_OFFLINE=1 $(PYTHON) -m demo.run
@@ -21,10 +20,14 @@ held-out: $(READY)
 	HF_HOME=build/huggingface HF_HUB_OFFLINE=1 $(PYTHON) -m demo.evaluate --readme
 
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-test-oldest: $(READY) $(OLDEST)/.ready
-	PYTHONPATH=$(OLDEST) $(PYTHON) -m pytest
+# Its core on the oldest supported transformers and on one in the middle; `test` is on the newest.
+test-releases: $(READY)
+	$(VENV)/bin/nox --tags ci
+
+test-endurance: $(READY)
+	$(PYTHON) -m pytest -m endurance -s
 
 test-app: $(READY)
 	$(PYTHON) -m pytest -m app
@@ -34,7 +37,14 @@ test-vllm: $(READY)
 	-$(MAKE) $(VLLM)/.ready
 	$(PYTHON) -m pytest -m vllm
 
+# The core suite on every supported transformers and on the oldest and newest torch, and the table of the README.
+releases: $(READY)
+	rm -rf build/releases
+	$(VENV)/bin/nox
+	$(PYTHON) -m benchmarks.releases --readme
+
 bench: $(READY)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.model --readme
 	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.sound --readme
 	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.train --readme
 	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.serving --readme
@@ -53,12 +63,6 @@ clean:
 $(READY): requirements-dev.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --requirement requirements-dev.txt
-	touch $@
-
-# The oldest supported release beside the same torch: it needs huggingface_hub 1, which needs httpx.
-$(OLDEST)/.ready: $(READY)
-	$(PYTHON) -m pip install --quiet --target $(OLDEST) --upgrade httpx==0.28.1
-	$(PYTHON) -m pip install --quiet --target $(OLDEST) --upgrade --no-deps transformers==5.16.1 huggingface_hub==1.33.0
 	touch $@
 
 # vLLM on the CPU expects its own name, no Triton, and of its companions nothing that was compiled for CUDA: of torchaudio

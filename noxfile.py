@@ -1,15 +1,21 @@
 """
-The core suite on supported releases of transformers, each beside the torch of `make`, and what they compute compared:
+The core suite on every supported release of transformers, and on the oldest and newest torch; what they compute is
+recorded, to be compared by `python -m benchmarks.releases`.
 
-    nox                              all of them
-    nox -s "core(5.18.0)"            one
-    python -m benchmarks.releases    the table of what was recorded
+    nox                      all of it
+    nox -s "core(5.18.0)"    one release of transformers, beside the torch of `make`
+    nox -s torch             the oldest and the newest torch, in environments of their own
+    nox --tags ci            what CI runs beside `make test`, which is on the newest
 """
+
+from pathlib import Path
 
 import nox
 
 
+nox.options.envdir = ".venv/nox"
 PYTHON = ".venv/bin/python"
+REQUIREMENTS = Path("requirements-dev.txt").read_text().splitlines()
 HUB_1 = ("huggingface_hub==1.33.0",)  # the newest that the first releases take
 RELEASES = {
     "5.16.1": HUB_1,
@@ -22,15 +28,36 @@ RELEASES = {
     "5.23.0": (),
     "5.24.0": (),
 }
-CORE = [f"tests/test_{part}.py" for part in ("configuration", "processing", "modeling", "remote_code", "serving")]
+TORCHES = {  # with the transformers that take them
+    "2.5.1": ("torchvision==0.20.1", "transformers==5.16.1", *HUB_1),
+    "2.15.0": ("torchvision==0.29.2", "transformers==5.24.0"),
+}
+CI = ("5.16.1", "5.20.2")
+PARTS = ("configuration", "processing", "modeling", "remote_code", "serving", "accelerated")
+CORE = [f"tests/test_{part}.py" for part in PARTS]
 
 
 @nox.session(venv_backend="none")
-@nox.parametrize("release", list(RELEASES), ids=list(RELEASES))
+@nox.parametrize("release", [nox.param(name, id=name, tags=["ci"] if name in CI else []) for name in RELEASES])
 def core(session: nox.Session, release: str):
-    overlay = f".venv/transformers-{release}"
-    packages = [f"transformers=={release}", *RELEASES[release]]
-    session.run(PYTHON, "-m", "pip", "install", "--quiet", "--target", overlay, "--upgrade", "--no-deps", *packages)
-    environment = {"PYTHONPATH": overlay}
-    session.run(PYTHON, "-m", "pytest", *CORE, env=environment)
-    session.run(PYTHON, "-m", "benchmarks.releases", "--record", env=environment)
+    overlay = Path(f".venv/transformers-{release}")
+    if not overlay.exists():
+        packages = [f"transformers=={release}", *RELEASES[release]]
+        session.run(PYTHON, "-m", "pip", "install", "--quiet", "--target", str(overlay), "--no-deps", *packages)
+    prove(session, PYTHON, PYTHONPATH=str(overlay))
+
+
+@nox.session(venv_backend="venv", reuse_venv=True)
+@nox.parametrize("version", list(TORCHES), ids=list(TORCHES))
+def torch(session: nox.Session, version: str):
+    """Without torchaudio and torchcodec, which are made for one torch each."""
+    replaced = ("torch", "transformers", "huggingface_hub", "#")
+    kept = [requirement for requirement in REQUIREMENTS if not requirement.startswith(replaced)]
+    session.install("--quiet", f"torch=={version}", *TORCHES[version], *kept)
+    prove(session, "python")
+
+
+def prove(session: nox.Session, python: str, **environment: str):
+    workers = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal")
+    session.run(python, "-m", "pytest", *workers, *CORE, env=environment)
+    session.run(python, "-m", "benchmarks.releases", "--record", env={**environment, "HF_HUB_OFFLINE": "1"})

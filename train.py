@@ -76,9 +76,7 @@ class Arguments(TrainingArguments):
     lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})
     lora_alpha: int = field(default=32, metadata={"help": "scale of LoRA, over its rank"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout of LoRA's inputs"})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "hold the language model in 4 bits (CUDA, bitsandbytes)"}
-    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "hold the language model in 4 bits (bitsandbytes)"})
     encoder_cache: str | None = field(default=None, metadata={"help": "folder that keeps what the audio encoder heard"})
     export: str | None = field(default=None, metadata={"help": "folder for the whole model, LoRA merged, at the end"})
     max_new_tokens: int = field(default=256, metadata={"help": "length of an answer to --eval"})
@@ -104,8 +102,6 @@ class Arguments(TrainingArguments):
             self.learning_rate = LEARNING_RATES[self.stage]
         if self.save_total_limit == 1:
             raise ValueError("--save_total_limit 1 leaves nothing if the run ends while it saves; give 2 or more.")
-        if self.load_in_4bit and not torch.cuda.is_available():
-            raise ValueError("--load_in_4bit needs a CUDA GPU, and there is none; leave it out.")
         if self.export and Path(self.export).exists() and any(Path(self.export).iterdir()):
             raise ValueError(f"--export {self.export} is not empty; name a new folder.")
         if self.accelerator_config is None:
@@ -383,7 +379,7 @@ def load_model(args: Arguments) -> PeftModel:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["visual", "audio_encoder", "audio_projector", "lm_head"],
+            llm_int8_skip_modules=["model.visual", "model.audio_encoder", "model.audio_projector", "lm_head"],
         )
     model = AutoModel.from_pretrained(
         args.model, trust_remote_code=True, dtype="auto", quantization_config=quantization

@@ -2,11 +2,12 @@
 Whether every release computes the same: `nox` records the logits and greedy tokens of the demo checkpoint on each.
 
     python -m benchmarks.releases --record       of the transformers and torch that this Python finds
-    python -m benchmarks.releases                compares all that was recorded with the first
+    python -m benchmarks.releases [--readme]     compares all that was recorded with the first
 """
 
 import argparse
 import tempfile
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 import upload
+from benchmarks import readme
 from demo.evaluate import DEMO, load
 from demo.run import content_of, read_examples
 
@@ -51,18 +53,24 @@ def table() -> str:
         logits = max((found[name] - first[name]).abs().max().item() for name in first if name.endswith("logits"))
         equal = all(torch.equal(found[name], first[name]) for name in first if name.endswith("tokens"))
         rows.append(f"| {path.stem} | {logits:.0e} | {'equal' if equal else 'different'} |")
-    return "\n".join(rows)
+    largest = max(tensor.abs().max().item() for name, tensor in first.items() if name.endswith("logits"))
+    note = f"{date.today()}; beside {paths[0].stem}, whose logits reach {largest:.0f}, float32 on the CPU."
+    return "\n".join([*rows, "", note]) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true")
+    parser.add_argument("--readme", action="store_true", help="put the table into the README")
     options = parser.parse_args()
     logging.set_verbosity_error()
     if options.record:
         record()
-    else:
-        print(table())
+        return
+    text = table()
+    print(text)
+    if options.readme:
+        readme.fill("benchmarks/releases.py", text)
 
 
 if __name__ == "__main__":

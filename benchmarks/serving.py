@@ -8,22 +8,18 @@ HTTP, and vLLM where `make .venv/vllm/.ready` could install it.
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
 import httpx
-import torch
-import transformers
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 import upload
 from benchmarks import readme
+from benchmarks.measure import Clock, where
 from demo.evaluate import DEMO, load
 from demo.run import read_examples
 from handler import EndpointHandler
@@ -31,19 +27,6 @@ from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, s
 
 
 REQUESTS, CLIENTS, STEPS = 96, 16, 12
-
-
-class FirstToken(BaseStreamer):
-    """Notes when the first token after the prompt came."""
-
-    def __init__(self):
-        self.times = []
-
-    def put(self, value):
-        self.times.append(time.perf_counter())
-
-    def end(self):
-        pass
 
 
 def measure(send, examples: list[dict], clients: tuple[int, ...] = (1, CLIENTS)) -> tuple[list[float], float]:
@@ -73,13 +56,13 @@ def measure(send, examples: list[dict], clients: tuple[int, ...] = (1, CLIENTS))
 
 def by_generate(processor, model):
     def send(example):
-        begin, streamer = time.perf_counter(), FirstToken()
+        begin, streamer = time.perf_counter(), Clock()
         inputs = processor.apply_chat_template(
             openai_form(example), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         output = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, streamer=streamer)
         text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return text, streamer.times[1] - begin  # the first is the prompt's
+        return text, streamer.times[0] - begin
 
     return send
 
@@ -138,11 +121,7 @@ def main():
             results["`vllm serve`"] = f"{one:.1f} | {many:.1f} | {first:.0f} ms"
     rows = ["| | requests per second, one client | sixteen clients | first token, one client |", "|---|---|---|---|"]
     rows += [f"| {name} | {cells} |" for name, cells in results.items()]
-    rows.append(
-        f"\n{date.today()}, {torch.get_num_threads()} threads of {platform.machine()}, float32, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}; {REQUESTS} requests of all skills, "
-        "the processor's work included."
-    )
+    rows.append(f"\n{where()}, float32; {REQUESTS} requests of all skills, the processor's work included.")
     text = "\n".join(rows)
     print(text)
     if options.readme:

@@ -7,11 +7,7 @@ run. Prints a table and draws `benchmarks/sound.png`; with `--readme` both go in
 
 import argparse
 import io
-import platform
-import statistics
 import tempfile
-import time
-from datetime import date
 from pathlib import Path
 
 import matplotlib
@@ -26,6 +22,7 @@ from transformers.audio_utils import load_audio
 import upload
 from audio_utils import fetch_audio, log_mel, resample, split_windows
 from benchmarks import readme
+from benchmarks.measure import in_turns, where
 from demo.bases import ASSETS, make_qwen2_vl, make_whisper
 from tests.sounds import encode
 
@@ -37,21 +34,6 @@ from matplotlib import pyplot
 ROOT = Path(__file__).resolve().parent.parent
 PLOT = ROOT / "benchmarks" / "sound.png"
 RATE = 16_000  # Hz
-
-
-def in_turns(*functions, seconds: float = 2.0) -> list[float]:
-    """The median time of each function in seconds; they take turns of at least a call and 20 ms each."""
-    times, end = [[] for _ in functions], time.perf_counter() + seconds
-    for function in functions:
-        function()
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for function, own in zip(functions, times, strict=True):
-            turn = start = time.perf_counter()
-            while start - turn < 0.02:
-                function()
-                own.append(time.perf_counter() - start)
-                start += own[-1]
-    return [statistics.median(own) for own in times]
 
 
 class Table:
@@ -190,11 +172,7 @@ def main():
         bench_device(table, extractor, speech)
     draw(curve)
 
-    where = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    if torch.accelerator.is_available():
-        where += f", {torch.cuda.get_device_name() if torch.cuda.is_available() else 'an accelerator'}"
-    note = f"{date.today()}, {where}, {versions}; `32 clips` are of 0.5 to 30 s, {sum(lengths) / RATE:.0f} s in all."
+    note = f"{where()}; `32 clips` are of 0.5 to 30 s, {sum(lengths) / RATE:.0f} s in all."
     text = "\n".join([*table.lines, "", note]) + "\n"
     print(text)
     if arguments.readme:

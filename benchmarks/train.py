@@ -7,26 +7,25 @@ What the stages of `train.py` cost: measured with the demo checkpoint on this ma
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 import upload
 from benchmarks import readme
+from benchmarks.measure import where
+from benchmarks.parts import ROOT, full_config
 from demo.evaluate import DEMO
 from demo.run import write_transcripts
 from train import LANGUAGE_MODEL
 
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH = 12, 4
 SETTINGS = {
     "projector": ["--stage", "projector"],
@@ -53,12 +52,9 @@ def measure(folder: Path, number: int, options: list[str]) -> tuple[float, float
 def count_full_size() -> list[str]:
     """Memory and operations at full size: of the configuration in this repository, by the arithmetic of the README."""
     transformers.logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder:
-        for name in (*upload.CODE_FILES, "config.json"):
-            (Path(folder) / name).write_bytes((ROOT / name).read_bytes())
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        with torch.device("meta"):
-            model = AutoModel.from_config(config, trust_remote_code=True)
+    config = full_config()
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=True)
     text = config.text_config
     layers, encoder = (
         sum(parameter.numel() for parameter in part.parameters())
@@ -97,9 +93,7 @@ def main():
         for number, (name, words) in enumerate(SETTINGS.items()):
             rate, memory = measure(folder, number, words)
             lines.append(f"| {name} | {rate:.0f} | {memory:.1f} GiB |")
-    where = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    note = f"{date.today()}, {where}, {versions}; {STEPS} steps of {BATCH} clips of 3 s, in one process."
+    note = f"{where()}; {STEPS} steps of {BATCH} clips of 3 s, in one process."
     text = "\n".join([*lines, "", note]) + "\n"
     print(text)
     if options.readme:

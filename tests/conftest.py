@@ -6,6 +6,8 @@ import tempfile
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="qwen2-audio-vl-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Workers side by side, and what they start, share the cores.
+os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 import shutil
 from pathlib import Path

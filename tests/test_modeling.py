@@ -186,6 +186,7 @@ def test_decode_step_does_not_wait_for_the_device(kinds, model, parts):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 cannot trace transformers' own decorators")
 def test_compiled_decode_step_is_one_graph(kinds, model):
     inputs = kinds["audio"]()
     with torch.no_grad():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import qwen_vl_utils
 import torch
+import torchvision
 from helpers import TOKENS, audio, image, text, video
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin, Qwen2VLProcessor, WhisperFeatureExtractor
@@ -401,8 +402,9 @@ def test_sound_track_of_a_video(sampling, processor, tmp_path):
 
 def test_videos_that_cannot_be_read(processor, tmp_path, sound):
     path = write_video(tmp_path / "clip.webm", seconds=1)
-    with pytest.raises(ValueError, match="does not say how many frames it has"):
-        processor(text="<|video_pad|>", videos=[str(path)], return_tensors="pt")
+    if not hasattr(torchvision.io, "read_video"):  # before 0.26 it reads this
+        with pytest.raises(ValueError, match="does not say how many frames it has"):
+            processor(text="<|video_pad|>", videos=[str(path)], return_tensors="pt")
     frames = np.zeros((4, 56, 56, 3), np.uint8)
     with pytest.raises(ValueError, match="could be .channels, samples.|is no sound"):
         ask = [{"role": "user", "content": [video(frames)]}]

@@ -310,7 +310,7 @@ def test_files_that_are_cut_short_are_refused(bases, tmp_path):
 
 
 def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path):
-    """Twenty kills at random moments, and after each a run that has to give the very same folder."""
+    """Eight kills at random moments, and after each a run that has to give the very same folder."""
     code = f"""
         import os, random, shutil, signal, sys, time
         from pathlib import Path
@@ -332,7 +332,7 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path
         build()  # once more, warm as the children are
         took, expected = time.monotonic() - start, content()
         generator, early, writing = random.Random(0), 0, 0
-        for _ in range(20):
+        for _ in range(8):
             shutil.rmtree(target)
             child = os.fork()
             if not child:
@@ -353,7 +353,7 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     early, writing = map(int, done.stdout.split())
-    assert early >= 5 and writing >= 1  # the kills hit builds, some of them while they wrote
+    assert early >= 2 and writing >= 1  # the kills hit builds, some of them while they wrote
     assert (tmp_path / "out" / "SHA256SUMS").read_bytes() == (repo / "SHA256SUMS").read_bytes()
 
 

@@ -1,0 +1,71 @@
+"""What the benchmarks share: times, in turns and of tokens, peak memory, and the line that says where it was."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.generation.streamers import BaseStreamer
+
+
+def synchronize():
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+class Clock(BaseStreamer):
+    """When the tokens of an answer came."""
+
+    def __init__(self):
+        self.calls = []
+
+    def put(self, value):
+        self.calls.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+    @property
+    def times(self) -> list[float]:
+        return self.calls[1:]  # the first is the prompt's
+
+
+def in_turns(*functions: Callable, seconds: float = 2.0) -> list[float]:
+    """The median time of each function in seconds; they take turns of at least a call and 20 ms each."""
+    times, end = [[] for _ in functions], time.perf_counter() + seconds
+    for function in functions:
+        function()
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for function, own in zip(functions, times, strict=True):
+            synchronize()
+            turn = start = time.perf_counter()
+            while start - turn < 0.02:
+                function()
+                synchronize()
+                own.append(time.perf_counter() - start)
+                start += own[-1]
+    return [statistics.median(own) for own in times]
+
+
+def peak_memory(function: Callable) -> int:
+    """The most bytes held at once during a call: allocated on the GPU, or resident in this process (Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    function()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def where() -> str:
+    """Date, machine and versions."""
+    device = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    if torch.cuda.is_available():
+        device += f", {torch.cuda.get_device_name()}"
+    return f"{date.today()}, {device}, torch {torch.__version__}, transformers {transformers.__version__}"

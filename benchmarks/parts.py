@@ -1,0 +1,112 @@
+"""This model with random weights, and the parts that it is made of on the very same weights."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DROPPED = 146_000  # words of the vocabulary that a small model does without
+MARKS = (
+    *("audio_token_id", "audio_bos_token_id", "audio_eos_token_id", "image_token_id", "video_token_id"),
+    *("vision_start_token_id", "vision_end_token_id"),
+)
+
+
+def full_config():
+    """The configuration of this repository: Qwen2-VL-7B-Instruct with the encoder of whisper-large-v3-turbo."""
+    return AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+
+
+def small_config(window_tokens: int = 1500):
+    """
+    A small model at the proportions of the full size: encoder and head have a tenth of the language model's parameters.
+
+    Args:
+        window_tokens (`int`): Audio tokens of a window, 50 for each second.
+    """
+    config, layers = full_config(), 8
+    config.text_config.update(
+        {
+            "hidden_size": 512,
+            "intermediate_size": 2688,
+            "num_hidden_layers": layers,
+            "layer_types": config.text_config.layer_types[:layers],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "vocab_size": config.text_config.vocab_size - DROPPED,
+            "bos_token_id": config.text_config.bos_token_id - DROPPED,
+            "eos_token_id": config.text_config.eos_token_id - DROPPED,
+        }
+    )
+    config.audio_config.update(
+        {
+            "d_model": 256,
+            "encoder_layers": 5,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 1024,
+            "max_source_positions": window_tokens,
+        }
+    )
+    config.vision_config.update({"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 512})
+    for name in MARKS:
+        setattr(config, name, getattr(config, name) - DROPPED)
+    return config
+
+
+def make_model(config, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModel.from_config(config, trust_remote_code=True, dtype=dtype).eval()
+
+
+class Parts:
+    """Stock Qwen2-VL, stock Whisper encoder and a matrix, which hold the tensors of a model of ours."""
+
+    def __init__(self, model: PreTrainedModel):
+        config = Qwen2VLConfig(
+            text_config=model.config.text_config.to_dict(), vision_config=model.config.vision_config.to_dict()
+        )
+        with torch.device("meta"):
+            self.qwen = Qwen2VLForConditionalGeneration._from_config(config, dtype=model.dtype).eval()
+        self.qwen.model.visual, self.qwen.model.language_model = model.model.visual, model.model.language_model
+        self.qwen.lm_head = model.lm_head
+        self.encoder, self.projector = model.model.audio_encoder, model.model.audio_projector
+
+    def hear(self, input_features: torch.Tensor) -> torch.Tensor:
+        return self.encoder(input_features).last_hidden_state @ self.projector.weight.T
+
+
+def make_prompt(model: PreTrainedModel, clips: int = 1, windows: int = 1, text: int = 64, batch: int = 1) -> tuple:
+    """
+    Args:
+        clips (`int`): Clips of each row, of `windows` windows each, every clip followed by `text` tokens of text.
+
+    Returns:
+        What the processor would give for random noise and random text, and `input_ids` of text alone, as many.
+    """
+    config, device = model.config, model.device
+    audio = config.audio_config
+    generator = torch.Generator().manual_seed(0)
+    clip = torch.tensor(
+        [
+            config.audio_bos_token_id,
+            *[config.audio_token_id] * (windows * audio.max_source_positions),
+            config.audio_eos_token_id,
+        ]
+    )
+    words = torch.randint(0, 5_000, (batch, clips, len(clip) + text), generator=generator)
+    ids = words.clone()
+    ids[:, :, : len(clip)] = clip
+    features = torch.randn(
+        batch * clips * windows, audio.num_mel_bins, 2 * audio.max_source_positions, generator=generator
+    )
+    ids, words = ids.flatten(1), words.flatten(1)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": 3 * (ids == config.audio_token_id).int(),
+        "input_features": features.to(model.dtype),
+    }
+    return {name: tensor.to(device) for name, tensor in inputs.items()}, words.to(device)

@@ -1,0 +1,162 @@
+"""Every way to run faster or smaller gives the greedy tokens of the plain way, on the trained demo checkpoint."""
+
+import pytest
+import torch
+from helpers import audio, text
+from torch import nn
+from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, CompileConfig, DynamicCache
+
+from demo.run import EXAMPLES, content_of
+from demo.world import SKILLS
+
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+# What the README tells users to keep in 16 bits.
+KEPT = ["model.visual", "model.audio_encoder", "model.audio_projector", "lm_head"]
+
+
+@pytest.fixture(scope="module")
+def processor(demo_repo):
+    return AutoProcessor.from_pretrained(demo_repo, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def load(demo_repo):
+    def load(**settings):
+        return AutoModel.from_pretrained(demo_repo, trust_remote_code=True, **{"dtype": "auto", **settings}).eval()
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def plain(load):
+    return load()
+
+
+@pytest.fixture(scope="module")
+def prompts(processor, examples):
+    """Two examples of every skill, as model inputs."""
+    chosen = [[example for example in examples if example["skill"] == skill][:2] for skill in SKILLS]
+    return [(prepare(processor, content_of(example)), example["answer"]) for pair in chosen for example in pair]
+
+
+@pytest.fixture(scope="module")
+def expected(plain, prompts, processor):
+    tokens = [generate(plain, inputs) for inputs, _ in prompts]
+    texts = [processor.decode(own, skip_special_tokens=True) for own in tokens]
+    assert texts == [answer for _, answer in prompts]
+    return tokens
+
+
+def prepare(processor, content: list[dict]):
+    messages = content if "role" in content[0] else [{"role": "user", "content": content}]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return processor.apply_chat_template(messages, **settings)
+
+
+def generate(model, inputs, **more) -> list[int]:
+    inputs = inputs.to(model.device)
+    return model.generate(**inputs, **{**GREEDY, **more})[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def answers(model, prompts, **more) -> list[list[int]]:
+    return [generate(model, inputs, **more) for inputs, _ in prompts]
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2"])
+def test_attention(name, load, prompts, expected):
+    if name == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    model = load(attn_implementation=name, device_map="cuda" if name == "flash_attention_2" else None)
+    used = {part.config._attn_implementation for part in (model.model.language_model, model.model.audio_encoder)}
+    assert used == {name}
+    assert answers(model, prompts) == expected
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 cannot trace transformers' own decorators")
+def test_static_cache_and_compiled_steps(plain, prompts, expected):
+    """Prompts of any length whose caches have the same length share one compiled decode step."""
+    compiled = CompileConfig()
+    compiled._compile_all_devices = True  # `generate` compiles on accelerators alone unless told so
+    length = max(inputs["input_ids"].shape[1] for inputs, _ in prompts) + GREEDY["max_new_tokens"]
+    settings = {"cache_implementation": "static", "compile_config": compiled, "max_length": length}
+    warm = generate(plain, prompts[0][0], **settings, max_new_tokens=None)
+    assert warm[: len(expected[0])] == expected[0]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert answers(plain, prompts, **settings, max_new_tokens=None) == expected
+        with pytest.raises(RuntimeError, match="recompile"):  # so it was compiled
+            generate(plain, prompts[0][0], **{**settings, "max_length": length + 1}, max_new_tokens=None)
+
+
+def test_parts_that_do_not_fit_are_offloaded(load, prompts, expected, tmp_path):
+    model = load(device_map="auto", max_memory={"cpu": "3MB"}, offload_folder=tmp_path)
+    devices = {str(device) for device in model.hf_device_map.values()}
+    assert devices == {"cpu", "disk"} and model.lm_head.weight.is_meta
+    assert answers(model, prompts[::2]) == expected[::2]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_parts_on_two_gpus(load, prompts, expected):
+    model = load(device_map="balanced")
+    assert len({parameter.device for parameter in model.parameters()}) == 2
+    assert answers(model, prompts) == expected
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_language_model(bits, load, prompts, expected):
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=KEPT,
+    )
+    model = load(quantization_config=config)
+    for part in (model.model.audio_encoder, model.model.audio_projector, model.model.visual, model.lm_head):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
+        assert {type(module) for module in part.modules() if isinstance(module, nn.Linear)} <= {nn.Linear}
+    stored = {type(module).__name__ for module in model.model.language_model.modules() if isinstance(module, nn.Linear)}
+    assert stored == {f"Linear{bits}bit" + "Lt" * (bits == 8)}
+    assert answers(model, prompts) == expected
+
+
+@pytest.mark.parametrize("drafts", ["prompt lookup", "assistant model"])
+def test_assisted_decoding(drafts, plain, load, prompts, expected):
+    more = {"prompt_lookup_num_tokens": 3} if drafts == "prompt lookup" else {"assistant_model": load()}
+    assert answers(plain, prompts, **more) == expected
+
+
+def test_cache_kept_over_turns(plain, processor, examples):
+    """Each turn of a conversation about a picture and recordings computes what is new alone, and answers the same."""
+    clips = [example for example in examples if example["skill"] == "question"][:3]
+    messages, cache, lengths = [], DynamicCache(config=plain.config.text_config), []
+    hook = plain.model.audio_encoder.register_forward_hook(lambda _, args, __: lengths.append(len(args[0])))
+    for number, example in enumerate(clips):
+        content = content_of(example) if number == 0 else content_of(example)[1:]  # the picture once
+        messages.append({"role": "user", "content": content})
+        inputs = prepare(processor, messages)
+        fresh = generate(plain, inputs)
+        lengths.clear()
+        continued = dict(inputs)
+        if number:
+            del continued["pixel_values"], continued["image_grid_thw"]
+        output = plain.generate(**continued, **GREEDY, past_key_values=cache)
+        assert output[0, inputs["input_ids"].shape[1] :].tolist() == fresh
+        assert lengths == [1]
+        messages.append({"role": "assistant", "content": [text(processor.decode(fresh, skip_special_tokens=True))]})
+    hook.remove()
+
+
+def test_clip_asked_about_many_times_is_encoded_once(plain, processor, examples):
+    clip = audio(str(EXAMPLES / examples[0]["audio"][0]))
+    asked = [prepare(processor, [clip, text(spec["instruction"])]) for spec in SKILLS.values()]
+    fresh = [generate(plain, inputs) for inputs in asked]
+    calls = []
+    hook = plain.model.audio_encoder.register_forward_hook(lambda *_: calls.append(1))
+    heard = {"audio": plain.get_audio_features(asked[0]["input_features"])}
+    for inputs in asked:
+        del inputs["input_features"]
+    assert [generate(plain, inputs, mm_encoder_outputs=heard) for inputs in asked] == fresh
+    hook.remove()
+    assert len(calls) == 1
