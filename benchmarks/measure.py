@@ -1,5 +1,6 @@
 """What the benchmarks share: times, in turns and of tokens, peak memory, and the line that says where it was."""
 
+import itertools
 import platform
 import statistics
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers.generation.streamers import BaseStreamer
+from transformers import StoppingCriteria
 
 
 def synchronize():
@@ -17,21 +18,21 @@ def synchronize():
         torch.accelerator.synchronize()
 
 
-class Clock(BaseStreamer):
-    """When the tokens of an answer came."""
+class Clock(StoppingCriteria):
+    """Notes in `times` when each token of an answer was there, for `generate(stopping_criteria=[clock])`."""
 
     def __init__(self):
-        self.calls = []
+        self.times = []
 
-    def put(self, value):
-        self.calls.append(time.perf_counter())
-
-    def end(self):
-        pass
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     @property
-    def times(self) -> list[float]:
-        return self.calls[1:]  # the first is the prompt's
+    def steps(self) -> list[float]:
+        """Seconds between the tokens."""
+        return [after - before for before, after in itertools.pairwise(self.times)]
 
 
 def in_turns(*functions: Callable, seconds: float = 2.0) -> list[float]:

@@ -7,7 +7,6 @@ product), on the same random weights and in turns in one run; and how time and m
 """
 
 import argparse
-import itertools
 import statistics
 
 import matplotlib
@@ -32,8 +31,8 @@ COUNTS = (1, 2, 4, 8, 16)
 def step_times(model, inputs: dict) -> list[float]:
     """Seconds of every decode step of a greedy answer."""
     clock = Clock()
-    model.generate(**inputs, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, streamer=clock)
-    return [after - before for before, after in itertools.pairwise(clock.times)]
+    model.generate(**inputs, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, stopping_criteria=[clock])
+    return clock.steps
 
 
 def bench_inference(model, parts: Parts, seconds: float) -> list[tuple]:

@@ -19,14 +19,15 @@ def full_config():
     return AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
 
 
-def small_config(window_tokens: int = 1500):
+def small_config(window_tokens: int = 1500, layers: int = 8):
     """
     A small model at the proportions of the full size: encoder and head have a tenth of the language model's parameters.
 
     Args:
         window_tokens (`int`): Audio tokens of a window, 50 for each second.
+        layers (`int`): Of the language model; the encoder has about half as many.
     """
-    config, layers = full_config(), 8
+    config = full_config()
     config.text_config.update(
         {
             "hidden_size": 512,
@@ -43,7 +44,7 @@ def small_config(window_tokens: int = 1500):
     config.audio_config.update(
         {
             "d_model": 256,
-            "encoder_layers": 5,
+            "encoder_layers": 1 + layers // 2,
             "encoder_attention_heads": 4,
             "encoder_ffn_dim": 1024,
             "max_source_positions": window_tokens,

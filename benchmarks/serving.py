@@ -56,13 +56,13 @@ def measure(send, examples: list[dict], clients: tuple[int, ...] = (1, CLIENTS))
 
 def by_generate(processor, model):
     def send(example):
-        begin, streamer = time.perf_counter(), Clock()
+        begin, clock = time.perf_counter(), Clock()
         inputs = processor.apply_chat_template(
             openai_form(example), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        output = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, streamer=streamer)
+        output = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, stopping_criteria=[clock])
         text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return text, streamer.times[0] - begin
+        return text, clock.times[0] - begin
 
     return send
 
