@@ -148,7 +148,7 @@ def main():
     options = parser.parse_args()
     logging.set_verbosity_error()
 
-    device = torch.accelerator.current_accelerator() or "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = make_model(small_config(), torch.float32, device)
     parts = Parts(model)
     rows = bench_inference(model, parts, options.seconds)
@@ -159,12 +159,18 @@ def main():
         factor = {"ms": 1e3, "MB": 1e-6}[unit]
         lines.append(f"| {what} | {ours * factor:.1f} {unit} | {theirs * factor:.1f} {unit} | {ours / theirs:.3f} |")
     lines.append(f"| calls of the encoder in an answer of {STEPS} tokens | {calls} | 1 | |")
+    lines += ["", f"| time of {COUNTS[-1]}, over {COUNTS[-1]} times that of one | here | sum of the parts | encoder |"]
+    lines.append("|---|---|---|---|")
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     del model, parts
 
     model = make_model(small_config(GROWTH_WINDOW), torch.float32, device)
-    draw(grow(model, Parts(model)))
-    note = f"{where()}; {size:.0f} million parameters in float32, a clip of 30 s and 64 tokens of text."
+    curves = grow(model, Parts(model))
+    draw(curves)
+    for name, points in curves.items():
+        growth = [last / first / COUNTS[-1] for first, last in zip(points[0][1:4], points[-1][1:4], strict=True)]
+        lines.append(f"| {name} of 5 s | " + " | ".join(f"{each:.2f}" for each in growth) + " |")
+    note = f"{where()}; {size:.0f} million parameters in float32; above, a clip of 30 s and 64 tokens of text."
     text = "\n".join([*lines, "", note]) + "\n"
     print(text)
     if options.readme:

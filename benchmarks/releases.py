@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 import upload
 from benchmarks import readme
-from demo.evaluate import DEMO, load
+from demo.evaluate import DEMO, load, prepare
 from demo.run import content_of, read_examples
 
 
@@ -29,13 +29,7 @@ def record():
         processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
         model, found = model.float(), {}
         for number, example in enumerate(read_examples()):
-            inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content_of(example)}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
+            inputs = prepare(processor, [{"role": "user", "content": content_of(example)}])
             with torch.no_grad():
                 found[f"{number:02}.logits"] = model(**inputs).logits[0].contiguous()
             found[f"{number:02}.tokens"] = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]

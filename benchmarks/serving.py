@@ -20,7 +20,7 @@ from transformers.utils import logging
 import upload
 from benchmarks import readme
 from benchmarks.measure import Clock, where
-from demo.evaluate import DEMO, load
+from demo.evaluate import DEMO, load, prepare
 from demo.run import read_examples
 from handler import EndpointHandler
 from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, short_form
@@ -57,9 +57,7 @@ def measure(send, examples: list[dict], clients: tuple[int, ...] = (1, CLIENTS))
 def by_generate(processor, model):
     def send(example):
         begin, clock = time.perf_counter(), Clock()
-        inputs = processor.apply_chat_template(
-            openai_form(example), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = prepare(processor, openai_form(example))
         output = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, stopping_criteria=[clock])
         text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return text, clock.times[0] - begin

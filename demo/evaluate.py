@@ -27,18 +27,24 @@ def load(folder: Path):
     return processor, AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
 
 
+def prepare(processor, messages: list):
+    """Model inputs for the answer to a conversation, or to each of several."""
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+    )
+
+
 def ask(processor, model, contents: list[list[dict]]) -> list[str]:
     """The greedy answers to messages of a user."""
     answers = []
     for start in range(0, len(contents), BATCH):
-        inputs = processor.apply_chat_template(
-            [[{"role": "user", "content": content}] for content in contents[start : start + BATCH]],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-        )
+        batch = contents[start : start + BATCH]
+        inputs = prepare(processor, [[{"role": "user", "content": content}] for content in batch])
         output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers

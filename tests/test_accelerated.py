@@ -6,6 +6,7 @@ from helpers import audio, text
 from torch import nn
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, CompileConfig, DynamicCache
 
+from demo.evaluate import prepare
 from demo.run import EXAMPLES, content_of
 from demo.world import SKILLS
 
@@ -37,7 +38,7 @@ def plain(load):
 def prompts(processor, examples):
     """Two examples of every skill, as model inputs."""
     chosen = [[example for example in examples if example["skill"] == skill][:2] for skill in SKILLS]
-    return [(prepare(processor, content_of(example)), example["answer"]) for pair in chosen for example in pair]
+    return [(prepare(processor, user(*content_of(example))), example["answer"]) for pair in chosen for example in pair]
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,8 @@ def expected(plain, prompts, processor):
     return tokens
 
 
-def prepare(processor, content: list[dict]):
-    messages = content if "role" in content[0] else [{"role": "user", "content": content}]
-    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return processor.apply_chat_template(messages, **settings)
+def user(*content: dict) -> list[dict]:
+    return [{"role": "user", "content": list(content)}]
 
 
 def generate(model, inputs, **more) -> list[int]:
@@ -134,7 +133,7 @@ def test_cache_kept_over_turns(plain, processor, examples):
     hook = plain.model.audio_encoder.register_forward_hook(lambda _, args, __: lengths.append(len(args[0])))
     for number, example in enumerate(clips):
         content = content_of(example) if number == 0 else content_of(example)[1:]  # the picture once
-        messages.append({"role": "user", "content": content})
+        messages += user(*content)
         inputs = prepare(processor, messages)
         fresh = generate(plain, inputs)
         lengths.clear()
@@ -150,7 +149,7 @@ def test_cache_kept_over_turns(plain, processor, examples):
 
 def test_clip_asked_about_many_times_is_encoded_once(plain, processor, examples):
     clip = audio(str(EXAMPLES / examples[0]["audio"][0]))
-    asked = [prepare(processor, [clip, text(spec["instruction"])]) for spec in SKILLS.values()]
+    asked = [prepare(processor, user(clip, text(spec["instruction"]))) for spec in SKILLS.values()]
     fresh = [generate(plain, inputs) for inputs in asked]
     calls = []
     hook = plain.model.audio_encoder.register_forward_hook(lambda *_: calls.append(1))

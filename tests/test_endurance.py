@@ -14,6 +14,7 @@ from PIL import Image
 from serving import openai_form, short_form
 from test_serving import BAD
 
+from demo.evaluate import prepare
 from demo.run import EXAMPLES
 from handler import EndpointHandler
 
@@ -54,13 +55,7 @@ def make_jobs(handler, examples) -> list:
 
         def call():
             content = [video(frames), audio(str(EXAMPLES / clip)), text("What is in the photo?")]
-            inputs = handler.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
+            inputs = prepare(handler.processor, [{"role": "user", "content": content}])
             return handler.model.generate(**inputs, **SETTINGS, do_sample=False).tolist()
 
         return call
