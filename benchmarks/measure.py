@@ -1,5 +1,7 @@
 """What the benchmarks share: times, in turns and of tokens, peak memory, and the line that says where it was."""
 
+import ctypes
+import gc
 import itertools
 import platform
 import statistics
@@ -11,6 +13,9 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import StoppingCriteria
+
+
+MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def synchronize():
@@ -53,13 +58,18 @@ def in_turns(*functions: Callable, seconds: float = 2.0) -> list[float]:
 
 
 def peak_memory(function: Callable) -> int:
-    """The most bytes held at once during a call: allocated on the GPU, or resident in this process (Linux)."""
+    """The most bytes held at once during a call: allocated on the GPU, or resident in this process (Linux, glibc)."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated()
+    libc = ctypes.CDLL(None)
+    libc.mallopt(MMAP_THRESHOLD, 2**16)  # so that what is freed is given back at once
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     function()
+    libc.mallopt(MMAP_THRESHOLD, 2**25)  # to where glibc's own adjustment ends, which a first call switches off
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 

@@ -8,6 +8,7 @@ product), on the same random weights and in turns in one run; and how time and m
 
 import argparse
 import statistics
+from collections.abc import Callable
 
 import matplotlib
 import torch
@@ -35,6 +36,12 @@ def step_times(model, inputs: dict) -> list[float]:
     return clock.steps
 
 
+def memories(*functions: Callable) -> list[int]:
+    """The peak memory of each in bytes, above what is held anyway."""
+    held = peak_memory(lambda: None)
+    return [peak_memory(function) - held for function in functions]
+
+
 def bench_inference(model, parts: Parts, seconds: float) -> list[tuple]:
     inputs, words = make_prompt(model)
     prompt = {"input_ids": words, "attention_mask": inputs["attention_mask"]}
@@ -54,7 +61,7 @@ def bench_inference(model, parts: Parts, seconds: float) -> list[tuple]:
         for each, given, own in ((model, inputs, steps[0]), (parts.qwen, prompt, steps[1])):
             own += step_times(each, given)
     rows.append(("decode, a token", "ms", *map(statistics.median, steps)))
-    rows.append(("peak memory of a prefill", "MB", *(peak_memory(function) for function in (ours, theirs))))
+    rows.append(("memory of a prefill above the weights", "MB", *memories(ours, theirs)))
     return rows
 
 
@@ -78,12 +85,12 @@ def bench_training(model, parts: Parts, seconds: float) -> list[tuple]:
         heard.backward(torch.ones_like(heard))
 
     step, alone, total = in_turns(ours, language_model, theirs, seconds=seconds)
-    memory = [peak_memory(function) for function in (ours, theirs)]
+    memory = memories(ours, theirs)
     model.zero_grad()
     return [
         ("training step of the projector", "ms", step, total),
         ("the same beside the language model alone", "ms", step, alone),
-        ("peak memory of a training step", "MB", *memory),
+        ("memory of a training step above the weights", "MB", *memory),
     ]
 
 
@@ -99,7 +106,6 @@ def count_encoder_calls(model) -> int:
 def grow(model, parts: Parts) -> dict[str, list[tuple]]:
     """By what grows: how many, seconds and bytes here, and seconds of the parts' sum and of the encoder."""
     curves = {}
-    base = peak_memory(lambda: None)
     for name in ("clips", "windows", "batch"):
         curves[name] = []
         for count in COUNTS:
@@ -119,7 +125,7 @@ def grow(model, parts: Parts) -> dict[str, list[tuple]]:
                 parts.qwen(input_ids=words, use_cache=True, logits_to_keep=1)
 
             times = in_turns(ours, theirs, encoder, seconds=2)
-            curves[name].append((count, *times, peak_memory(ours) - base))
+            curves[name].append((count, *times, *memories(ours)))
     return curves
 
 
