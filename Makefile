@@ -20,7 +20,7 @@ held-out: $(READY)
 	HF_HOME=build/huggingface HF_HUB_OFFLINE=1 $(PYTHON) -m demo.evaluate --readme
 
 test: $(READY)
-	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # Its core on the oldest supported transformers and on one in the middle; `test` is on the newest.
 test-releases: $(READY)

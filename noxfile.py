@@ -58,6 +58,6 @@ def torch(session: nox.Session, version: str):
 
 
 def prove(session: nox.Session, python: str, **environment: str):
-    workers = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal")
+    workers = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile")
     session.run(python, "-m", "pytest", *workers, *CORE, env=environment)
     session.run(python, "-m", "benchmarks.releases", "--record", env={**environment, "HF_HUB_OFFLINE": "1"})

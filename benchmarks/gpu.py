@@ -58,15 +58,17 @@ class Subject:
     What is measured.
 
     Args:
-        model: Answers by `generate`.
-        prompt: Inputs of it for a batch of rows, each a clip of 30 s and `TEXT` tokens of text.
-        prefill: Computes the logits that follow such inputs; what `model` does, or the sum of the parts.
-        language_model: The part of it whose weights every decode step reads, with `lm_head`.
+        model: Holds the weights.
+        prompt: Inputs for a batch of rows, each a clip of 30 s and `TEXT` tokens of text.
+        prefill: Computes the logits that follow such inputs.
+        generate: Answers them.
+        language_model: The part whose weights every decode step reads, with `lm_head`.
     """
 
     model: PreTrainedModel
     prompt: Callable[[int], dict]
     prefill: Callable[[dict], object]
+    generate: Callable
     language_model: torch.nn.Module
     lm_head: torch.nn.Module
 
@@ -98,19 +100,20 @@ def ours_and_parts(config, device: str, dtype: torch.dtype) -> dict[str, Subject
 
     def words(batch):
         inputs, words = make_prompt(model, text=TEXT, batch=batch)
-        return {"input_ids": words, "attention_mask": inputs["attention_mask"]} | (
-            {"input_features": inputs["input_features"]}
-        )
+        return {**inputs, "input_ids": words, "mm_token_type_ids": torch.zeros_like(words)}
 
     def sum_of_parts(inputs):
         inputs = dict(inputs)
         parts.hear(inputs.pop("input_features"))
         return parts.qwen(**inputs, use_cache=True, logits_to_keep=1)
 
-    language_model = model.model.language_model
+    def stock(input_features, **inputs):
+        return parts.qwen.generate(**inputs)
+
+    weights = model.model.language_model, model.lm_head
     return {
-        "this model": Subject(model, prompt, prefill_of(model), language_model, model.lm_head),
-        "sum of the parts": Subject(parts.qwen, words, sum_of_parts, language_model, model.lm_head),
+        "this model": Subject(model, prompt, prefill_of(model), model.generate, *weights),
+        "sum of the parts": Subject(model, words, sum_of_parts, stock, *weights),
     }
 
 
@@ -149,8 +152,8 @@ def qwen2_5_omni(sizes: dict, device: str, dtype: torch.dtype) -> dict[str, Subj
 
 
 def subject_of(model: PreTrainedModel, prompt: Callable[[int], dict]) -> Subject:
-    language_model = model.get_decoder()
-    return Subject(model, prompt, prefill_of(model), language_model, model.get_output_embeddings())
+    weights = model.get_decoder(), model.get_output_embeddings()
+    return Subject(model, prompt, prefill_of(model), model.generate, *weights)
 
 
 def peer_prompt(model: PreTrainedModel, audio_token: int, batch: int) -> dict:
@@ -167,7 +170,7 @@ def peer_prompt(model: PreTrainedModel, audio_token: int, batch: int) -> dict:
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(subject: Subject, rates: tuple[float, float], scale: Scale) -> dict[str, str]:
     operations, bandwidth = rates
     inputs = subject.prompt(scale.clips)
@@ -183,9 +186,7 @@ def measure(subject: Subject, rates: tuple[float, float], scale: Scale) -> dict[
     }
     for batch in scale.batches:
         inputs = subject.prompt(batch)
-        if subject.prefill.__name__ == "sum_of_parts":
-            del inputs["input_features"]  # its `generate` is stock Qwen2-VL's, which hears nothing
-        step = decode_step(subject.model, inputs, scale)
+        step = decode_step(subject.generate, inputs, scale)
         if batch == 1:
             found["decode of one stream, a token"] = f"{step * 1e3:.1f} ms"
             read = subject.step_bytes(inputs["input_ids"].shape[1])
@@ -194,13 +195,13 @@ def measure(subject: Subject, rates: tuple[float, float], scale: Scale) -> dict[
     return found
 
 
-def decode_step(model: PreTrainedModel, inputs: dict, scale: Scale) -> float:
+def decode_step(generate: Callable, inputs: dict, scale: Scale) -> float:
     """Seconds of a decode step with a static cache, compiled where `generate` compiles: on a GPU."""
     settings = {"do_sample": False, "cache_implementation": "static"}
     settings |= {"max_new_tokens": scale.steps, "min_new_tokens": scale.steps}
-    model.generate(**inputs, **settings)
+    generate(**inputs, **settings)
     clock = Clock()
-    model.generate(**inputs, **settings, stopping_criteria=[clock])
+    generate(**inputs, **settings, stopping_criteria=[clock])
     return statistics.median(clock.steps)
 
 
@@ -258,7 +259,7 @@ def main():
             table[name] = {"parameters": f"{size / 1e9:.2f} billion", **measure(subject, rates, scale)}
             del subject
             synchronize()
-        torch._dynamo.reset()
+        torch.compiler.reset()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
