@@ -1,10 +1,10 @@
 """What the benchmarks share: times, in turns and of tokens, peak memory, and the line that says where it was."""
 
-import ctypes
-import gc
 import itertools
+import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
@@ -12,10 +12,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 from transformers import StoppingCriteria
-
-
-MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def synchronize():
@@ -40,12 +38,17 @@ class Clock(StoppingCriteria):
         return [after - before for before, after in itertools.pairwise(self.times)]
 
 
-def in_turns(*functions: Callable, seconds: float = 2.0) -> list[float]:
-    """The median time of each function in seconds; they take turns of at least a call and 20 ms each."""
+def in_turns(
+    *functions: Callable, seconds: float = 2.0, rounds: int = 5, take: Callable = statistics.median
+) -> list[float]:
+    """
+    The median (or what `take` makes) of each function's times in seconds, of as many rounds as fit into `seconds` and
+    `rounds` at least. They take turns of at least a call and 20 ms each.
+    """
     times, end = [[] for _ in functions], time.perf_counter() + seconds
     for function in functions:
         function()
-    while time.perf_counter() < end or len(times[0]) < 5:
+    while time.perf_counter() < end or len(times[0]) < rounds:
         for function, own in zip(functions, times, strict=True):
             synchronize()
             turn = start = time.perf_counter()
@@ -54,24 +57,25 @@ def in_turns(*functions: Callable, seconds: float = 2.0) -> list[float]:
                 synchronize()
                 own.append(time.perf_counter() - start)
                 start += own[-1]
-    return [statistics.median(own) for own in times]
+    return [take(own) for own in times]
 
 
-def peak_memory(function: Callable) -> int:
-    """The most bytes held at once during a call: allocated on the GPU, or resident in this process (Linux, glibc)."""
-    gc.collect()
+def added_memory(function: Callable) -> int:
+    """The most bytes that torch's allocator gives out at once to a second call, beside what is held anyway."""
+    function()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
         function()
-        return torch.cuda.max_memory_allocated()
-    libc = ctypes.CDLL(None)
-    libc.mallopt(MMAP_THRESHOLD, 2**16)  # so that what is freed is given back at once
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    function()
-    libc.mallopt(MMAP_THRESHOLD, 2**25)  # to where glibc's own adjustment ends, which a first call switches off
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+        return torch.cuda.max_memory_allocated() - held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    changes = [event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"])]
+    return max(itertools.accumulate(changes, initial=0))
 
 
 def where() -> str:

@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks import readme
-from benchmarks.measure import Clock, in_turns, peak_memory, where
+from benchmarks.measure import Clock, added_memory, in_turns, where
 from benchmarks.parts import ROOT, Parts, make_model, make_prompt, small_config
 
 
@@ -29,43 +29,28 @@ GROWTH_WINDOW = 250  # audio tokens, a window of 5 s
 COUNTS = (1, 2, 4, 8, 16)
 
 
-def step_times(model, inputs: dict) -> list[float]:
-    """Seconds of every decode step of a greedy answer."""
-    clock = Clock()
-    model.generate(**inputs, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, stopping_criteria=[clock])
-    return clock.steps
-
-
-def memories(*functions: Callable) -> list[int]:
-    """The peak memory of each in bytes, above what is held anyway."""
-    held = peak_memory(lambda: None)
-    return [peak_memory(function) - held for function in functions]
-
-
-def bench_inference(model, parts: Parts, seconds: float) -> list[tuple]:
-    inputs, words = make_prompt(model)
-    prompt = {"input_ids": words, "attention_mask": inputs["attention_mask"]}
+def make_prefills(model, parts: Parts, **prompt: int) -> tuple[Callable, ...]:
+    """A prefill here, by the parts, and what the encoder and the projector do of it."""
+    inputs, words = make_prompt(model, **prompt)
+    stock = {"input_ids": words, "attention_mask": inputs["attention_mask"]}
 
     @torch.no_grad()
     def ours():
         return model(**inputs, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
+    def encoder():
+        return parts.hear(inputs["input_features"])
+
+    @torch.no_grad()
     def theirs():
-        heard = parts.hear(inputs["input_features"])
-        return heard, parts.qwen(**prompt, use_cache=True, logits_to_keep=1)
+        return encoder(), parts.qwen(**stock, use_cache=True, logits_to_keep=1)
 
-    rows = [("prefill", "ms", *in_turns(ours, theirs, seconds=seconds))]
-    steps = [[], []]
-    for _ in range(6):
-        for each, given, own in ((model, inputs, steps[0]), (parts.qwen, prompt, steps[1])):
-            own += step_times(each, given)
-    rows.append(("decode, a token", "ms", *map(statistics.median, steps)))
-    rows.append(("memory of a prefill above the weights", "MB", *memories(ours, theirs)))
-    return rows
+    return ours, theirs, encoder
 
 
-def bench_training(model, parts: Parts, seconds: float) -> list[tuple]:
+def make_steps(model, parts: Parts) -> tuple[Callable, ...]:
+    """Forward and backward for the projector here, by the parts, and of the language model alone."""
     inputs, words = make_prompt(model)
     model.requires_grad_(False)
     model.model.audio_projector.requires_grad_(True)
@@ -74,24 +59,31 @@ def bench_training(model, parts: Parts, seconds: float) -> list[tuple]:
     def ours():
         model(**inputs, labels=words, use_cache=False).loss.backward()
 
-    def language_model():
+    def alone():
         parts.qwen(inputs_embeds=embeds, labels=words, use_cache=False).loss.backward()
 
     def theirs():
         with torch.no_grad():
             hidden = parts.encoder(inputs["input_features"]).last_hidden_state
         heard = hidden @ parts.projector.weight.T
-        language_model()
+        alone()
         heard.backward(torch.ones_like(heard))
 
-    step, alone, total = in_turns(ours, language_model, theirs, seconds=seconds)
-    memory = memories(ours, theirs)
-    model.zero_grad()
-    return [
-        ("training step of the projector", "ms", step, total),
-        ("the same beside the language model alone", "ms", step, alone),
-        ("memory of a training step above the weights", "MB", *memory),
-    ]
+    return ours, theirs, alone
+
+
+def decode_steps(model, parts: Parts) -> list[float]:
+    """The median seconds of a decode step here and by stock Qwen2-VL, in turns."""
+    inputs, words = make_prompt(model)
+    stock = {"input_ids": words, "attention_mask": inputs["attention_mask"]}
+    settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
+    steps = [[], []]
+    for _ in range(6):
+        for each, given, own in ((model, inputs, steps[0]), (parts.qwen, stock, steps[1])):
+            clock = Clock()
+            each.generate(**given, **settings, stopping_criteria=[clock])
+            own += clock.steps
+    return [statistics.median(own) for own in steps]
 
 
 def count_encoder_calls(model) -> int:
@@ -103,40 +95,14 @@ def count_encoder_calls(model) -> int:
     return len(calls)
 
 
-def grow(model, parts: Parts) -> dict[str, list[tuple]]:
-    """By what grows: how many, seconds and bytes here, and seconds of the parts' sum and of the encoder."""
-    curves = {}
-    for name in ("clips", "windows", "batch"):
-        curves[name] = []
-        for count in COUNTS:
-            inputs, words = make_prompt(model, **{name: count})
-
-            @torch.no_grad()
-            def ours(inputs=inputs):
-                model(**inputs, use_cache=True, logits_to_keep=1)
-
-            @torch.no_grad()
-            def encoder(inputs=inputs):
-                parts.hear(inputs["input_features"])
-
-            @torch.no_grad()
-            def theirs(inputs=inputs, words=words):
-                parts.hear(inputs["input_features"])
-                parts.qwen(input_ids=words, use_cache=True, logits_to_keep=1)
-
-            times = in_turns(ours, theirs, encoder, seconds=2)
-            curves[name].append((count, *times, *memories(ours)))
-    return curves
-
-
-def draw(curves: dict[str, list[tuple]]):
+def draw(times: dict[str, list], memories: dict[str, list]):
     figure, axes = pyplot.subplots(2, 3, figsize=(9.6, 5.4), layout="constrained", sharey="row", sharex=True)
-    for (name, points), (above, below) in zip(curves.items(), axes.T, strict=True):
-        counts, ours, theirs, encoder, memory = zip(*points, strict=True)
-        above.plot(counts, theirs, "o--", color="0.5", label="sum of the parts")
-        above.plot(counts, ours, "o-", color="tab:blue", label="this model")
-        above.plot(counts, encoder, "o-", color="tab:orange", label="encoder and projector")
-        below.plot(counts, [bytes / 1e6 for bytes in memory], "o-", color="tab:blue")
+    for name, (above, below) in zip(times, axes.T, strict=True):
+        ours, theirs, encoder = zip(*times[name], strict=True)
+        above.plot(COUNTS, theirs, "o--", color="0.5", label="sum of the parts")
+        above.plot(COUNTS, ours, "o-", color="tab:blue", label="this model")
+        above.plot(COUNTS, encoder, "o-", color="tab:orange", label="encoder and projector")
+        below.plot(COUNTS, [size / 1e6 for size in memories[name]], "o-", color="tab:blue")
         above.set(title=f"{name} of 5 s", ylim=(0, None))
         below.set(xlabel=name, ylim=(0, None), xticks=COUNTS)
         for each in (above, below):
@@ -150,33 +116,50 @@ def draw(curves: dict[str, list[tuple]]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true", help="put the table into the README")
-    parser.add_argument("--seconds", type=float, default=60, help="of each comparison (default: 60)")
+    parser.add_argument("--seconds", type=float, default=45, help="of each comparison (default: 45)")
     options = parser.parse_args()
     logging.set_verbosity_error()
 
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = make_model(small_config(), torch.float32, device)
     parts = Parts(model)
-    rows = bench_inference(model, parts, options.seconds)
-    calls = count_encoder_calls(model)
-    rows += bench_training(model, parts, options.seconds)
-    lines = ["| what | here | sum of the parts | ratio |", "|---|---|---|---|"]
-    for what, unit, ours, theirs in rows:
-        factor = {"ms": 1e3, "MB": 1e-6}[unit]
-        lines.append(f"| {what} | {ours * factor:.1f} {unit} | {theirs * factor:.1f} {unit} | {ours / theirs:.3f} |")
-    lines.append(f"| calls of the encoder in an answer of {STEPS} tokens | {calls} | 1 | |")
-    lines += ["", f"| time of {COUNTS[-1]}, over {COUNTS[-1]} times that of one | here | sum of the parts | encoder |"]
-    lines.append("|---|---|---|---|")
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    del model, parts
+    growing = make_model(small_config(GROWTH_WINDOW), torch.float32, device)
+    growing_parts = Parts(growing)
+    prefills, steps = make_prefills(model, parts), make_steps(model, parts)
+    growth = {
+        name: [make_prefills(growing, growing_parts, **{name: count}) for count in COUNTS]
+        for name in ("clips", "windows", "batch")
+    }
 
-    model = make_model(small_config(GROWTH_WINDOW), torch.float32, device)
-    curves = grow(model, Parts(model))
-    draw(curves)
-    for name, points in curves.items():
-        growth = [last / first / COUNTS[-1] for first, last in zip(points[0][1:4], points[-1][1:4], strict=True)]
-        lines.append(f"| {name} of 5 s | " + " | ".join(f"{each:.2f}" for each in growth) + " |")
-    note = f"{where()}; {size:.0f} million parameters in float32; above, a clip of 30 s and 64 tokens of text."
+    prefill_memory, step_memory = ([added_memory(each) for each in group[:2]] for group in (prefills, steps))
+    memories = {name: [added_memory(ours) for ours, *_ in points] for name, points in growth.items()}
+    prefill = in_turns(*prefills[:2], seconds=options.seconds, take=min)
+    step, total, alone = in_turns(*steps, seconds=options.seconds, take=min)
+    times = {name: [in_turns(*point, rounds=3, take=min) for point in points] for name, points in growth.items()}
+    draw(times, memories)
+
+    lines = ["| what | here | sum of the parts | ratio |", "|---|---|---|---|"]
+    for what, unit, factor, (ours, theirs) in (
+        ("prefill", "ms", 1e3, prefill),
+        ("decode, a token", "ms", 1e3, decode_steps(model, parts)),
+        ("training step of the projector", "ms", 1e3, (step, total)),
+        ("the same beside the language model alone", "ms", 1e3, (step, alone)),
+        ("memory of a prefill above the weights", "MB", 1e-6, prefill_memory),
+        ("memory of a training step above the weights", "MB", 1e-6, step_memory),
+    ):
+        lines.append(f"| {what} | {ours * factor:.1f} {unit} | {theirs * factor:.1f} {unit} | {ours / theirs:.3f} |")
+    lines.append(f"| calls of the encoder in an answer of {STEPS} tokens | {count_encoder_calls(model)} | 1 | |")
+    lines += ["", f"| {COUNTS[-1]}, over {COUNTS[-1]} times one | time here | of the parts | of the encoder | memory |"]
+    lines.append("|---|---|---|---|---|")
+    for name in growth:
+        first, last = ([*times[name][index], memories[name][index]] for index in (0, -1))
+        cells = [f"{after / before / COUNTS[-1]:.2f}" for before, after in zip(first, last, strict=True)]
+        lines.append(f"| {name} of 5 s | {' | '.join(cells)} |")
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    note = (
+        f"{where()}; {size:.0f} million parameters in float32; above, a clip of 30 s and 64 tokens of text, "
+        "the least of all times (of decoding the median)."
+    )
     text = "\n".join([*lines, "", note]) + "\n"
     print(text)
     if options.readme:
