@@ -12,11 +12,12 @@ from collections.abc import Callable
 
 import matplotlib
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from benchmarks import readme
 from benchmarks.measure import Clock, added_memory, in_turns, where
-from benchmarks.parts import ROOT, Parts, make_model, make_prompt, small_config
+from benchmarks.parts import ROOT, Parts, full_config, make_model, make_prompt, small_config
 
 
 matplotlib.use("Agg")
@@ -70,6 +71,17 @@ def make_steps(model, parts: Parts) -> tuple[Callable, ...]:
         heard.backward(torch.ones_like(heard))
 
     return ours, theirs, alone
+
+
+def count_operations(config) -> list[int]:
+    """Of a training step: by the parts, and of the language model alone."""
+    model = make_model(config, torch.bfloat16, "meta")
+    counts = []
+    for step in make_steps(model, Parts(model))[1:]:
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counts.append(counter.get_total_flops())
+    return counts
 
 
 def decode_steps(model, parts: Parts) -> list[float]:
@@ -149,6 +161,14 @@ def main():
     ):
         lines.append(f"| {what} | {ours * factor:.1f} {unit} | {theirs * factor:.1f} {unit} | {ours / theirs:.3f} |")
     lines.append(f"| calls of the encoder in an answer of {STEPS} tokens | {count_encoder_calls(model)} | 1 | |")
+    lines += [
+        "",
+        "| operations of a training step | sum of the parts | language model alone | ratio |",
+        "|---|---|---|---|",
+    ]
+    for what, config in (("at this size", small_config()), ("at full size", full_config())):
+        heard, unheard = count_operations(config)
+        lines.append(f"| {what} | {heard / 1e12:.2f} TFLOP | {unheard / 1e12:.2f} TFLOP | {heard / unheard:.3f} |")
     lines += ["", f"| {COUNTS[-1]}, over {COUNTS[-1]} times one | time here | of the parts | of the encoder | memory |"]
     lines.append("|---|---|---|---|---|")
     for name in growth:
