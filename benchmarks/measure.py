@@ -38,12 +38,10 @@ class Clock(StoppingCriteria):
         return [after - before for before, after in itertools.pairwise(self.times)]
 
 
-def in_turns(
-    *functions: Callable, seconds: float = 2.0, rounds: int = 5, take: Callable = statistics.median
-) -> list[float]:
+def in_turns(*functions: Callable, seconds: float = 2.0, rounds: int = 5, take: Callable = statistics.median) -> list:
     """
-    The median (or what `take` makes) of each function's times in seconds, of as many rounds as fit into `seconds` and
-    `rounds` at least. They take turns of at least a call and 20 ms each.
+    The median (or what `take` makes) of each function's seconds in every round, of as many rounds as fit into `seconds`
+    and `rounds` at least. In a round they take turns of at least a call and 20 ms each, of which the mean counts.
     """
     times, end = [[] for _ in functions], time.perf_counter() + seconds
     for function in functions:
@@ -51,12 +49,13 @@ def in_turns(
     while time.perf_counter() < end or len(times[0]) < rounds:
         for function, own in zip(functions, times, strict=True):
             synchronize()
-            turn = start = time.perf_counter()
-            while start - turn < 0.02:
+            start, calls, spent = time.perf_counter(), 0, 0.0
+            while spent < 0.02:
                 function()
                 synchronize()
-                own.append(time.perf_counter() - start)
-                start += own[-1]
+                calls += 1
+                spent = time.perf_counter() - start
+            own.append(spent / calls)
     return [take(own) for own in times]
 
 
