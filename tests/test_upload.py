@@ -310,7 +310,7 @@ def test_files_that_are_cut_short_are_refused(bases, tmp_path):
 
 
 def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path):
-    """Eight kills at random moments, and after each a run that has to give the very same folder."""
+    """Eight kills at random moments, half of them while it writes; after each a run gives the very same folder."""
     code = f"""
         import os, random, shutil, signal, sys, time
         from pathlib import Path
@@ -319,6 +319,7 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path
         torch.set_num_threads(1)
         upload.CHUNK = 2**16
         target = Path({str(tmp_path / "out")!r})
+        unfinished = target.parent / ".out.unfinished"
 
         def build():
             upload.build({str(bases["qwen2_vl"])!r}, {str(bases["whisper"])!r}, target)
@@ -332,17 +333,23 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path
         build()  # once more, warm as the children are
         took, expected = time.monotonic() - start, content()
         generator, early, writing = random.Random(0), 0, 0
-        for _ in range(8):
+        for number in range(8):
             shutil.rmtree(target)
             child = os.fork()
             if not child:
                 build()
                 os._exit(0)
-            time.sleep(generator.uniform(0, took))
+            if number % 2:
+                start = time.monotonic()
+                while not unfinished.exists() and time.monotonic() < start + 10 * took:
+                    time.sleep(0.001)
+                time.sleep(generator.uniform(0, took / 10))
+            else:
+                time.sleep(generator.uniform(0, took))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             early += not target.exists()
-            writing += (target.parent / ".out.unfinished").exists()
+            writing += unfinished.exists()
             if target.exists():
                 assert content() == expected
             else:
