@@ -1,4 +1,4 @@
-"""What the benchmarks share: times, in turns and of tokens, peak memory, and the line that says where it was."""
+"""What the benchmarks share: times, in turns and of tokens, added memory, and the line that says where it was."""
 
 import itertools
 import json
@@ -57,6 +57,13 @@ def in_turns(*functions: Callable, seconds: float = 2.0, rounds: int = 5, take: 
                 spent = time.perf_counter() - start
             own.append(spent / calls)
     return [take(own) for own in times]
+
+
+def decode_step(generate: Callable, inputs: dict, tokens: int, **settings) -> float:
+    """Seconds of a decode step, the median of a greedy answer of so many tokens."""
+    clock, length = Clock(), {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    generate(**inputs, **settings, **length, do_sample=False, stopping_criteria=[clock])
+    return statistics.median(clock.steps)
 
 
 def added_memory(function: Callable) -> int:

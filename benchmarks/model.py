@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from benchmarks import readme
-from benchmarks.measure import Clock, added_memory, in_turns, where
+from benchmarks.measure import added_memory, decode_step, in_turns, where
 from benchmarks.parts import ROOT, Parts, full_config, make_model, make_prompt, small_config
 
 
@@ -34,8 +34,7 @@ COUNTS = (1, 2, 4, 8, 16)
 
 def make_prefills(model, parts: Parts, **prompt: int) -> tuple[Callable, ...]:
     """A prefill here, by the parts, and what the encoder and the projector do of it."""
-    inputs, words = make_prompt(model, **prompt)
-    stock = {"input_ids": words, "attention_mask": inputs["attention_mask"]}
+    inputs, stock = make_prompt(model, **prompt)
 
     @torch.no_grad()
     def ours():
@@ -54,7 +53,8 @@ def make_prefills(model, parts: Parts, **prompt: int) -> tuple[Callable, ...]:
 
 def make_steps(model, parts: Parts) -> tuple[Callable, ...]:
     """Forward and backward for the projector here, by the parts, and of the language model alone."""
-    inputs, words = make_prompt(model)
+    inputs, stock = make_prompt(model)
+    words = stock["input_ids"]
     model.requires_grad_(False)
     model.model.audio_projector.requires_grad_(True)
     embeds = parts.qwen.get_input_embeddings()(words).requires_grad_()
@@ -88,15 +88,11 @@ def count_operations(config) -> list[int]:
 
 def decode_steps(model, parts: Parts) -> list[list[float]]:
     """The median seconds of a decode step in each answer, here and by stock Qwen2-VL, in turns."""
-    inputs, words = make_prompt(model)
-    stock = {"input_ids": words, "attention_mask": inputs["attention_mask"]}
-    settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
+    inputs, stock = make_prompt(model)
     steps = [[], []]
     for _ in range(ROUNDS):
         for each, given, own in ((model, inputs, steps[0]), (parts.qwen, stock, steps[1])):
-            clock = Clock()
-            each.generate(**given, **settings, stopping_criteria=[clock])
-            own.append(statistics.median(clock.steps))
+            own.append(decode_step(each.generate, given, STEPS))
     return steps
 
 
@@ -171,7 +167,7 @@ def main():
     ]
     for what, config in (("at this size", small_config(WINDOW)), ("at full size", full_config())):
         heard, unheard = count_operations(config)
-        lines.append(f"| {what} | {heard / 1e12:.2f} TFLOP | {unheard / 1e12:.2f} TFLOP | {heard / unheard:.3f} |")
+        lines.append(f"| {what} | {heard / 1e12:.4g} TFLOP | {unheard / 1e12:.4g} TFLOP | {heard / unheard:.3f} |")
     lines += ["", f"| {COUNTS[-1]}, over {COUNTS[-1]} times one | time here | of the parts | of the encoder | memory |"]
     lines.append("|---|---|---|---|---|")
     for name in growth:

@@ -85,7 +85,7 @@ def make_prompt(model: PreTrainedModel, clips: int = 1, windows: int = 1, text: 
         clips (`int`): Clips of each row, of `windows` windows each, every clip followed by `text` tokens of text.
 
     Returns:
-        What the processor would give for random noise and random text, and `input_ids` of text alone, as many.
+        What the processor would give for random noise and random text, and for random text alone of as many tokens.
     """
     config, device = model.config, model.device
     audio = config.audio_config
@@ -110,4 +110,5 @@ def make_prompt(model: PreTrainedModel, clips: int = 1, windows: int = 1, text: 
         "mm_token_type_ids": 3 * (ids == config.audio_token_id).int(),
         "input_features": features.to(model.dtype),
     }
-    return {name: tensor.to(device) for name, tensor in inputs.items()}, words.to(device)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    return inputs, {"input_ids": words.to(device), "attention_mask": inputs["attention_mask"]}
