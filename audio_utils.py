@@ -1,4 +1,5 @@
-"""Sound -> samples -> log-mel. Knows nothing of the model or the tokenizer.
+"""
+Audio from anywhere -> samples -> log-mel. Nothing here depends on the model or the tokenizer.
 
 The functions stand in the order in which the data flows: source -> bytes -> samples -> 16 kHz mono -> windows ->
 log-mel.
@@ -6,7 +7,6 @@ log-mel.
 
 import base64
 import binascii
-import contextlib
 import functools
 import http.client
 import io
@@ -15,10 +15,9 @@ import itertools
 import math
 import os
 import socket
-import ssl
-import threading
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from numbers import Real
 from pathlib import Path
@@ -38,22 +37,22 @@ except Exception:
 
 logger = logging.get_logger(__name__)
 
-SAMPLING_RATE = 16_000  # Hz, what Whisper hears
+SAMPLING_RATE = 16_000  # Hz, Whisper's
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; beyond these a file's header is broken
 SILENCE = (math.log10(1e-10) + 4.0) / 4.0  # log-mel of no power
-BLOCK = 1000  # frames transformed at a time: what lies between sound and log-mel then stays in a core's cache
+BLOCK = 1000  # frames transformed at a time, so that the intermediate tensors stay in a core's cache
 WINDOWS_AT_ONCE = {"cpu": 1}  # transformed together; an accelerator takes 32, whose padding costs it nothing
-ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
 MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
 INTEGER_SCALE = {torch.uint8: (128, 2**7), torch.int16: (0, 2**15), torch.int32: (0, 2**31)}  # zero and full scale
 MAX_BYTES = 2**28  # of a source that is no local file
+CHUNK = 2**16  # bytes read from a connection at a time
 MAX_PHASES = 2**22  # of a filter that torchaudio makes for a pair of rates
-MAX_SECONDS = 3600.0  # of decoded sound; the model itself hears about ten minutes
+MAX_SECONDS = 3600.0  # of decoded audio; the positions of the model end after about ten minutes
 TIMEOUT = 30.0  # seconds for a whole download
-FULL_RATE = 48_000  # Hz; a time limit on sound of a higher rate is shorter, for it is there to limit memory
+FULL_RATE = 48_000  # Hz; at a higher rate `max_seconds` is proportionally shorter, as it is there to limit memory
 DEMUXER = {
-    # FFmpeg's names of containers that hold sound. Playlists, by which it would open other addresses, are not there.
+    # FFmpeg's names of audio and video containers. Playlists are left out: with them FFmpeg would open other addresses.
     "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,aac,ogg,mov,mp4,matroska,webm,asf,avi,amr,mpegts,mpeg",
     # Whether PCM in a wav is something else in disguise is judged by its first packet: thirty times faster to open.
     "max_probe_packets": "1",
@@ -61,12 +60,12 @@ DEMUXER = {
 }
 
 AUDIO_TYPES = ("audio", "audio_url", "input_audio")  # of content items
-# Where a content item, a `datasets` row or an OpenAI message part keeps its sound.
+# The keys under which a content item, a `datasets` row or an OpenAI message part holds its audio.
 SOURCE_KEYS = (*AUDIO_TYPES, "url", "path", "base64", "bytes", "array", "data")
 
 
 class AudioError(ValueError):
-    """Sound that cannot be opened, decoded or trusted. The message names the source (shortened) and the reason."""
+    """Audio that cannot be opened, decoded or trusted. The message names the source (shortened) and the reason."""
 
 
 def fetch_audio(
@@ -74,28 +73,31 @@ def fetch_audio(
     sr: int = SAMPLING_RATE,
     device: str | torch.device | None = None,
     *,
+    sampling_rate: int | None = None,
     max_bytes: int = MAX_BYTES,
     max_seconds: float = MAX_SECONDS,
     timeout: float = TIMEOUT,
     public_only: bool = False,
 ) -> torch.Tensor:
     """
-    Opens sound from anywhere.
+    Opens audio from anywhere.
 
     Args:
         ele: A path, `file://`, `http(s)://` or `data:` address, base64 text, bytes, a binary file object; samples as
             a numpy array or tensor, `[samples]`, `[channels, samples]` or `[samples, channels]`; samples with their
             rate, as a tuple (either order) or a dict of `array` and `sampling_rate`; a `datasets` dict of `bytes` and
             `path`, or its decoder object; a content item (`audio`, `audio_url`, `input_audio`, `url`, `path`,
-            `base64`). Bare samples are taken to be at `sr`: `apply_chat_template` of other libraries and vLLM hand
-            them over so.
+            `base64`).
         sr (`int`, defaults to 16000): Sampling rate of the result, in Hz.
         device: Where the result lies, and where it is resampled if torchaudio imports. The default is the CPU, or
             the device of a tensor that is given.
+        sampling_rate (`int`, *optional*): Rate in Hz of bare samples. Files, and samples that come with a rate, have
+            their own. The default is `sr`: vLLM and transformers' `apply_chat_template` pass 16 kHz samples bare.
         max_bytes (`int`, defaults to 2**28): Of everything but local files: downloads, file objects, bytes, base64.
-        max_seconds (`float`, defaults to 3600): Of sound; decoding stops there, however small the file. For rates above
+        max_seconds (`float`, defaults to 3600): Of audio; decoding stops there, however small the file. For rates above
             48 kHz it is proportionally less, so that it limits memory as well: 192 KB a second.
-        timeout (`float`, defaults to 30): Seconds for a download, from the first connection to the last byte.
+        timeout (`float`, defaults to 30): Seconds for a whole download, redirects included. Only the look-up of a name
+            has the system's own limit.
         public_only (`bool`, defaults to `False`): For servers, which open what strangers name: refuses local paths,
             `file://`, and addresses that are not public, also after a redirect.
 
@@ -111,7 +113,8 @@ def fetch_audio(
     if is_file:
         samples, rate = decode(read(source, max_bytes, timeout, public_only), describe(source), max_seconds)
     else:
-        samples, rate = to_mono(source), sr if rate is None else rate
+        samples = to_mono(source)
+        rate = next(given for given in (rate, sampling_rate, sr) if given is not None)
     rate = check_rate(rate)
     if len(samples) > max_seconds * rate:
         raise AudioError(f"{describe(source)} lasts {len(samples) / rate:.0f} s, past the limit of {max_seconds:g} s.")
@@ -130,7 +133,7 @@ def fetch_audio(
         raise AudioError(
             f"{describe(source)} is too short: {samples.numel()} samples at {rate} Hz are none at {sr} Hz."
         )
-    # Lossy codecs and the resampler's filter overshoot; only who hands over floats beyond full scale means them.
+    # Lossy codecs and the resampler's filter overshoot full scale; floats beyond it are kept only if given so.
     bound = 1.0 if is_file else max(1.0, peak)
     return resampled.clamp(-bound, bound)
 
@@ -139,12 +142,12 @@ def process_audio_info(
     conversations, sr: int = SAMPLING_RATE, device=None, *, load_audio_from_video: bool = False, **limits
 ) -> list[torch.Tensor] | None:
     """
-    Opens the sounds of a conversation, or of a batch of them, as `qwen_vl_utils.process_vision_info` opens pictures.
+    Opens the audio of a conversation, or of a batch of them, as `qwen_vl_utils.process_vision_info` opens pictures.
 
     Args:
-        conversations: Messages, or a list of lists of messages; what they hold beside sound is passed over.
+        conversations: Messages, or a list of lists of messages; content of other types is passed over.
         sr, device, limits: As in [`fetch_audio`].
-        load_audio_from_video (`bool`, defaults to `False`): Whether the sound track of each video follows it.
+        load_audio_from_video (`bool`, defaults to `False`): Whether the audio track of each video follows it.
 
     Returns:
         `list[torch.Tensor]`: float32 `[samples]` each, in reading order; None if there are none.
@@ -155,15 +158,15 @@ def process_audio_info(
         source
         for content in contents
         if isinstance(content, (list, tuple))
-        for _, source in take_sounds(content, load_audio_from_video)
+        for _, source in iter_audio_sources(content, load_audio_from_video)
         if source is not None
     ]
     return [fetch_audio(source, sr, device, **limits) for source in sources] or None
 
 
-def take_sounds(content, load_audio_from_video: bool = False):
+def iter_audio_sources(content, load_audio_from_video: bool = False) -> Iterator[tuple[dict, object]]:
     """
-    Yields the items of a message's content, each with its source of sound or None. With `load_audio_from_video` an
+    Yields the items of a message's content, each with its source of audio or None. With `load_audio_from_video` an
     audio item follows each video: transformers asks for an empty one there, which here may also be left out.
     """
     is_track_slot = False
@@ -209,14 +212,6 @@ def unwrap(ele) -> tuple:
         decoded = ele.get_all_samples()
         return decoded.data, decoded.sample_rate
     return ele, None
-
-
-def at_rate(ele, rate: int):
-    """`ele`, with `rate` for its sampling rate if it is bare samples that came without one."""
-    source, own_rate = unwrap(ele)
-    return (
-        (source, rate if own_rate is None else own_rate) if isinstance(source, (np.ndarray, torch.Tensor)) else source
-    )
 
 
 def read(
@@ -267,38 +262,33 @@ def at_most(max_bytes: int, content: bytes, source) -> bytes:
 
 
 def download(url: str, max_bytes: int, timeout: float, public_only: bool) -> bytes:
-    """Reads an http(s) address, with every redirect under the same limits."""
-    sockets, deadline = [], time.monotonic() + timeout
-    handlers = [WebRedirects, LimitedHandler(sockets=sockets, public_only=public_only)]
+    """Reads an http(s) address. Its redirects are under the same limits and the same deadline."""
+    deadline = time.monotonic() + timeout
+
+    def time_left() -> float:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    handlers = [WebRedirects, WebHandler(time_left=time_left, public_only=public_only)]
     if public_only:
-        handlers.append(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(url, headers={"User-Agent": "qwen2-audio-vl"})
-
-    def end_sockets():
-        for sock in sockets:
-            with contextlib.suppress(OSError):  # already closed, or replaced by the secure one
-                sock.shutdown(socket.SHUT_RDWR)
-
-    # A server that sends a byte now and then never runs into a socket's timeout, so the sockets end with the time.
-    end = threading.Timer(timeout, end_sockets)
-    end.daemon = True
-    end.start()
+        handlers.append(urllib.request.ProxyHandler({}))  # a proxy would resolve names by itself
+    request, content = urllib.request.Request(url, headers={"User-Agent": "qwen2-audio-vl"}), bytearray()
     try:
         with urllib.request.build_opener(*handlers).open(request, timeout=timeout) as response:
             if response.status != 200:
                 raise AudioError(f"{describe(url)} was answered with HTTP status {response.status} instead of 200.")
-            content = at_most(max_bytes, response.read(max_bytes + 1), url)
+            while chunk := response.read(CHUNK):
+                content += chunk
+                at_most(max_bytes, content, url)
             if response.length:
                 raise AudioError(f"{describe(url)} ended {response.length} bytes early.")
-        if time.monotonic() >= deadline:
-            raise TimeoutError  # an ended socket may look like the end of the content
-    except (OSError, HTTPException, AudioError) as error:
+    except (OSError, HTTPException) as error:  # urllib hides some timeouts in errors of its own
         if time.monotonic() >= deadline:
             raise AudioError(f"{describe(url)} took longer than the limit of {timeout:g} s.") from error
         raise
-    finally:
-        end.cancel()
-    return content
+    return bytes(content)
 
 
 class WebRedirects(urllib.request.HTTPRedirectHandler):
@@ -310,16 +300,67 @@ class WebRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, fp, code, message, headers, new_url)
 
 
-def connect_to_public(host: str, port: int, timeout: float) -> socket.socket:
-    """
-    Connects to a host whose addresses are all public. The socket goes to the very address that was checked: a name
-    that resolves to another one the next time gains nothing.
-    """
-    addresses = [info[4] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    for address, *_ in addresses:
-        if not is_public(ipaddress.ip_address(address.partition("%")[0])):
-            raise AudioError(f"The host {host!r} is at {address}, which is not a public address.")
-    return socket.create_connection(addresses[0][:2], timeout)
+class WebHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens connections that keep a deadline: `time_left` gives its seconds, and raises TimeoutError at its end."""
+
+    def __init__(self, time_left: Callable[[], float], public_only: bool):
+        super().__init__()
+        self.time_left, self.public_only = time_left, public_only
+
+    def http_open(self, request):
+        return self.do_open(functools.partial(self.connection, http.client.HTTPConnection), request)
+
+    def https_open(self, request):
+        return self.do_open(functools.partial(self.connection, http.client.HTTPSConnection), request)
+
+    def connection(self, kind: type, host: str, **kwargs) -> http.client.HTTPConnection:
+        connection = kind(host, **kwargs)
+        connection._create_connection = self.open_socket
+        connection.response_class = self.open_response
+        return connection
+
+    def open_socket(self, address: tuple[str, int], *_) -> socket.socket:
+        """
+        Connects to the first address of a host that answers. With `public_only` all of them must be public, and the
+        socket goes to the very address that was checked: a name that resolves to another one later gains nothing.
+        """
+        host, port = address
+        targets = [info[4][:2] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        for target, _ in targets if self.public_only else ():
+            if not is_public(ipaddress.ip_address(target.partition("%")[0])):
+                raise AudioError(f"The host {host!r} is at {target}, which is not a public address.")
+        for number, target in enumerate(targets, start=1):
+            try:
+                sock = socket.create_connection(target, self.time_left())
+                break
+            except OSError:
+                if number == len(targets):
+                    raise
+        sock.settimeout(self.time_left())  # of the TLS handshake, if one follows
+        return sock
+
+    def open_response(self, sock: socket.socket, **kwargs) -> http.client.HTTPResponse:
+        response = http.client.HTTPResponse(sock, **kwargs)
+        response.fp = io.BufferedReader(TimedReads(sock, response.fp.detach(), self.time_left))
+        return response
+
+
+class TimedReads(io.RawIOBase):
+    """What a socket receives. Each read gets the time that is left, as a byte now and then passes any fixed timeout."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, time_left: Callable[[], float]):
+        self.sock, self.raw, self.time_left = sock, raw, time_left
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        self.sock.settimeout(self.time_left())
+        return self.raw.readinto(buffer)
+
+    def close(self):
+        self.raw.close()
+        super().close()
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -330,42 +371,9 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return address.is_global and not address.is_multicast
 
 
-class LimitedConnection(http.client.HTTPConnection):
-    def __init__(self, *args, sockets: list, public_only: bool, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.sockets, self.public_only = sockets, public_only
-
-    def connect(self):
-        if self.public_only:
-            self.sock = connect_to_public(self.host, self.port, self.timeout)
-        else:
-            super().connect()
-        self.sockets.append(self.sock)
-
-
-class LimitedSecureConnection(LimitedConnection, http.client.HTTPSConnection):
-    def connect(self):
-        super().connect()
-        if self.public_only:
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
-            self.sockets.append(self.sock)
-
-
-class LimitedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    def __init__(self, **limits):
-        super().__init__()
-        self.limits = limits
-
-    def http_open(self, request):
-        return self.do_open(LimitedConnection, request, **self.limits)
-
-    def https_open(self, request):
-        return self.do_open(LimitedSecureConnection, request, **self.limits)
-
-
 def decode(file, name: str, max_seconds: float = MAX_SECONDS) -> tuple[torch.Tensor, int]:
     """
-    Decodes the first sound track of an audio or video file with PyAV, whose wheel carries FFmpeg, and closes it.
+    Decodes the first audio track of an audio or video file with PyAV, whose wheel carries FFmpeg, and closes it.
 
     Returns:
         float32 `[samples]` mono and the sampling rate in Hz.
@@ -484,11 +492,6 @@ def torchaudio_resampler(rate: int, sr: int, device: torch.device) -> torch.nn.M
     ).to(device)
 
 
-def tokens_per_window(feature_extractor) -> int:
-    """Audio tokens that one window becomes: 3000 log-mel frames -> 1500 tokens in Whisper's own sizes."""
-    return feature_extractor.nb_max_frames // ENCODER_STRIDE
-
-
 def split_windows(samples: torch.Tensor, feature_extractor) -> list[torch.Tensor]:
     """`[samples]` -> ceil(samples / window) pieces of at most one window (480,000 samples = 30 s in Whisper)."""
     return list(samples.split(feature_extractor.n_samples))
@@ -515,31 +518,32 @@ def log_mel(windows: list[torch.Tensor], feature_extractor) -> torch.Tensor:
     """
     if feature_extractor.dither:
         raise ValueError(f"The feature extractor adds noise (dither={feature_extractor.dither}); set dither to 0.")
-    n_fft, hop, frames = feature_extractor.n_fft, feature_extractor.hop_length, feature_extractor.nb_max_frames
+    n_fft, hop, max_frames = feature_extractor.n_fft, feature_extractor.hop_length, feature_extractor.nb_max_frames
     half, device = n_fft // 2, windows[0].device
-    hann, filters = spectral_basis(feature_extractor, device)
-    features = torch.empty(len(windows), len(filters), frames, device=device)
+    hann, filters = spectral_basis(feature_extractor, device)  # [n_fft], [bins, n_fft / 2 + 1]
+    features = torch.empty(len(windows), len(filters), max_frames, device=device)
     at_once = WINDOWS_AT_ONCE.get(device.type, 32)
+    # B: windows transformed together, F: frames that reach their samples, f: frames of a block.
     for first in range(0, len(windows), at_once):
-        batch, feature = windows[first : first + at_once], features[first : first + at_once]
-        # A frame is centred on its sample, with the sound mirrored at both ends; those that reach no sound are silence.
-        heard = min(frames, math.ceil((max(map(len, batch)) + half) / hop))
-        length = half + min(feature_extractor.n_samples, heard * hop + n_fft) + half
-        samples = torch.zeros(len(batch), length, device=device)
+        batch, feature = windows[first : first + at_once], features[first : first + at_once]  # feature: [B, bins, max]
+        # A frame is centred on its sample, with the audio mirrored at both ends; frames after the last are silence.
+        num_frames = min(max_frames, math.ceil((max(map(len, batch)) + half) / hop))
+        length = half + min(feature_extractor.n_samples, num_frames * hop + n_fft) + half
+        samples = torch.zeros(len(batch), length, device=device)  # [B, half + samples + half]
         for row, window in zip(samples, batch, strict=True):
             row[half : half + len(window)] = window
         samples[:, :half] = samples[:, half + 1 : n_fft + 1].flip(1)
         samples[:, -half:] = samples[:, -n_fft - 1 : -half - 1].flip(1)
-        blocks = samples.unfold(1, n_fft, hop)[:, :heard].split(BLOCK, dim=1)
-        mel = feature[:, :, :heard]
+        blocks = samples.unfold(1, n_fft, hop)[:, :num_frames].split(BLOCK, dim=1)  # [B, f, n_fft] each
+        mel = feature[:, :, :num_frames]  # [B, bins, F], filled block by block
         for block, block_mel in zip(blocks, mel.split(BLOCK, dim=2), strict=True):
-            spectrum = torch.fft.rfft(block * hann)  # [windows, frames, n_fft / 2 + 1]
-            power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-            log_power = (filters @ power.mT).clamp_(min=1e-10).log10_()
+            spectrum = torch.fft.rfft(block * hann)  # [B, f, n_fft / 2 + 1], complex
+            power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # [B, f, n_fft / 2 + 1]
+            log_power = (filters @ power.mT).clamp_(min=1e-10).log10_()  # [B, bins, f]
             torch.add(log_power.div_(4.0), 1.0, out=block_mel)  # (x + 4) / 4
-        floor = mel.amax((1, 2), keepdim=True) - 2.0  # 80 dB below the loudest
+        floor = mel.amax((1, 2), keepdim=True) - 2.0  # [B, 1, 1]: 80 dB below the loudest
         torch.maximum(mel, floor, out=mel)
-        feature[:, :, heard:] = floor.clamp_(min=SILENCE)
+        feature[:, :, num_frames:] = floor.clamp_(min=SILENCE)
     return features
 
 

@@ -3,12 +3,13 @@
 from transformers.utils.versions import require_version
 
 
-# Before what older releases do not have is imported; a processor is loaded without the configuration, so in both files.
+# Checked first, as the imports below fail on older releases without saying why. The processing file does the same,
+# because a processor is loaded without the configuration.
 require_version("transformers>=5.16.1,<6", "Install one with: pip install 'transformers>=5.16.1,<6'")
 
 import shutil
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2VLConfig, WhisperConfig
@@ -33,6 +34,8 @@ CODE_FILES = (
     "audio_utils.py",
 )
 
+HOP_LENGTH = 160  # samples at 16 kHz from one log-mel frame to the next
+ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
 
 QWEN2_VL_7B = {
     "hidden_size": 3584,
@@ -53,10 +56,36 @@ WHISPER_LARGE_V3_TURBO = {
 }
 
 
+class AudioCount(NamedTuple):
+    windows: int
+    tokens: int
+
+
+def tokens_per_window(feature_extractor) -> int:
+    """Audio tokens of one window: 3000 log-mel frames -> 1500 tokens in Whisper's own sizes."""
+    return feature_extractor.nb_max_frames // ENCODER_STRIDE
+
+
+def count_audio(num_samples: int, window_tokens: int) -> AudioCount:
+    """
+    Samples -> windows -> tokens. The processor, the model's check and the documents count with this function alone.
+
+    Args:
+        num_samples: Length of a clip at 16 kHz, or of several that each fill whole windows.
+        window_tokens: Audio tokens of one window: `audio_config.max_source_positions`, 1500 in Whisper's own sizes.
+
+    Returns:
+        The windows that the encoder is given, of 480,000 samples (30 s) in Whisper's own sizes, and the audio tokens
+        that stand for them. The last window is padded to its full length, and costs as many tokens as any other.
+    """
+    num_windows = -(-num_samples // (HOP_LENGTH * ENCODER_STRIDE * window_tokens))  # rounded up
+    return AudioCount(num_windows, num_windows * window_tokens)
+
+
 @strict
 class Qwen2AudioVLConfig(Qwen2VLConfig):
     """
-    Configuration of Qwen2-VL with ears. The defaults are Qwen2-VL-7B and whisper-large-v3-turbo.
+    Configuration of Qwen2-VL with an audio encoder. The defaults are Qwen2-VL-7B and whisper-large-v3-turbo.
 
     Args:
         audio_config (`WhisperConfig` or `dict`, *optional*):
@@ -146,4 +175,4 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
 
 Qwen2AudioVLConfig.register_for_auto_class()
 
-__all__ = ["AUTO_MAP", "CODE_FILES", "Qwen2AudioVLConfig"]
+__all__ = ["AUTO_MAP", "CODE_FILES", "Qwen2AudioVLConfig", "count_audio", "tokens_per_window"]

@@ -1,4 +1,4 @@
-"""Model inputs -> logits: a Whisper encoder and a projector beside Qwen2-VL's vision tower, which is left as it is."""
+"""Model inputs -> logits: Qwen2-VL, unchanged, with a Whisper encoder and a projector beside its vision tower."""
 
 import inspect
 
@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple, torch_compilable_check
 
-from .configuration_qwen2_audio_vl import Qwen2AudioVLConfig
+from .configuration_qwen2_audio_vl import HOP_LENGTH, Qwen2AudioVLConfig, count_audio
 
 
 AUDIO_TOKEN_TYPE = 3  # in `mm_token_type_ids`, beside 0 text, 1 image, 2 video
@@ -31,7 +31,7 @@ class FrozenAudioEncoder:
 
 
 class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
-    """Qwen2-VL without its head, with ears. Keeps no state between calls."""
+    """Qwen2-VL without its head, with audio. Keeps no state between calls."""
 
     config: Qwen2AudioVLConfig
     input_modalities = ("image", "video", "audio", "text")
@@ -76,14 +76,14 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
             input_features = input_features.unflatten(2, (-1, frames)).transpose(1, 2).flatten(0, 1)
         if input_features.ndim != 3 or input_features.shape[1:] != (bins, frames):
             raise ValueError(
-                f"input_features has shape {tuple(input_features.shape)}, but the audio encoder hears (windows, {bins} "
+                f"input_features has shape {tuple(input_features.shape)}, but the audio encoder takes (windows, {bins} "
                 f"mel bins, {frames} frames): the feature extractor belongs to another encoder."
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.audio_encoder_learns):
-            outputs = encoder(like(input_features, encoder.conv1.weight), return_dict=True, **kwargs)
+            outputs = encoder(match_weight(input_features, encoder.conv1.weight), return_dict=True, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.audio_projector(like(outputs.last_hidden_state, self.audio_projector.weight)),
+            pooler_output=self.audio_projector(match_weight(outputs.last_hidden_state, self.audio_projector.weight)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -94,6 +94,42 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
             return input_ids == self.config.audio_token_id
         token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def merge_audio(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        input_features: torch.Tensor | None,
+        audio_outputs: BaseModelOutputWithPooling | None,
+    ) -> torch.Tensor:
+        """
+        Puts the embeddings of the audio in the place of the audio tokens.
+
+        Args:
+            input_ids, inputs_embeds: `(batch, sequence)` and `(batch, sequence, hidden size)` of the same tokens.
+            input_features, audio_outputs: Log-mel windows, or what [`get_audio_features`] returned for them.
+
+        Returns:
+            `torch.Tensor` `(batch, sequence, hidden size)`.
+
+        Raises:
+            ValueError: if the audio tokens and the audio embeddings differ in number.
+        """
+        is_audio = self.get_audio_mask(input_ids, inputs_embeds)
+        check_audio(is_audio.sum(), self.count_embeddings(input_features, audio_outputs))
+        if audio_outputs is None:
+            audio_outputs = self.get_audio_features(input_features, return_dict=True)
+        audio_embeds = audio_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(is_audio.unsqueeze(-1).to(inputs_embeds.device), audio_embeds)
+
+    def count_embeddings(
+        self, input_features: torch.Tensor | None, audio_outputs: BaseModelOutputWithPooling | None
+    ) -> int:
+        """The audio embeddings that were given, or that log-mel windows `(windows, mel bins, frames)` will become."""
+        if audio_outputs is not None:
+            return audio_outputs.pooler_output[..., 0].numel()
+        num_samples = len(input_features) * input_features.shape[-1] * HOP_LENGTH
+        return count_audio(num_samples, self.config.audio_config.max_source_positions).tokens
 
     def get_rope_index(self, input_ids, mm_token_type_ids, *args, **kwargs):
         """As in Qwen2-VL, with audio counted as text: each audio token advances all three axes by one."""
@@ -114,7 +150,7 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         """
         M-RoPE positions `(3, batch, sequence)` of the tokens given, which follow those in the cache; None where plain
         counting is right. Qwen2-VL keeps the distance between a token's place and its position (`rope_deltas`) on the
-        model, where the next call or another thread finds it; here it travels with the cache that it belongs to.
+        model, where the next call or another thread finds it; here it is kept on the cache that it belongs to.
         """
         cache = past_key_values if cache is None else cache
         past_length = cached_length(cache)
@@ -152,23 +188,14 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
     ) -> BaseModelOutputWithPast:
         """As [`Qwen2AudioVLForConditionalGeneration.forward`], but returns the last hidden state instead of logits."""
         cache = past_key_values if cache is None else cache
-        input_features, audio_outputs = take_audio(kwargs)
-        embedded_here = inputs_embeds is None
-        if embedded_here:
+        is_embedded = inputs_embeds is not None
+        if not is_embedded:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         is_prefill = inputs_embeds.shape[1] > 1
+        input_features, audio_outputs = take_audio(kwargs)
         if input_features is not None or audio_outputs is not None:
-            is_audio = self.get_audio_mask(input_ids, inputs_embeds)
-            if input_features is not None:
-                num_embeddings = len(input_features) * self.config.audio_config.max_source_positions
-            else:
-                num_embeddings = audio_outputs.pooler_output[..., 0].numel()
-            check_audio(is_audio.sum(), num_embeddings)
-            if audio_outputs is None:
-                audio_outputs = self.get_audio_features(input_features, return_dict=True)
-            audio_embeds = audio_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(is_audio.unsqueeze(-1).to(inputs_embeds.device), audio_embeds)
-        elif embedded_here and is_prefill:  # a decode step must not wait for the device
+            inputs_embeds = self.merge_audio(input_ids, inputs_embeds, input_features, audio_outputs)
+        elif is_prefill and not is_embedded:  # a decode step must not wait for the device
             check_audio(self.get_audio_mask(input_ids, None).sum(), 0)
 
         if position_ids is None:
@@ -200,13 +227,13 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
 
 
 class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditionalGeneration):
-    """Qwen2-VL with ears: images, video, audio and text in, text out."""
+    """Qwen2-VL with audio: images, video, audio and text in, text out."""
 
     config: Qwen2AudioVLConfig
     input_modalities = ("image", "video", "audio", "text")
 
     def __init__(self, config: Qwen2AudioVLConfig):
-        # Past Qwen2VLForConditionalGeneration, which would build a deaf model first.
+        # Not Qwen2VLForConditionalGeneration's, which would build stock Qwen2-VL first.
         super(Qwen2VLForConditionalGeneration, self).__init__(config)
         self.model = Qwen2AudioVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -244,7 +271,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         **kwargs,
     ) -> tuple | CausalLMOutputWithPast:
         """
-        [`Qwen2VLForConditionalGeneration.forward`] with sound:
+        [`Qwen2VLForConditionalGeneration.forward`] with audio:
 
         Args:
             input_features (`torch.Tensor` of shape `(windows, mel bins, frames)`, *optional*):
@@ -264,6 +291,8 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         """
         if mm_encoder_outputs:
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs  # no argument of upstream's forward before 5.18
+        # All arguments are named here and passed on by name, because transformers reads this signature: `generate` and
+        # `Trainer` keep what it names, and refuse or drop the rest.
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -313,8 +342,8 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         return positions
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        # The last stop before the prompt is repeated for beams and returned sequences: every clip is encoded here,
-        # once, and its embeddings are repeated with their row, where repeating input_features would mix rows up.
+        # Called before the prompt is repeated for beams and returned sequences. Every clip is encoded here, once, and
+        # its embeddings are repeated with their row; repeating input_features one by one would mix the rows up.
         audio = self._prepare_audio(input_ids, model_kwargs, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -338,9 +367,10 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             return None
 
         # The processor was given either the whole conversation or only its new turn; what is in the cache is left out.
+        num_embeddings = self.model.count_embeddings(input_features, audio)
+        tokens = all_tokens if num_embeddings == sum(all_tokens) else new_tokens
+        check_audio(sum(tokens), num_embeddings)
         per_window = self.config.audio_config.max_source_positions
-        tokens = all_tokens if len(given) * per_window == sum(all_tokens) else new_tokens
-        check_audio(sum(tokens), len(given) * per_window)
         kept, end = [], 0  # indices of windows, row by row
         for row_tokens, row_new in zip(tokens, new_tokens, strict=True):
             end += row_tokens // per_window
@@ -357,7 +387,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         cache = kwargs.get(CACHE)
         if not is_first_iteration and cache is not None and not cache.is_compileable:
-            # An assistant model's own prefill is announced as a later step, without images and sound.
+            # The prefill of an assistant model is announced as a later step, without images and audio.
             is_first_iteration = cache.get_seq_length() == 0
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("mm_encoder_outputs", None)  # releases before 5.18 drop only the raw inputs after the prefill
@@ -366,7 +396,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         )
 
 
-def like(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def match_weight(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`tensor` in the dtype and on the device of `weight`; accelerate's hooks move it where weights are offloaded."""
     dtype = weight.dtype if weight.is_floating_point() else tensor.dtype
     return tensor.to(dtype) if weight.is_meta else tensor.to(weight.device, dtype)

@@ -1,9 +1,10 @@
-"""Messages -> model inputs: Qwen2-VL's processor with sound beside images and video."""
+"""Messages -> model inputs: Qwen2-VL's processor with audio beside images and video."""
 
 from transformers.utils.versions import require_version
 
 
-# Before what older releases do not have is imported; a processor is loaded without the configuration, so in both files.
+# Checked first, as the imports below fail on older releases without saying why. The configuration file does the same,
+# because a processor is loaded without the configuration.
 require_version("transformers>=5.16.1,<6", "Install one with: pip install 'transformers>=5.16.1,<6'")
 
 import difflib
@@ -18,7 +19,8 @@ from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.video_utils import load_video, make_batched_videos
 
-from .audio_utils import AUDIO_TYPES, at_rate, fetch_audio, log_mel, split_windows, take_sounds, tokens_per_window
+from .audio_utils import AUDIO_TYPES, fetch_audio, iter_audio_sources, log_mel, split_windows
+from .configuration_qwen2_audio_vl import count_audio, tokens_per_window
 
 
 CONTENT_TYPES = ("text", "image", "image_url", "video", "video_url", *AUDIO_TYPES)
@@ -44,7 +46,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     def __init__(
         self, image_processor=None, tokenizer=None, video_processor=None, feature_extractor=None, chat_template=None
     ):
-        # Past Qwen2VLProcessor, which hands on three parts by position.
+        # Not Qwen2VLProcessor's, which passes three parts on by position.
         ProcessorMixin.__init__(
             self, image_processor, tokenizer, video_processor, feature_extractor, chat_template=chat_template
         )
@@ -58,7 +60,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in [`ProcessorMixin`]; a `config.json` beside the processor's files has to describe the same sound."""
+        """As in [`ProcessorMixin`]. A `config.json` beside the processor's files must describe the same audio path."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         kwargs.pop("trust_remote_code", None)  # the values alone are read here, not the code
         try:
@@ -71,34 +73,33 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     def check_config(self, config: dict):
         """
         Raises:
-            ValueError: if the model that `config` describes hears other windows, or other tokens, than this makes.
+            ValueError: if the model that `config` describes takes other windows or tokens than this processor makes.
         """
         audio_config = config.get("audio_config") or {}
-        for here, made, there, heard in (
+        for part, own_value, field, described in (
             ("feature_extractor.feature_size", self.feature_extractor.feature_size, "num_mel_bins", audio_config),
-            (
-                "audio tokens per window",
-                tokens_per_window(self.feature_extractor),
-                "max_source_positions",
-                audio_config,
-            ),
+            ("audio tokens per window", self.tokens_per_window, "max_source_positions", audio_config),
             ("id of <|audio_pad|>", self.audio_token_id, "audio_token_id", config),
             ("id of <|audio_bos|>", self.audio_bos_token_id, "audio_bos_token_id", config),
             ("id of <|audio_eos|>", self.audio_eos_token_id, "audio_eos_token_id", config),
         ):
-            if heard.get(there, made) != made:
+            if described.get(field, own_value) != own_value:
                 raise ValueError(
-                    f"The processor's {here} is {made}, but the model's {there} is {heard[there]}: their files come "
-                    "from different models."
+                    f"The processor's {part} is {own_value}, but the model's {field} is {described[field]}: their "
+                    "files come from different models."
                 )
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, sounds=None, **kwargs) -> BatchFeature:
+    @property
+    def tokens_per_window(self) -> int:
+        return tokens_per_window(self.feature_extractor)
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, chat_audio=None, **kwargs) -> BatchFeature:
         """
         Args:
             images, text, videos: As in [`Qwen2VLProcessor`]; one `<|image_pad|>` or `<|video_pad|>` each in the text.
             audio: One clip, or a list of clips in reading order, or one list of clips per text; each is anything that
                 `audio_utils.fetch_audio` takes.
-            sounds: The same; where `apply_chat_template` puts what it found in the messages.
+            chat_audio: The same; `apply_chat_template` passes the clips of the messages here.
             sampling_rate (`int`, *optional*): Rate in Hz of clips that are bare samples. The default is the feature
                 extractor's; clips that carry a rate, and files, are resampled from their own.
             device (`str` or `torch.device`, *optional*): Where features are made, and where they lie.
@@ -115,10 +116,10 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         Raises:
             TypeError: on arguments that no part knows.
             ValueError: if placeholders and data differ in number, if truncation would cut a clip, if a prompt passes
-                the positions that the model has; [`AudioError`], a ValueError, if a clip cannot be heard.
+                the positions that the model has; [`AudioError`], a ValueError, if a clip cannot be opened.
         """
         self._refuse_unknown(kwargs)
-        audio = sounds if audio is None else audio
+        audio = chat_audio if audio is None else audio
         # The limits of `fetch_audio` are no arguments of any part that upstream knows.
         audio_kwargs = {**kwargs, **kwargs.get("audio_kwargs", {})}
         limits = {name: audio_kwargs[name] for name in FETCH_LIMITS if name in audio_kwargs}
@@ -131,16 +132,16 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             self._check_counts([text] if isinstance(text, str) else text, clips)
         clips = [clip for row in clips for clip in (row if isinstance(row, list) else [row])]
         if clips:
+            limits["sampling_rate"] = audio_kwargs.get("sampling_rate")
             sr, device = self.feature_extractor.sampling_rate, audio_kwargs.get("device")
-            rate = sr if audio_kwargs.get("sampling_rate") is None else audio_kwargs["sampling_rate"]
-            audio = [fetch_audio(at_rate(clip, rate), sr, device, **limits) for clip in clips]
+            audio = [fetch_audio(clip, sr, device, **limits) for clip in clips]
         inputs = super().__call__(images=images, text=text, videos=videos, audio=audio if clips else None, **kwargs)
         if clips and text is not None:
             self._check_prompts(inputs["input_ids"])
         if clips and kwargs.get("return_text_replacement_offsets"):
-            # Who places clips by these offsets, as vLLM does, takes the features of a clip to be one row of the batch.
-            counts = [len(split_windows(samples, self.feature_extractor)) for samples in audio]
-            inputs["input_features"] = join_windows(inputs["input_features"], counts)
+            # vLLM places clips by these offsets, and takes one row of the features to be one clip.
+            num_windows = [count_audio(len(samples), self.tokens_per_window).windows for samples in audio]
+            inputs["input_features"] = join_windows(inputs["input_features"], num_windows)
         return inputs
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
@@ -183,26 +184,26 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         return super()._process_videos(frames, **{**kwargs, "do_sample_frames": False, "video_metadata": metadata})
 
     def _process_audio(self, audio, **kwargs):
-        windows = [split_windows(samples, self.feature_extractor) for samples in audio]
-        for clip in windows:  # before the spectrogram of what cannot fit anyway
-            self._check_length(len(clip) * tokens_per_window(self.feature_extractor))
-        features = log_mel([window for clip in windows for window in clip], self.feature_extractor)
-        data = {"input_features": features, "audio_windows": [len(clip) for clip in windows]}
-        return data, [self.replace_audio_token(data, idx) for idx in range(len(windows))]
+        tokens = [count_audio(len(samples), self.tokens_per_window).tokens for samples in audio]
+        for num_tokens in tokens:  # before the spectrogram of what cannot fit anyway
+            self._check_length(num_tokens)
+        windows = [window for samples in audio for window in split_windows(samples, self.feature_extractor)]
+        data = {"input_features": log_mel(windows, self.feature_extractor), "tokens_per_clip": tokens}
+        return data, [self.replace_audio_token(data, idx) for idx in range(len(audio))]
 
     def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
-        tokens = audio_inputs["audio_windows"][audio_idx] * tokens_per_window(self.feature_extractor)
-        return self.audio_bos_token + self.audio_token * tokens + self.audio_eos_token
+        num_tokens = audio_inputs["tokens_per_clip"][audio_idx]
+        return self.audio_bos_token + self.audio_token * num_tokens + self.audio_eos_token
 
     @property
     def unused_input_names(self) -> list[str]:
-        return [*super().unused_input_names, "audio_windows"]
+        return [*super().unused_input_names, "tokens_per_clip"]
 
     def apply_chat_template(self, conversation, chat_template=None, *, processor_kwargs=None, **kwargs):
         """
-        As in [`ProcessorMixin`], with sound: content items of type `audio` (source under `audio`, `url`, `path`,
+        As in [`ProcessorMixin`], with audio: content items of type `audio` (source under `audio`, `url`, `path`,
         `base64`, `bytes` or `array`, and its `sampling_rate`), `audio_url` and OpenAI's `input_audio`. With
-        `load_audio_from_video=True` the sound track of each video follows it. The messages are not changed.
+        `load_audio_from_video=True` the audio track of each video follows it. The messages are not changed.
 
         Raises:
             TypeError: on arguments that neither the template nor any part knows.
@@ -214,11 +215,11 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             processor_kwargs[name] = kwargs.pop(name)
         load_audio_from_video = kwargs.pop("load_audio_from_video", False)
         is_batch = isinstance(conversation[0], (list, tuple))
-        sounds, conversations = [], []
+        chat_audio, conversations = [], []
         for messages in conversation if is_batch else [conversation]:
-            conversations.append([self._take_sounds(message, sounds, load_audio_from_video) for message in messages])
-        if sounds and kwargs.get("tokenize"):
-            processor_kwargs["sounds"] = sounds
+            conversations.append([self._take_audio(message, chat_audio, load_audio_from_video) for message in messages])
+        if chat_audio and kwargs.get("tokenize"):
+            processor_kwargs["chat_audio"] = chat_audio
         return super().apply_chat_template(
             conversations if is_batch else conversations[0],
             chat_template=chat_template,
@@ -226,16 +227,16 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             **kwargs,
         )
 
-    def _take_sounds(self, message: dict, sounds: list, load_audio_from_video: bool) -> dict:
-        """A copy of a message, with every content item in transformers' form; the sources of sound go to `sounds`."""
+    def _take_audio(self, message: dict, sources: list, load_audio_from_video: bool) -> dict:
+        """A copy of a message, with every content item in transformers' form. Audio sources are added to `sources`."""
         if not isinstance(message.get("content"), (list, tuple)):
             return dict(message)
         items = []
         content = [normalize_content(item) for item in message["content"]]
-        for item, source in take_sounds(content, load_audio_from_video):
+        for item, source in iter_audio_sources(content, load_audio_from_video):
             items.append({"type": "audio"} if item["type"] == "audio" else item)
             if source is not None:
-                sounds.append(source)
+                sources.append(source)
         return {**message, "content": items}
 
     def _known_kwargs(self) -> set[str]:
@@ -280,7 +281,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         if num_tokens > limit:
             raise ValueError(
                 f"The prompt has {num_tokens} tokens of text and audio, but the model has {limit} positions "
-                f"(max_position_embeddings); {tokens_per_window(self.feature_extractor)} tokens are "
+                f"(max_position_embeddings); {self.tokens_per_window} tokens are "
                 f"{self.feature_extractor.chunk_length} s of sound. Shorten the sound or split the conversation."
             )
 

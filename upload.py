@@ -18,8 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,11 +31,8 @@ from huggingface_hub import (
     get_token,
     hf_hub_download,
     snapshot_download,
-    split_torch_state_dict_into_shards,
 )
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import load_file
-from tqdm import tqdm
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -54,10 +49,22 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from checkpoints import (
+    DTYPES,
+    EMBEDDINGS,
+    PROJECTOR,
+    StoredTensor,
+    find_problems,
+    plan_tensors,
+    read_bytes,
+    read_projector,
+    stored_tensors,
+    write_weights,
+)
 from configuration_qwen2_audio_vl import CODE_FILES
 
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent
 EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png": "assets/images/chelsea.png"}
 SHIPPED_FILES = {
     name: name for name in ("LICENSE", "requirements.txt", ".gitattributes", "handler.py", "app.py")
@@ -70,24 +77,7 @@ KNOWN_FILES = (
     *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "model*.safetensors", "model*.index.json"),
 )
 AUDIO_TOKENS = ("<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>")  # in the order of their ids
-MARKER_TEACHERS = {"<|audio_bos|>": "<|vision_start|>", "<|audio_eos|>": "<|vision_end|>"}
-EMBEDDINGS = "model.language_model.embed_tokens.weight"
-PROJECTOR = "model.audio_projector.weight"
-MARKERS = "audio_markers.weight"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
-MAX_SHARD_SIZE = "5GB"
-CHUNK = 2**22  # bytes in memory at a time
-WRITE = 2**16  # bytes written at a time: Linux takes longer for the same bytes in larger pieces
-
-# Published checkpoints name their tensors as the class of their day did; the current names pass unchanged.
-BASE_NAMES = (
-    (r"^visual\.", "model.visual."),
-    (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),
-)
-# Of Whisper only the encoder is heard.
-ENCODER_NAMES = ((r"^(?:model\.)?encoder\.", "model.audio_encoder."),)
-# Trained checkpoints of this model's first layout.
-ADAPTER_NAMES = (*BASE_NAMES, (r"^audio_(?=encoder\.|projector\.)", "model.audio_"))
+MARKER_INIT = {"<|audio_bos|>": "<|vision_start|>", "<|audio_eos|>": "<|vision_end|>"}  # start from these embeddings
 
 
 class Origin(NamedTuple):
@@ -96,17 +86,6 @@ class Origin(NamedTuple):
     folder: Path
     name: str  # Hub id, or the directory's name
     commit: str | None  # of the Hub
-
-
-class StoredTensor(NamedTuple):
-    """Where a tensor lies in a safetensors file."""
-
-    path: Path
-    name: str
-    dtype: str  # as safetensors names it
-    shape: tuple[int, ...]
-    start: int  # byte in the file
-    size: int  # bytes
 
 
 def resolve(source: str) -> Origin:
@@ -122,37 +101,6 @@ def resolve(source: str) -> Origin:
     return Origin(folder, folder.resolve().name, None)
 
 
-def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """All tensors of a checkpoint, by the headers of its safetensors files alone."""
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    tensors = []
-    for path in (folder / name for name in sorted(names)):
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no {path.name}; expected model.safetensors, or shards with their index.")
-        with path.open("rb") as file:  # https://github.com/huggingface/safetensors#format
-            size = int.from_bytes(file.read(8), "little")
-            try:
-                header = json.loads(file.read(min(size, 10**8)))
-            except ValueError as error:
-                raise ValueError(f"{path} is no safetensors file, or is cut short.") from error
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            if 8 + size + end > path.stat().st_size:
-                raise ValueError(f"{path} is cut short: {name} lies past its end.")
-            tensors.append(
-                StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + size + start, end - start)
-            )
-    return tensors
-
-
-def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def build_config(base: Path, encoder: Path, tokenizer):
     """Joins the two configurations; contradictions between them are errors."""
     base_config = AutoConfig.from_pretrained(base)
@@ -160,7 +108,7 @@ def build_config(base: Path, encoder: Path, tokenizer):
         raise ValueError(f"{base} holds a {base_config.model_type} model; --base has to be a Qwen2-VL checkpoint.")
     whisper = WhisperConfig.from_pretrained(encoder)
     audio_token_id, audio_bos_token_id, audio_eos_token_id = tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS))
-    config_class = get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", HERE)
+    config_class = get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", ROOT)
     return config_class(
         text_config=base_config.text_config.to_dict(),
         vision_config=base_config.vision_config.to_dict(),
@@ -186,13 +134,13 @@ def build_config(base: Path, encoder: Path, tokenizer):
 
 
 def build_processor(base: Path, encoder: Path, tokenizer, config):
-    processor_class = get_class_from_dynamic_module("processing_qwen2_audio_vl.Qwen2AudioVLProcessor", HERE)
+    processor_class = get_class_from_dynamic_module("processing_qwen2_audio_vl.Qwen2AudioVLProcessor", ROOT)
     processor = processor_class(
         image_processor=AutoImageProcessor.from_pretrained(base),
         tokenizer=tokenizer,
         video_processor=AutoVideoProcessor.from_pretrained(base),
         feature_extractor=WhisperFeatureExtractor.from_pretrained(encoder),
-        chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8"),
+        chat_template=(ROOT / "chat_template.jinja").read_text(encoding="utf-8"),
     )
     processor.check_config(config.to_dict())
     return processor
@@ -207,128 +155,19 @@ def build_tokenizer(base: Path, **kwargs):
     return tokenizer
 
 
-def read_projector(path: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The projector, and if it is there `(2, hidden size)`, the rows of bos and eos. A `.pt` may hold tensors only."""
-    try:
-        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        tensors = {rename(name, ADAPTER_NAMES): tensor for name, tensor in tensors.items()}
-    except Exception as error:
-        raise ValueError(f"{path} is no file of tensors by name: {error}") from error
-    if PROJECTOR not in tensors or set(tensors) - {PROJECTOR, MARKERS}:
-        raise ValueError(
-            f"{path} holds {', '.join(tensors) or 'nothing'}; expected audio_projector.weight, and perhaps {MARKERS}."
-        )
-    return tensors[PROJECTOR], tensors.get(MARKERS)
-
-
 def random_projector(config, seed: int) -> torch.Tensor:
     projector = torch.empty(config.text_config.hidden_size, config.audio_config.d_model)
     return projector.normal_(std=config.text_config.initializer_range, generator=torch.Generator().manual_seed(seed))
 
 
-def plan_tensors(base: Path, encoder: Path, adapter: Path | None, config) -> dict[str, StoredTensor]:
-    """Where each tensor of the result comes from; those of a trained checkpoint go before those of the bases."""
-    plan = {}
-    for folder, rules in ((base, BASE_NAMES), (encoder, ENCODER_NAMES), (adapter, ADAPTER_NAMES)):
-        for tensor in stored_tensors(folder) if folder else ():
-            name = rename(tensor.name, rules)
-            if folder == encoder and not name.startswith("model.audio_encoder."):
-                continue  # Whisper's decoder
-            if name == "lm_head.weight" and config.tie_word_embeddings:
-                continue
-            plan[name] = tensor
-    return plan
-
-
 def meta_state_dict(config) -> dict[str, torch.Tensor]:
     """The model's own tensors, on the meta device: names, shapes and dtypes without memory."""
-    model_class = get_class_from_dynamic_module("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration", HERE)
+    model_class = get_class_from_dynamic_module("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration", ROOT)
     with torch.device("meta"):
         tensors = model_class(config).to(config.dtype).state_dict()
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     return tensors
-
-
-def find_problems(plan: dict[str, StoredTensor | torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """Compares the plan with the model, before a byte is written."""
-    problems = [f"missing: {name}" for name in expected if name not in plan]
-    for name, tensor in plan.items():
-        if name not in expected:
-            problems.append(f"unexpected: {name} (there as {tensor.name})")
-        elif tuple(tensor.shape) != tuple(expected[name].shape):
-            problems.append(f"misshapen: {name} is {tuple(tensor.shape)}, the model's is {tuple(expected[name].shape)}")
-        elif isinstance(tensor, StoredTensor) and tensor.dtype not in DTYPES:
-            problems.append(f"of dtype {tensor.dtype}: {name}; expected one of {', '.join(DTYPES)}")
-    return sorted(problems)
-
-
-def read_bytes(tensor: StoredTensor | torch.Tensor, dtype: torch.dtype, rows: slice = slice(None)) -> Iterator[bytes]:
-    """The bytes of a tensor, or of some of its rows, in `dtype`, a chunk at a time."""
-    if isinstance(tensor, torch.Tensor):
-        yield tensor[rows].to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
-        return
-    first, last, _ = rows.indices(tensor.shape[0])
-    row_size = tensor.size // tensor.shape[0]
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.start + first * row_size)
-        left = (last - first) * row_size
-        while left:
-            chunk = file.read(min(CHUNK, left))
-            if not chunk:
-                raise ValueError(f"{tensor.path} ended within {tensor.name}.")
-            left -= len(chunk)
-            if DTYPES[tensor.dtype] != dtype:
-                converted = torch.frombuffer(bytearray(chunk), dtype=DTYPES[tensor.dtype]).to(dtype)
-                chunk = converted.view(torch.uint8).numpy().tobytes()
-            yield chunk
-
-
-def replace_rows(chunks: Iterator[bytes], rows: dict[int, bytes]) -> Iterator[bytes]:
-    """The bytes of a matrix with some of its rows replaced."""
-    position = 0
-    for chunk in chunks:
-        for number, row in rows.items():
-            offset = number * len(row) - position
-            start, end = max(offset, 0), min(offset + len(row), len(chunk))
-            if start < end:
-                chunk = chunk[:start] + row[start - offset : end - offset] + chunk[end:]
-        yield chunk
-        position += len(chunk)
-
-
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], contents: dict[str, Iterator[bytes]]) -> str:
-    """
-    Writes a safetensors file from a stream, where the library's own writer holds all of it in memory.
-
-    Args:
-        tensors: Shapes and dtypes by name; meta tensors do.
-        contents: The bytes of each.
-
-    Returns:
-        The file's SHA-256.
-    """
-    safetensors_names = {dtype: name for name, dtype in DTYPES.items()}
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        entry = {"dtype": safetensors_names[tensor.dtype], "shape": list(tensor.shape)}
-        header[name] = {**entry, "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        hashed = pool.submit(digest.update, b"")
-        for content in ([len(text).to_bytes(8, "little"), text], *(contents[name] for name in tensors)):
-            for chunk in content:
-                hashed.result()
-                hashed = pool.submit(digest.update, chunk)  # while this one is written and the next one is read
-                for start in range(0, len(chunk), WRITE):
-                    file.write(memoryview(chunk)[start : start + WRITE])
-        hashed.result()
-        if file.tell() != 8 + len(text) + offset:
-            raise ValueError(f"{path.name} should have {8 + len(text) + offset} bytes, but {file.tell()} were read.")
-    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -379,18 +218,18 @@ def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) ->
     elif EMBEDDINGS in plan:
         config.dtype = DTYPES.get(plan[EMBEDDINGS].dtype, config.dtype)
     marker_rows = {}
-    # Rows of the markers that a trained checkpoint brings are trained as well.
+    # Embeddings that come from a trained checkpoint hold trained markers already.
     if EMBEDDINGS in plan and plan[EMBEDDINGS].path.parent == folders[0]:
-        for marker, teacher in MARKER_TEACHERS.items():
-            marker_id, teacher_id = tokenizer.convert_tokens_to_ids([marker, teacher])
-            teacher_row = slice(teacher_id, teacher_id + 1)
-            marker_rows[marker_id] = b"".join(read_bytes(plan[EMBEDDINGS], config.dtype, teacher_row))
+        for marker, init in MARKER_INIT.items():
+            marker_id, init_id = tokenizer.convert_tokens_to_ids([marker, init])
+            init_row = slice(init_id, init_id + 1)
+            marker_rows[marker_id] = b"".join(read_bytes(plan[EMBEDDINGS], config.dtype, init_row))
     return Parts(origins, config, processor, plan, marker_rows, is_trained)
 
 
 def read_checkpoint(checkpoint: str) -> Parts:
     origin = resolve(checkpoint)
-    config_class = get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", HERE)
+    config_class = get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", ROOT)
     found = json.loads((origin.folder / "config.json").read_text()).get("model_type")
     if found != config_class.model_type:
         raise ValueError(f"{checkpoint} holds a {found} model; --checkpoint has to be one that was trained from here.")
@@ -431,18 +270,22 @@ def build(
     """
     if output is None:
         raise ValueError("--output is missing: name the folder to make.")
-    if (checkpoint is None) != (base is not None and audio_encoder is not None) or (checkpoint and (base or adapter)):
+    is_from_bases = checkpoint is None and base is not None and audio_encoder is not None
+    is_from_checkpoint = checkpoint is not None and base is None and audio_encoder is None and adapter is None
+    if not (is_from_bases or is_from_checkpoint):
         raise ValueError("Give either --base and --audio-encoder, or --checkpoint.")
     target = Path(output).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{output} is not empty; name a new folder for --output.")
-    parts = read_checkpoint(checkpoint) if checkpoint else join_bases(base, audio_encoder, adapter, seed)
+    parts = read_checkpoint(checkpoint) if is_from_checkpoint else join_bases(base, audio_encoder, adapter, seed)
     origins, config, processor, plan, marker_rows, is_trained = parts
     if projector is not None:
         is_trained = True
         plan[PROJECTOR], markers = read_projector(Path(projector))
-        for token, row in zip(MARKER_TEACHERS, () if markers is None else markers, strict=markers is not None):
-            marker_rows[processor.tokenizer.convert_tokens_to_ids(token)] = b"".join(read_bytes(row, config.dtype))
+        if markers:
+            for marker, row in zip(MARKER_INIT, markers, strict=True):
+                marker_id = processor.tokenizer.convert_tokens_to_ids(marker)
+                marker_rows[marker_id] = b"".join(read_bytes(row, config.dtype))
     expected = meta_state_dict(config)
     if problems := find_problems(plan, expected):
         raise ValueError("The checkpoints do not make this model:\n" + "\n".join(problems))
@@ -459,25 +302,14 @@ def build(
         config.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         first = next(iter(origins.values())).folder  # the base, or the checkpoint
-        generation = first if (first / "generation_config.json").is_file() else HERE
+        generation = first if (first / "generation_config.json").is_file() else ROOT
         GenerationConfig.from_pretrained(generation).save_pretrained(unfinished)
         for name, source in ({name: name for name in CODE_FILES} | SHIPPED_FILES).items():
             brought = checkpoint and name in EXAMPLES and (first / name).is_file()
             (unfinished / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(first / name if brought else HERE / source, unfinished / name)
+            shutil.copyfile(first / name if brought else ROOT / source, unfinished / name)
         make_card(origins, is_trained, expected, config.dtype).save(unfinished / "README.md")
-
-        split = split_torch_state_dict_into_shards(expected, max_shard_size=MAX_SHARD_SIZE)
-        checksums = {}
-        for file, names in tqdm(split.filename_to_tensors.items(), desc="weights", unit="file"):
-            contents = {name: read_bytes(plan[name], config.dtype) for name in names}
-            if EMBEDDINGS in contents:
-                contents[EMBEDDINGS] = replace_rows(contents[EMBEDDINGS], marker_rows)
-            checksums[file] = write_safetensors(unfinished / file, {name: expected[name] for name in names}, contents)
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (unfinished / "model.safetensors.index.json").write_text(text)
+        checksums = write_weights(unfinished, expected, plan, marker_rows)
         write_checksums(unfinished, checksums)
         unfinished.replace(target)
     except BaseException:
@@ -488,7 +320,7 @@ def build(
 
 def make_card(origins: dict[str, Origin], is_trained: bool, tensors, dtype: torch.dtype) -> ModelCard:
     """The project's README with the facts of a build, and without the parts that are about its development."""
-    text = (HERE / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"<!-- development -->.*?<!-- end of development -->\n+", "", text, flags=re.DOTALL)
     facts = [
         "The projector is trained."
@@ -567,7 +399,7 @@ def ask_in_a_fresh_process(repo: str, revision: str | None, environment: dict[st
     Raises:
         ValueError: with the last lines that the process wrote, if it could not load or answer.
     """
-    command = [sys.executable, str(HERE / "upload.py"), "ask", repo, *(["--revision", revision] if revision else [])]
+    command = [sys.executable, str(ROOT / "upload.py"), "ask", repo, *(["--revision", revision] if revision else [])]
     with tempfile.TemporaryDirectory() as elsewhere:
         done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
     if done.returncode:

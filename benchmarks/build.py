@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration, WhisperForConditionalGeneration
 
+from checkpoints import BASE_NAMES, rename
 from demo.bases import ASSETS
-from upload import BASE_NAMES, HERE, rename
+from upload import ROOT
 
 
 NOISE = os.urandom(2**22)
@@ -86,7 +87,7 @@ def timed(command: list, folder: Path) -> float:
 def bench(size: str, folder: Path, sparse: bool) -> str:
     base, encoder = make_base(folder / "base", size, sparse), make_encoder(folder / "encoder", sparse)
     total = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
-    command = [sys.executable, HERE / "upload.py", "build", "--base", base, "--audio-encoder", encoder]
+    command = [sys.executable, ROOT / "upload.py", "build", "--base", base, "--audio-encoder", encoder]
     build = timed([*command, "--output", folder / "built"], folder / "built")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     (folder / "copy").mkdir()

@@ -7,6 +7,7 @@ import io
 import ipaddress
 import os
 import re
+import socket
 import ssl
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from sounds import ENCODINGS, RECORDINGS, encode
 from transformers import WhisperFeatureExtractor
 
 import audio_utils
-from audio_utils import AudioError, fetch_audio, log_mel, split_windows, tokens_per_window
+from audio_utils import AudioError, fetch_audio, log_mel, split_windows
+from configuration_qwen2_audio_vl import tokens_per_window
 from demo.bases import ASSETS
 
 
@@ -423,9 +425,10 @@ def serve():
                     self.wfile.write(b"H")
             elif path == "missing":
                 self.send_error(404)
-            elif path.startswith("to="):
+            elif path.startswith(("to=", "late-to=")):
+                stopped.wait(path.startswith("late"))  # 1 s
                 self.send_response(302)
-                self.send_header("Location", urllib.parse.unquote(path[3:]))
+                self.send_header("Location", urllib.parse.unquote(path.partition("=")[2]))
                 self.end_headers()
             elif path == "loop":
                 self.send_response(302)
@@ -548,6 +551,28 @@ def test_downloads_have_limits(path, limits, message, web):
     with pytest.raises(AudioError, match=message):
         fetch_audio(web + path, **limits)
     assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("limits", [{}, {"public_only": True}])
+def test_one_deadline_for_redirects_and_handshakes(limits, web, monkeypatch):
+    """A slow redirect, to a server that accepts connections and sends its TLS handshake a byte at a time."""
+    monkeypatch.setattr(audio_utils, "is_public", lambda address: True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            with contextlib.suppress(OSError), server.accept()[0] as connection:
+                connection.sendall(b"\x16\x03\x03\x40\x00")  # a handshake record of 16 KB
+                while True:
+                    connection.sendall(bytes(1))
+                    time.sleep(0.1)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        start = time.monotonic()
+        with pytest.raises(AudioError, match="took longer than the limit of 1.5 s"):
+            fetch_audio(f"{web}late-to=https://127.0.0.1:{server.getsockname()[1]}/", timeout=1.5, **limits)
+        assert 1.5 <= time.monotonic() - start < 2
+        thread.join()
 
 
 def test_a_server_opens_public_addresses_only(web, monkeypatch):

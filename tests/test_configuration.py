@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+import checkpoints
 import upload
 from demo.bases import ASSETS
 
@@ -95,7 +96,7 @@ def test_full_size_model_on_the_meta_device():
         model = AutoModel.from_config(config, trust_remote_code=True)
     names = model.state_dict().keys()
     index = json.loads((ASSETS / "qwen2-vl-7b" / "model.safetensors.index.json").read_text())
-    published = {upload.rename(name, upload.BASE_NAMES) for name in index["weight_map"]}
+    published = {checkpoints.rename(name, checkpoints.BASE_NAMES) for name in index["weight_map"]}
     assert published == {name for name in names if "audio" not in name}
     assert model.model.audio_projector.weight.shape == (3584, 1280)
     assert sum(p.numel() for p in model.model.audio_encoder.parameters()) == 636_968_960

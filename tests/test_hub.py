@@ -62,7 +62,7 @@ def upload_py(hub, tmp_path):
     """Runs a command of upload.py as a user of the local Hub does."""
 
     def run(*arguments, token: str | None = hub.token) -> subprocess.CompletedProcess:
-        command = [sys.executable, upload.HERE / "upload.py", *map(str, arguments)]
+        command = [sys.executable, upload.ROOT / "upload.py", *map(str, arguments)]
         environment = hub.environment(tmp_path / "home", token)
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -90,7 +90,7 @@ def cut_a_push(hub: LocalHub, command: list, arguments: dict):
 @pytest.fixture(scope="module")
 def commit(hub, folder, tmp_path_factory):
     """The first push, after one that ended in the middle of the weights."""
-    command = [sys.executable, upload.HERE / "upload.py", "push", folder, ID]
+    command = [sys.executable, upload.ROOT / "upload.py", "push", folder, ID]
     arguments = {
         "env": hub.environment(tmp_path_factory.mktemp("home"), hub.token),
         "capture_output": True,

@@ -289,7 +289,7 @@ def test_deafness_is_an_error(kinds, model):
 def test_features_of_another_extractor_are_an_error(kinds, model):
     inputs = kinds["audio alone"]()
     for wrong in (inputs["input_features"][:, :80], inputs["input_features"][..., :99], inputs["input_features"][0]):
-        with pytest.raises(ValueError, match=r"hears \(windows, 128 mel bins, 100 frames\)"):
+        with pytest.raises(ValueError, match=r"takes \(windows, 128 mel bins, 100 frames\)"):
             model.get_audio_features(wrong)
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+import checkpoints
 import train
 import upload
 from demo.make import make_bases
@@ -182,7 +183,7 @@ def test_projector_stage_changes_the_projector_alone(start, tones, trained, tmp_
     projected = tmp_path / "markers" / "audio_projector.safetensors"
     built = upload.build(checkpoint=start, projector=projected, output=tmp_path / "b")
     after, exported = (load_file(path / "model.safetensors") for path in (built, tmp_path / "exported"))
-    rows_changed = (before[upload.EMBEDDINGS] != after[upload.EMBEDDINGS]).any(1).nonzero().flatten().tolist()
+    rows_changed = (before[checkpoints.EMBEDDINGS] != after[checkpoints.EMBEDDINGS]).any(1).nonzero().flatten().tolist()
     config = json.loads((start / "config.json").read_text())
     assert rows_changed == [config["audio_bos_token_id"], config["audio_eos_token_id"]]
     assert after.keys() == exported.keys() and all(torch.equal(after[name], exported[name]) for name in after)

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, Qwen2VLForConditionalGeneration, WhisperForConditionalGeneration
 
+import checkpoints
 import upload
 from demo.bases import make_qwen2_vl, make_whisper
 
@@ -62,7 +63,7 @@ def test_folder_holds_all_that_a_user_loads(repo):
     for name, source in [(name, name) for name in (*upload.CODE_FILES, "chat_template.jinja")] + [
         *upload.SHIPPED_FILES.items()
     ]:
-        assert (repo / name).read_bytes() == (upload.HERE / source).read_bytes()
+        assert (repo / name).read_bytes() == (upload.ROOT / source).read_bytes()
     sums = [line.split("  ") for line in (repo / "SHA256SUMS").read_text().splitlines()]
     assert {name for _, name in sums} == set(upload.files_of(repo)) - {"SHA256SUMS"}
     for checksum, name in sums:
@@ -77,7 +78,7 @@ def test_weights_are_those_of_the_bases(repo, bases):
     markers = {151658: 151652, 151659: 151653}
     for name, tensor in stock.items():
         expected = tensor.clone()
-        if name == upload.EMBEDDINGS:
+        if name == checkpoints.EMBEDDINGS:
             for marker, teacher in markers.items():
                 expected[marker] = tensor[teacher]
         assert torch.equal(built.pop(name), expected), name
@@ -100,7 +101,8 @@ def test_tokens(repo):
 
 
 def test_current_tensor_names_give_the_same_folder(bases, repo, tmp_path):
-    base = copy_base(bases["qwen2_vl"], tmp_path / "base", lambda name: upload.rename(name, upload.BASE_NAMES))
+    rename, rules = checkpoints.rename, checkpoints.BASE_NAMES
+    base = copy_base(bases["qwen2_vl"], tmp_path / "base", lambda name: rename(name, rules))
     encoder = copy_base(bases["whisper"], tmp_path / "encoder", lambda name: name.removeprefix("model."))
     built = upload.build(base, encoder, tmp_path / "out")
     assert (built / "model.safetensors").read_bytes() == (repo / "model.safetensors").read_bytes()
@@ -146,7 +148,7 @@ def test_tied_embeddings(bases, tmp_path):
 
 
 def test_bf16_and_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(upload, "MAX_SHARD_SIZE", "25MB")
+    monkeypatch.setattr(checkpoints, "MAX_SHARD_SIZE", "25MB")
     base = make_qwen2_vl(tmp_path / "base", dtype=torch.bfloat16)
     encoder = make_whisper(tmp_path / "encoder", window_seconds=1, dtype=torch.float16)
     built = upload.build(base, encoder, tmp_path / "out")
@@ -161,7 +163,7 @@ def test_bf16_and_shards(tmp_path, monkeypatch):
 
 def test_seed_decides_the_projector(bases, tmp_path):
     projectors = [
-        load(upload.build(bases["qwen2_vl"], bases["whisper"], tmp_path / str(n), seed=seed))[upload.PROJECTOR]
+        load(upload.build(bases["qwen2_vl"], bases["whisper"], tmp_path / str(n), seed=seed))[checkpoints.PROJECTOR]
         for n, seed in enumerate((0, 0, 1))
     ]
     assert torch.equal(projectors[0], projectors[1]) and not torch.equal(projectors[0], projectors[2])
@@ -178,14 +180,15 @@ def test_weights_do_not_depend_on_the_chunks_they_are_copied_in(chunk, bases, tm
     embeddings = load(base)["model.embed_tokens.weight"][151_600:151_700].clone()
     tensors = load(base) | {"model.embed_tokens.weight": embeddings}
     save_file(tensors, base / "model.safetensors")
-    plan = {tensor.name: tensor for tensor in upload.stored_tensors(base)}
-    monkeypatch.setattr(upload, "CHUNK", chunk)
+    plan = {tensor.name: tensor for tensor in checkpoints.stored_tensors(base)}
+    monkeypatch.setattr(checkpoints, "CHUNK", chunk)
     for name in ("model.embed_tokens.weight", "model.norm.weight", "visual.patch_embed.proj.weight"):
         for dtype in (torch.float32, torch.bfloat16):
-            content = b"".join(upload.read_bytes(plan[name], dtype))
+            content = b"".join(checkpoints.read_bytes(plan[name], dtype))
             assert content == tensors[name].to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
-    row = b"".join(upload.read_bytes(plan["model.embed_tokens.weight"], torch.float32, slice(3, 4)))
-    chunks = upload.replace_rows(upload.read_bytes(plan["model.embed_tokens.weight"], torch.float32), {7: row, 9: row})
+    stored = plan["model.embed_tokens.weight"]
+    row = b"".join(checkpoints.read_bytes(stored, torch.float32, slice(3, 4)))
+    chunks = checkpoints.replace_rows(checkpoints.read_bytes(stored, torch.float32), {7: row, 9: row})
     embeddings[7] = embeddings[9] = embeddings[3]
     assert b"".join(chunks) == embeddings.numpy().tobytes()
 
@@ -197,7 +200,7 @@ def test_trained_projector(bases, tmp_path):
     parts = bases["qwen2_vl"], bases["whisper"]
     for name in ("projector.safetensors", "projector.pt"):
         built = upload.build(*parts, tmp_path / f"with-{name}", projector=tmp_path / name)
-        assert torch.equal(load(built)[upload.PROJECTOR], trained)
+        assert torch.equal(load(built)[checkpoints.PROJECTOR], trained)
         card = (built / "README.md").read_text()
         assert "The projector is trained." in card and "untrained" not in card
 
@@ -314,10 +317,10 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path
     code = f"""
         import os, random, shutil, signal, sys, time
         from pathlib import Path
-        sys.path.insert(0, {str(upload.HERE)!r})
-        import torch, upload
+        sys.path.insert(0, {str(upload.ROOT)!r})
+        import checkpoints, torch, upload
         torch.set_num_threads(1)
-        upload.CHUNK = 2**16
+        checkpoints.CHUNK = 2**16
         target = Path({str(tmp_path / "out")!r})
         unfinished = target.parent / ".out.unfinished"
 
@@ -417,7 +420,7 @@ def test_check_tells_by_its_exit_code(repo, tmp_path):
     with (tmp_path / "broken" / "processing_qwen2_audio_vl.py").open("a") as file:
         file.write("\nraise RuntimeError('broken code')\n")
     upload.write_checksums(tmp_path / "broken", {})
-    command = [sys.executable, upload.HERE / "upload.py", "check"]
+    command = [sys.executable, upload.ROOT / "upload.py", "check"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     good, bad = (subprocess.Popen([*command, folder], **pipes) for folder in (repo, tmp_path / "broken"))
     output, _ = good.communicate(timeout=300)
@@ -453,7 +456,7 @@ def test_wrong_parts_are_refused_before_anything_is_written(bases, tmp_path):
 
 
 def test_command_line(bases, tmp_path):
-    command = [sys.executable, upload.HERE / "upload.py", "build", "--base", bases["qwen2_vl"], "--audio-encoder"]
+    command = [sys.executable, upload.ROOT / "upload.py", "build", "--base", bases["qwen2_vl"], "--audio-encoder"]
     arguments = {"capture_output": True, "text": True, "cwd": tmp_path}
     done = subprocess.run([*command, bases["whisper"], "--output", "out"], **arguments, check=True)
     assert "out is ready" in done.stdout and (tmp_path / "out" / "model.safetensors").is_file()

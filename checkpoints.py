@@ -1,0 +1,226 @@
+"""
+Checkpoints on disk, streamed: where each tensor of a model lies, what the model will take from where, and the writing
+of new safetensors files from it, in a few megabytes of memory whatever their size.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+PROJECTOR = "model.audio_projector.weight"
+MARKERS = "audio_markers.weight"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
+MAX_SHARD_SIZE = "5GB"
+CHUNK = 2**22  # bytes in memory at a time
+WRITE = 2**16  # bytes written at a time: Linux takes longer for the same bytes in larger pieces
+
+# Published checkpoints name their tensors as the class of their day did; the current names pass unchanged.
+BASE_NAMES = (
+    (r"^visual\.", "model.visual."),
+    (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),
+)
+ENCODER_NAMES = ((r"^(?:model\.)?encoder\.", "model.audio_encoder."),)  # of Whisper only the encoder is used
+# Trained checkpoints of this model's first layout.
+ADAPTER_NAMES = (*BASE_NAMES, (r"^audio_(?=encoder\.|projector\.)", "model.audio_"))
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies in a safetensors file."""
+
+    path: Path
+    name: str
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+    size: int  # bytes
+
+
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """All tensors of a checkpoint, by the headers of its safetensors files alone."""
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    tensors = []
+    for path in (folder / name for name in sorted(names)):
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no {path.name}; expected model.safetensors, or shards with their index.")
+        with path.open("rb") as file:  # https://github.com/huggingface/safetensors#format
+            size = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(min(size, 10**8)))
+            except ValueError as error:
+                raise ValueError(f"{path} is no safetensors file, or is cut short.") from error
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            if 8 + size + end > path.stat().st_size:
+                raise ValueError(f"{path} is cut short: {name} lies past its end.")
+            tensors.append(
+                StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + size + start, end - start)
+            )
+    return tensors
+
+
+def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def read_projector(path: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """
+    What `train.py` wrote, in a safetensors or `.pt` file.
+
+    Returns:
+        The projector `(hidden size, d_model)`, and the embeddings `(hidden size,)` of bos and eos; none if they are not
+        there.
+
+    Raises:
+        ValueError: if the file holds anything but these tensors. Nothing in a `.pt` is executed.
+    """
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        tensors = {rename(name, ADAPTER_NAMES): tensor for name, tensor in tensors.items()}
+    except Exception as error:
+        raise ValueError(f"{path} is no file of tensors by name: {error}") from error
+    if PROJECTOR not in tensors or set(tensors) - {PROJECTOR, MARKERS}:
+        raise ValueError(
+            f"{path} holds {', '.join(tensors) or 'nothing'}; expected audio_projector.weight, and perhaps {MARKERS}."
+        )
+    return tensors[PROJECTOR], list(tensors.get(MARKERS, ()))
+
+
+def plan_tensors(base: Path, encoder: Path, adapter: Path | None, config) -> dict[str, StoredTensor]:
+    """Where each tensor of the result comes from. Those of a trained checkpoint take precedence over the bases'."""
+    plan = {}
+    for folder, rules in ((base, BASE_NAMES), (encoder, ENCODER_NAMES), (adapter, ADAPTER_NAMES)):
+        for tensor in stored_tensors(folder) if folder else ():
+            name = rename(tensor.name, rules)
+            if folder == encoder and not name.startswith("model.audio_encoder."):
+                continue  # Whisper's decoder
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue
+            plan[name] = tensor
+    return plan
+
+
+def find_problems(plan: dict[str, StoredTensor | torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Compares the plan with the model, before a byte is written."""
+    problems = [f"missing: {name}" for name in expected if name not in plan]
+    for name, tensor in plan.items():
+        if name not in expected:
+            problems.append(f"unexpected: {name} (there as {tensor.name})")
+        elif tuple(tensor.shape) != tuple(expected[name].shape):
+            problems.append(f"misshapen: {name} is {tuple(tensor.shape)}, the model's is {tuple(expected[name].shape)}")
+        elif isinstance(tensor, StoredTensor) and tensor.dtype not in DTYPES:
+            problems.append(f"of dtype {tensor.dtype}: {name}; expected one of {', '.join(DTYPES)}")
+    return sorted(problems)
+
+
+def read_bytes(tensor: StoredTensor | torch.Tensor, dtype: torch.dtype, rows: slice = slice(None)) -> Iterator[bytes]:
+    """The bytes of a tensor, or of some of its rows, in `dtype`, a chunk at a time."""
+    if isinstance(tensor, torch.Tensor):
+        yield tensor[rows].to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+        return
+    first, last, _ = rows.indices(tensor.shape[0])
+    row_size = tensor.size // tensor.shape[0]
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.start + first * row_size)
+        left = (last - first) * row_size
+        while left:
+            chunk = file.read(min(CHUNK, left))
+            if not chunk:
+                raise ValueError(f"{tensor.path} ended within {tensor.name}.")
+            left -= len(chunk)
+            if DTYPES[tensor.dtype] != dtype:
+                converted = torch.frombuffer(bytearray(chunk), dtype=DTYPES[tensor.dtype]).to(dtype)
+                chunk = converted.view(torch.uint8).numpy().tobytes()
+            yield chunk
+
+
+def replace_rows(chunks: Iterator[bytes], rows: dict[int, bytes]) -> Iterator[bytes]:
+    """The bytes of a matrix with some of its rows replaced."""
+    position = 0
+    for chunk in chunks:
+        for number, row in rows.items():
+            offset = number * len(row) - position
+            start, end = max(offset, 0), min(offset + len(row), len(chunk))
+            if start < end:
+                chunk = chunk[:start] + row[start - offset : end - offset] + chunk[end:]
+        yield chunk
+        position += len(chunk)
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], contents: dict[str, Iterator[bytes]]) -> str:
+    """
+    Writes a safetensors file from a stream, where the library's own writer holds all of it in memory.
+
+    Args:
+        tensors: Shapes and dtypes by name; meta tensors do.
+        contents: The bytes of each.
+
+    Returns:
+        The file's SHA-256.
+    """
+    safetensors_names = {dtype: name for name, dtype in DTYPES.items()}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        entry = {"dtype": safetensors_names[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**entry, "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(digest.update, b"")
+        for content in ([len(text).to_bytes(8, "little"), text], *(contents[name] for name in tensors)):
+            for chunk in content:
+                hashed.result()
+                hashed = pool.submit(digest.update, chunk)  # while this one is written and the next one is read
+                for start in range(0, len(chunk), WRITE):
+                    file.write(memoryview(chunk)[start : start + WRITE])
+        hashed.result()
+        if file.tell() != 8 + len(text) + offset:
+            raise ValueError(f"{path.name} should have {8 + len(text) + offset} bytes, but {file.tell()} were read.")
+    return digest.hexdigest()
+
+
+def write_weights(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    plan: dict[str, StoredTensor | torch.Tensor],
+    marker_rows: dict[int, bytes],
+) -> dict[str, str]:
+    """
+    Writes `model.safetensors`, or shards of at most `MAX_SHARD_SIZE` with their index.
+
+    Args:
+        tensors: Shapes and dtypes of the model by name; meta tensors do.
+        plan: Where the content of each comes from.
+        marker_rows: Rows of the embeddings, by number, that replace those of the plan.
+
+    Returns:
+        The SHA-256 of each safetensors file by its name.
+    """
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
+    checksums = {}
+    for file, names in tqdm(split.filename_to_tensors.items(), desc="weights", unit="file"):
+        contents = {name: read_bytes(plan[name], tensors[name].dtype) for name in names}
+        if EMBEDDINGS in contents:
+            contents[EMBEDDINGS] = replace_rows(contents[EMBEDDINGS], marker_rows)
+        checksums[file] = write_safetensors(folder / file, {name: tensors[name] for name in names}, contents)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text)
+    return checksums
