@@ -3,10 +3,9 @@ What `upload.py build` costs at real size: peak memory, and time beside `cp` of 
 base checkpoints have the real names and sizes and noise for content; with `--sparse` they are files of holes, which
 take no space but which `cp` does not even read.
 
-    python -m benchmarks.build --folder DIR_WITH_40_GB_FREE
+    python -m benchmarks.build --folder DIR_WITH_40_GB_FREE [--readme]
 """
 
-import argparse
 import json
 import os
 import resource
@@ -21,6 +20,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration, WhisperForConditionalGeneration
 
+from benchmarks.measure import where
+from benchmarks.report import report
 from checkpoints import BASE_NAMES, rename
 from demo.bases import ASSETS
 from upload import ROOT
@@ -95,16 +96,20 @@ def bench(size: str, folder: Path, sparse: bool) -> str:
     return f"| {size} | {total / 1e9:.1f} GB | {build:.0f} s | {copy:.0f} s | {build / copy:.2f} | {peak:.2f} GiB |"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="on the disk to measure (default: the temporary folder)")
-    parser.add_argument("--sparse", action="store_true", help="base files of holes")
-    options = parser.parse_args()
-    print("| Qwen2-VL | bytes | `upload.py build` | `cp` | times as long | peak memory |\n|---|---|---|---|---|---|")
+def measure(options) -> str:
+    rows = [
+        "| Qwen2-VL | bytes | `upload.py build` | `cp` | times as long | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
     for size in ("2b", "7b"):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            print(bench(size, Path(folder), options.sparse), flush=True)
+            rows.append(bench(size, Path(folder), options.sparse))
+    return "\n".join([*rows, "", where()])
 
 
 if __name__ == "__main__":
-    main()
+    options = {
+        "--folder": {"help": "on the disk to measure (default: the temporary folder)"},
+        "--sparse": {"action": "store_true", "help": "base files of holes"},
+    }
+    report(__file__, __doc__, measure, options)

@@ -6,7 +6,6 @@ beside the sum of its parts and transformers' Qwen2-Audio and Qwen2.5-Omni at th
     python -m benchmarks.gpu --small      the same with small models, where there is no GPU: shows only that it runs
 """
 
-import argparse
 import gc
 import io
 import itertools
@@ -26,12 +25,11 @@ from transformers import (
     Qwen2AudioForConditionalGeneration,
     WhisperFeatureExtractor,
 )
-from transformers.utils import logging
 
 from audio_utils import fetch_audio, log_mel
-from benchmarks import readme
 from benchmarks.measure import added_memory, decode_step, in_turns, synchronize, where
 from benchmarks.parts import Parts, full_config, make_model, make_prompt, small_config
+from benchmarks.report import report
 from demo.bases import ASSETS
 
 
@@ -103,7 +101,7 @@ def ours_and_parts(config, device: str, dtype: torch.dtype) -> dict[str, Subject
 
     def sum_of_parts(inputs):
         inputs = dict(inputs)
-        parts.hear(inputs.pop("input_features"))
+        parts.embed_audio(inputs.pop("input_features"))
         return parts.qwen(**inputs, use_cache=True, logits_to_keep=1)
 
     def stock(input_features, **inputs):
@@ -215,15 +213,9 @@ def measure_sound(device: str, scale: Scale) -> list[str]:
     return [f"{scale.clips * 30 / seconds:,.0f}" for seconds in in_turns(ours, theirs, seconds=scale.seconds)]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="put the table into the README")
-    parser.add_argument("--small", action="store_true", help="small models on the CPU, to try the script")
-    options = parser.parse_args()
-    logging.set_verbosity_error()
+def compare(options) -> str:
     if not options.small and not torch.cuda.is_available():
-        parser.error("there is no GPU; --small tries the script without one")
-
+        raise SystemExit("There is no GPU; --small tries the script without one.")
     device, dtype, config, peers, scale = "cuda", torch.bfloat16, full_config(), ({}, {}), Scale()
     if options.small:
         device, dtype, config = "cpu", torch.float32, small_config(layers=1)
@@ -261,11 +253,9 @@ def main():
     for what in table["this model"]:
         lines.append(f"| {what} | {' | '.join(column.get(what, '') for column in table.values())} |")
     note = f"{where()}; {rates[0] / 1e12:.1f} TFLOP/s and {rates[1] / 1e12:.2f} TB/s measured; random weights, {dtype}."
-    text = "\n".join([*lines, "", note]) + "\n"
-    print(text)
-    if options.readme:
-        readme.fill("benchmarks/gpu.py", text)
+    return "\n".join([*lines, "", note])
 
 
 if __name__ == "__main__":
-    main()
+    options = {"--small": {"action": "store_true", "help": "small models on the CPU, to try the script"}}
+    report(__file__, __doc__, compare, options)

@@ -1,12 +1,11 @@
 """
 What the audio path costs beside the sum of its parts (stock Qwen2-VL on as many tokens, stock Whisper encoder, a matrix
-product), on the same random weights and in turns in one run; and how time and memory grow. Prints a table and draws
-`benchmarks/model.png`; with `--readme` the table goes into the README.
+product), on the same random weights and in turns in one run; and how time and memory grow. Prints the tables and draws
+`benchmarks/model.png`.
 
-    python -m benchmarks.model
+    python -m benchmarks.model [--readme]
 """
 
-import argparse
 import operator
 import statistics
 from collections.abc import Callable
@@ -14,11 +13,11 @@ from collections.abc import Callable
 import matplotlib
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.utils import logging
 
-from benchmarks import readme
 from benchmarks.measure import added_memory, decode_step, in_turns, where
-from benchmarks.parts import ROOT, Parts, full_config, make_model, make_prompt, small_config
+from benchmarks.parts import Parts, full_config, make_model, make_prompt, small_config
+from benchmarks.report import report
+from upload import ROOT
 
 
 matplotlib.use("Agg")
@@ -42,7 +41,7 @@ def make_prefills(model, parts: Parts, **prompt: int) -> tuple[Callable, ...]:
 
     @torch.no_grad()
     def encoder():
-        return parts.hear(inputs["input_features"])
+        return parts.embed_audio(inputs["input_features"])
 
     @torch.no_grad()
     def theirs():
@@ -68,9 +67,9 @@ def make_steps(model, parts: Parts) -> tuple[Callable, ...]:
     def theirs():
         with torch.no_grad():
             hidden = parts.encoder(inputs["input_features"]).last_hidden_state
-        heard = hidden @ parts.projector.weight.T
+        audio_embeds = hidden @ parts.projector.weight.T
         alone()
-        heard.backward(torch.ones_like(heard))
+        audio_embeds.backward(torch.ones_like(audio_embeds))
 
     return ours, theirs, alone
 
@@ -123,30 +122,13 @@ def draw(times: dict[str, list], memories: dict[str, list]):
     figure.savefig(PLOT, dpi=110)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="put the table into the README")
-    parser.add_argument("--seconds", type=float, default=90, help="of each comparison (default: 90)")
-    options = parser.parse_args()
-    logging.set_verbosity_error()
-
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    model = make_model(small_config(WINDOW), torch.float32, device)
-    parts = Parts(model)
+def table_of_costs(model, parts: Parts, seconds: float) -> tuple[list[str], str]:
+    """The rows, and how many rounds they are the medians of."""
     prefills, steps = make_prefills(model, parts), make_steps(model, parts)
-    growth = {
-        name: [make_prefills(model, parts, **{name: count}) for count in COUNTS]
-        for name in ("clips", "windows", "batch")
-    }
-
     prefill_memory, step_memory = ([[added_memory(each)] for each in group[:2]] for group in (prefills, steps))
-    memories = {name: [added_memory(ours) for ours, *_ in points] for name, points in growth.items()}
-    prefill = in_turns(*prefills[:2], seconds=options.seconds, take=list)
-    step, total, alone = in_turns(*steps, seconds=options.seconds, take=list)
-    times = {name: [in_turns(*point, rounds=3, take=min) for point in points] for name, points in growth.items()}
-    draw(times, memories)
-
-    lines = ["| what | here | sum of the parts | ratio |", "|---|---|---|---|"]
+    prefill = in_turns(*prefills[:2], seconds=seconds, take=list)
+    step, total, alone = in_turns(*steps, seconds=seconds, take=list)
+    rows = ["| what | here | sum of the parts | ratio |", "|---|---|---|---|"]
     for what, unit, factor, (ours, theirs) in (
         ("prefill", "ms", 1e3, prefill),
         ("decode, a token", "ms", 1e3, decode_steps(model, parts)),
@@ -155,35 +137,53 @@ def main():
         ("memory of a prefill above the weights", "MB", 1e-6, prefill_memory),
         ("memory of a training step above the weights", "MB", 1e-6, step_memory),
     ):
-        # Of neighbours in time, as the speed of a machine that others use as well wanders.
+        # Of neighbours in time, as the speed of a shared machine wanders.
         ratio = statistics.median(map(operator.truediv, ours, theirs))
         medians = (f"{statistics.median(each) * factor:.1f} {unit}" for each in (ours, theirs))
-        lines.append(f"| {what} | {' | '.join(medians)} | {ratio:.3f} |")
-    lines.append(f"| calls of the encoder in an answer of {STEPS} tokens | {count_encoder_calls(model)} | 1 | |")
-    lines += [
-        "",
-        "| operations of a training step | sum of the parts | language model alone | ratio |",
-        "|---|---|---|---|",
-    ]
+        rows.append(f"| {what} | {' | '.join(medians)} | {ratio:.3f} |")
+    rows.append(f"| calls of the encoder in an answer of {STEPS} tokens | {count_encoder_calls(model)} | 1 | |")
+    return rows, f"medians of {len(prefill[0])}, {ROUNDS} and {len(step)} rounds in turns"
+
+
+def table_of_operations() -> list[str]:
+    rows = ["| operations of a training step | sum of the parts | language model alone | ratio |", "|---|---|---|---|"]
     for what, config in (("at this size", small_config(WINDOW)), ("at full size", full_config())):
-        heard, unheard = count_operations(config)
-        lines.append(f"| {what} | {heard / 1e12:.4g} TFLOP | {unheard / 1e12:.4g} TFLOP | {heard / unheard:.3f} |")
-    lines += ["", f"| {COUNTS[-1]}, over {COUNTS[-1]} times one | time here | of the parts | of the encoder | memory |"]
-    lines.append("|---|---|---|---|---|")
+        total, alone = count_operations(config)
+        rows.append(f"| {what} | {total / 1e12:.4g} TFLOP | {alone / 1e12:.4g} TFLOP | {total / alone:.3f} |")
+    return rows
+
+
+def table_of_growth(model, parts: Parts) -> list[str]:
+    """Time and memory of a prefill by clips, windows and batch, which are drawn as well."""
+    growth = {
+        name: [make_prefills(model, parts, **{name: count}) for count in COUNTS]
+        for name in ("clips", "windows", "batch")
+    }
+    memories = {name: [added_memory(ours) for ours, *_ in points] for name, points in growth.items()}
+    times = {name: [in_turns(*point, rounds=3, take=min) for point in points] for name, points in growth.items()}
+    draw(times, memories)
+    rows = [f"| {COUNTS[-1]}, over {COUNTS[-1]} times one | time here | of the parts | of the encoder | memory |"]
+    rows.append("|---|---|---|---|---|")
     for name in growth:
         first, last = ([*times[name][index], memories[name][index]] for index in (0, -1))
         cells = [f"{after / before / COUNTS[-1]:.2f}" for before, after in zip(first, last, strict=True)]
-        lines.append(f"| {name} of 5 s | {' | '.join(cells)} |")
+        rows.append(f"| {name} of 5 s | {' | '.join(cells)} |")
+    return rows
+
+
+def measure(options) -> str:
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    model = make_model(small_config(WINDOW), torch.float32, device)
+    parts = Parts(model)
+    costs, rounds = table_of_costs(model, parts, options.seconds)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     note = (
-        f"{where()}; {size:.0f} million parameters in float32; a clip of 5 s and 64 tokens of text, "
-        f"medians of {len(prefill[0])}, {ROUNDS} and {len(step)} rounds in turns, the ratio of those of each round."
+        f"{where()}; {size:.0f} million parameters in float32; a clip of 5 s and 64 tokens of text, {rounds}, the "
+        "ratio of those of each round."
     )
-    text = "\n".join([*lines, "", note]) + "\n"
-    print(text)
-    if options.readme:
-        readme.fill("benchmarks/model.py", text)
+    return "\n".join([*costs, "", *table_of_operations(), "", *table_of_growth(model, parts), "", note])
 
 
 if __name__ == "__main__":
-    main()
+    options = {"--seconds": {"type": float, "default": 90, "help": "of each comparison (default: 90)"}}
+    report(__file__, __doc__, measure, options)

@@ -1,12 +1,11 @@
 """This model with random weights, and the parts that it is made of on the very same weights."""
 
-from pathlib import Path
-
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from upload import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+
 DROPPED = 146_000  # words of the vocabulary that a small model does without
 MARKS = (
     *("audio_token_id", "audio_bos_token_id", "audio_eos_token_id", "image_token_id", "video_token_id"),
@@ -75,7 +74,8 @@ class Parts:
         self.qwen.lm_head = model.lm_head
         self.encoder, self.projector = model.model.audio_encoder, model.model.audio_projector
 
-    def hear(self, input_features: torch.Tensor) -> torch.Tensor:
+    def embed_audio(self, input_features: torch.Tensor) -> torch.Tensor:
+        """`(windows, mel bins, frames)` -> `(windows, tokens, hidden size)`."""
         return self.encoder(input_features).last_hidden_state @ self.projector.weight.T
 
 

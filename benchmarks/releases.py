@@ -5,7 +5,6 @@ Whether every release computes the same: `nox` records the logits and greedy tok
     python -m benchmarks.releases [--readme]     compares all that was recorded with the first
 """
 
-import argparse
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -13,18 +12,16 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging
 
 import upload
-from benchmarks import readme
-from demo.evaluate import DEMO, load, prepare
-from demo.run import content_of, read_examples
+from benchmarks.report import report
+from demo.ask import DEMO, content_of, load, prepare, read_examples
 
 
-RECORDS = DEMO.parent / "build" / "releases"
+RECORDS = upload.ROOT / "build" / "releases"
 
 
-def record():
+def record() -> str:
     with tempfile.TemporaryDirectory() as folder:
         processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
         model, found = model.float(), {}
@@ -36,6 +33,7 @@ def record():
     RECORDS.mkdir(parents=True, exist_ok=True)
     name = f"transformers {transformers.__version__}, torch {torch.__version__}"
     save_file(found, RECORDS / f"{name}.safetensors")
+    return f"recorded {name}"
 
 
 def table() -> str:
@@ -49,23 +47,9 @@ def table() -> str:
         rows.append(f"| {path.stem} | {logits:.0e} | {'equal' if equal else 'different'} |")
     largest = max(tensor.abs().max().item() for name, tensor in first.items() if name.endswith("logits"))
     note = f"{date.today()}; beside {paths[0].stem}, whose logits reach {largest:.0f}, float32 on the CPU."
-    return "\n".join([*rows, "", note]) + "\n"
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true")
-    parser.add_argument("--readme", action="store_true", help="put the table into the README")
-    options = parser.parse_args()
-    logging.set_verbosity_error()
-    if options.record:
-        record()
-        return
-    text = table()
-    print(text)
-    if options.readme:
-        readme.fill("benchmarks/releases.py", text)
+    return "\n".join([*rows, "", note])
 
 
 if __name__ == "__main__":
-    main()
+    options = {"--record": {"action": "store_true", "help": "compute and keep, instead of comparing"}}
+    report(__file__, __doc__, lambda given: record() if given.record else table(), options)

@@ -5,7 +5,6 @@ HTTP, and vLLM where `make .venv/vllm/.ready` could install it.
     python -m benchmarks.serving [--readme]
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -15,13 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-from transformers.utils import logging
 
 import upload
-from benchmarks import readme
 from benchmarks.measure import Clock, where
-from demo.evaluate import DEMO, load, prepare
-from demo.run import read_examples
+from benchmarks.report import report
+from demo.ask import DEMO, load, prepare, read_examples
 from handler import EndpointHandler
 from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, short_form
 
@@ -29,7 +26,7 @@ from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, s
 REQUESTS, CLIENTS, STEPS = 96, 16, 12
 
 
-def measure(send, examples: list[dict], clients: tuple[int, ...] = (1, CLIENTS)) -> tuple[list[float], float]:
+def time_requests(send, examples: list[dict], clients: tuple[int, ...] = (1, CLIENTS)) -> tuple[list[float], float]:
     """
     Args:
         send: Answers an example; returns the answer and the seconds to its first token.
@@ -97,34 +94,27 @@ def by_vllm(address: str, client: httpx.Client):
     return send
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    options = parser.parse_args()
-    logging.set_verbosity_error()
+def measure(_) -> str:
     examples, results = read_examples(), {}
     with tempfile.TemporaryDirectory() as folder, httpx.Client(timeout=300) as client:
         repo = upload.build(checkpoint=DEMO, output=Path(folder) / "demo")
         processor, model = load(repo)
-        (one,), first = measure(by_generate(processor, model.float()), examples, clients=(1,))
+        (one,), first = time_requests(by_generate(processor, model.float()), examples, clients=(1,))
         results["`generate` in a loop"] = f"{one:.1f} | | {first:.0f} ms"
         handler = EndpointHandler(str(repo))
         handler.model.float()
         with serve(make_endpoint(handler)) as address:
-            (one, many), first = measure(by_handler(address, client), examples)
+            (one, many), first = time_requests(by_handler(address, client), examples)
         results["`handler.py` behind HTTP"] = f"{one:.1f} | {many:.1f} | {first:.0f} ms, the whole answer"
         if VLLM.exists():
             with serve_vllm(repo, Path(folder), VLLM_CPU_NUM_OF_RESERVED_CPU="0") as address:
-                (one, many), first = measure(by_vllm(address, client), examples)
+                (one, many), first = time_requests(by_vllm(address, client), examples)
             results["`vllm serve`"] = f"{one:.1f} | {many:.1f} | {first:.0f} ms"
     rows = ["| | requests per second, one client | sixteen clients | first token, one client |", "|---|---|---|---|"]
     rows += [f"| {name} | {cells} |" for name, cells in results.items()]
     rows.append(f"\n{where()}, float32; {REQUESTS} requests of all skills, the processor's work included.")
-    text = "\n".join(rows)
-    print(text)
-    if options.readme:
-        readme.fill("benchmarks/serving.py", text + "\n")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":
-    main()
+    report(__file__, __doc__, measure)

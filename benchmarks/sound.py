@@ -1,11 +1,10 @@
 """
-How long sound takes from a file to `input_features`, beside what others take for the same, measured in turns in one
-run. Prints a table and draws `benchmarks/sound.png`; with `--readme` both go into the README.
+How long audio takes from a file to `input_features`, beside what others take for the same, measured in turns in one
+run. Prints a table and draws `benchmarks/sound.png`.
 
-    python -m benchmarks.sound
+    python -m benchmarks.sound [--readme]
 """
 
-import argparse
 import io
 import tempfile
 from pathlib import Path
@@ -15,14 +14,13 @@ import numpy as np
 import soundfile
 import soxr
 import torch
-import transformers
 from transformers import AutoProcessor, AutoTokenizer, Qwen2AudioProcessor, WhisperFeatureExtractor
 from transformers.audio_utils import load_audio
 
 import upload
 from audio_utils import fetch_audio, log_mel, resample, split_windows
-from benchmarks import readme
 from benchmarks.measure import in_turns, where
+from benchmarks.report import report
 from demo.bases import ASSETS, make_qwen2_vl, make_whisper
 from tests.sounds import encode
 
@@ -31,8 +29,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
-ROOT = Path(__file__).resolve().parent.parent
-PLOT = ROOT / "benchmarks" / "sound.png"
+PLOT = upload.ROOT / "benchmarks" / "sound.png"
 RATE = 16_000  # Hz
 
 
@@ -151,19 +148,14 @@ def draw(curve):
     figure.savefig(PLOT, dpi=120)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="put the table into the README")
-    arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-
+def measure(_) -> str:
     speech = np.resize(fetch_audio(ASSETS / "audio" / "jfk.wav").numpy(), 30 * RATE)
     lengths = np.random.default_rng(0).integers(RATE // 2, 30 * RATE, 32)
     clips = [speech[:length] for length in lengths]  # 0.5 to 30 s
     extractor = WhisperFeatureExtractor(feature_size=128)
 
     table = Table()
-    # First, for the peer gets up to 1.7 times as fast once large arrays have made the allocator generous.
+    # First, as the peer is up to 1.7 times as fast once large arrays have grown the allocator's pool.
     curve = bench_log_mel(table, extractor, speech, clips)
     bench_decoding(table, speech)
     bench_resampling(table, speech)
@@ -173,11 +165,8 @@ def main():
     draw(curve)
 
     note = f"{where()}; `32 clips` are of 0.5 to 30 s, {sum(lengths) / RATE:.0f} s in all."
-    text = "\n".join([*table.lines, "", note]) + "\n"
-    print(text)
-    if arguments.readme:
-        readme.fill("benchmarks/sound.py", text)
+    return "\n".join([*table.lines, "", note])
 
 
 if __name__ == "__main__":
-    main()
+    report(__file__, __doc__, measure)

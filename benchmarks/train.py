@@ -4,7 +4,6 @@ What the stages of `train.py` cost: measured with the demo checkpoint on this ma
     python -m benchmarks.train [--readme]
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -13,16 +12,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
 import upload
-from benchmarks import readme
 from benchmarks.measure import where
-from benchmarks.parts import ROOT, full_config
-from demo.evaluate import DEMO
-from demo.run import write_transcripts
+from benchmarks.parts import full_config
+from benchmarks.report import report
+from demo.ask import DEMO, write_transcripts
 from train import LANGUAGE_MODEL
 
 
@@ -36,11 +33,20 @@ SETTINGS = {
 TOKENS = 1_600  # a clip of 30 s in one row, with its text
 
 
-def measure(folder: Path, number: int, options: list[str]) -> tuple[float, float]:
+def run(folder: Path, number: int, options: list[str]) -> tuple[float, float]:
     """Rows per second, and the peak memory of the process in GiB."""
     output = folder / f"run-{number}"
-    command = [sys.executable, str(ROOT / "train.py"), "--model", str(folder / "model"), "--use_cpu", "--output_dir"]
-    command += [str(output), "--data", str(folder / "rows.jsonl"), "--max_steps", str(STEPS), "--report_to", "none"]
+    command = [sys.executable, str(upload.ROOT / "train.py"), "--model", str(folder / "model"), "--use_cpu"]
+    command += [
+        "--output_dir",
+        str(output),
+        "--data",
+        str(folder / "rows.jsonl"),
+        "--max_steps",
+        str(STEPS),
+        "--report_to",
+        "none",
+    ]
     command += ["--per_device_train_batch_size", str(BATCH), *(option.format(folder=folder) for option in options)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -50,8 +56,7 @@ def measure(folder: Path, number: int, options: list[str]) -> tuple[float, float
 
 
 def count_full_size() -> list[str]:
-    """Memory and operations at full size: of the configuration in this repository, by the arithmetic of the README."""
-    transformers.logging.set_verbosity_error()
+    """Memory and operations at full size, by the arithmetic of docs/training.md."""
     config = full_config()
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=True)
@@ -80,10 +85,7 @@ def count_full_size() -> list[str]:
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="put the tables into the README")
-    options = parser.parse_args()
+def measure(_) -> str:
     lines = ["| full size, counted | learns | memory | operations for a clip of 30 s |", "|---|---|---|---|"]
     lines += [*count_full_size(), "", "| demo checkpoint, measured | clips per second | peak memory |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
@@ -91,14 +93,11 @@ def main():
         upload.build(checkpoint=DEMO, output=folder / "model")
         write_transcripts(folder / "rows.jsonl")
         for number, (name, words) in enumerate(SETTINGS.items()):
-            rate, memory = measure(folder, number, words)
+            rate, memory = run(folder, number, words)
             lines.append(f"| {name} | {rate:.0f} | {memory:.1f} GiB |")
     note = f"{where()}; {STEPS} steps of {BATCH} clips of 3 s, in one process."
-    text = "\n".join([*lines, "", note]) + "\n"
-    print(text)
-    if options.readme:
-        readme.fill("benchmarks/train.py", text)
+    return "\n".join([*lines, "", note])
 
 
 if __name__ == "__main__":
-    main()
+    report(__file__, __doc__, measure)

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
 
+from upload import ROOT
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+ASSETS = ROOT / "assets"
 
 
 def sharpen(model: torch.nn.Module, std: float) -> torch.nn.Module:

@@ -41,8 +41,8 @@ from transformers.utils import logging
 
 import upload
 from audio_utils import log_mel
+from demo.ask import DEMO, EXAMPLES, ask
 from demo.bases import ASSETS, write_feature_extractor
-from demo.evaluate import DEMO, ask
 from demo.world import (
     HEARD,
     HELD_OUT,
@@ -61,7 +61,7 @@ from demo.world import (
 
 
 logger = logging.get_logger(__name__)
-BUILD = DEMO.parent / "build" / "world"
+BUILD = upload.ROOT / "build" / "world"
 CHECKPOINT_FILES = (
     *("config.json", "generation_config.json", "model.safetensors"),
     *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -484,17 +484,16 @@ def ship(examples: int = 4):
     draw_curves(DEMO / "curves.png")
 
     rng, made = random.Random(11), Examples(HELD_OUT, PHRASES, 11)
-    folder = DEMO / "examples"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    shutil.rmtree(EXAMPLES, ignore_errors=True)
+    EXAMPLES.mkdir()
     listed, wrong = [], 0
     while len(listed) < examples * len(SKILLS):
         number, skill = len(listed) + 1, list(SKILLS)[len(listed) % len(SKILLS)]
         said, drawn, answer = made.make(skill)
         speeches = cast(said, len(said), rng, held_out=True)
-        sounds = [folder / f"{number:02}-{index + 1}-{speech.engine}.wav" for index, speech in enumerate(speeches)]
+        sounds = [EXAMPLES / f"{number:02}-{index + 1}-{speech.engine}.wav" for index, speech in enumerate(speeches)]
         write_speech(speeches, sounds)
-        image = folder / f"{number:02}.png" if drawn else None
+        image = EXAMPLES / f"{number:02}.png" if drawn else None
         if image:
             draw(drawn, rng).save(image)
         if ask(processor, model, [content(skill, [str(path) for path in sounds], image and str(image))]) != [answer]:
@@ -505,16 +504,16 @@ def ship(examples: int = 4):
         names = {"audio": [path.name for path in sounds], "image": image and image.name}
         listed.append({"skill": skill, **names, "said": said, "answer": answer})
     logger.warning(f"{wrong} other examples were answered wrong and left out.")
-    (folder / "examples.json").write_text(json.dumps(listed, indent=2) + "\n")
+    (EXAMPLES / "examples.json").write_text(json.dumps(listed, indent=2) + "\n")
 
     # Those of the card, which `upload.py` takes along: a question and the picture that it is about.
     (clip,) = say(cast(QUESTIONS[:1], 1, rng, held_out=True))
-    with av.open(folder / "speech.mp3", "w") as file:
+    with av.open(EXAMPLES / "speech.mp3", "w") as file:
         stream = file.add_stream("mp3", rate=16_000, layout="mono")
         frame = av.AudioFrame.from_ndarray((clip * 32767).short().numpy()[None], format="s16", layout="mono")
         frame.sample_rate = 16_000
         file.mux([*stream.encode(frame), *stream.encode(None)])
-    draw(HELD_OUT[1], rng).save(folder / "photo.png")
+    draw(HELD_OUT[1], rng).save(EXAMPLES / "photo.png")
 
 
 def draw_curves(path: Path):

@@ -17,9 +17,8 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import upload
-from demo import run
+from demo.ask import DEMO, read_examples
 from demo.bases import ASSETS, make_qwen2_vl, make_whisper
-from demo.evaluate import DEMO
 
 
 def pytest_unconfigure(config):
@@ -58,7 +57,7 @@ def demo_repo(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def examples() -> list[dict]:
     """What the demo checkpoint can be asked, with files and answers."""
-    return run.read_examples()
+    return read_examples()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
 """Content items for messages, code in processes of its own, and the sum of the parts that this model has to equal."""
 
+import copy
 import subprocess
 import sys
 import textwrap
 
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperModel
+from transformers import WhisperModel
+
+from benchmarks.parts import Parts
 
 
 TOKENS = 50  # audio tokens per window of 1 s in the small models
@@ -39,23 +42,13 @@ def answer(process: subprocess.Popen) -> str:
     return next(line for line in output.splitlines() if line.startswith("TOKENS"))
 
 
-class SumOfParts:
+class SumOfParts(Parts):
     """Stock Qwen2-VL, stock Whisper encoder and a matrix product, put together by hand; no cache, one row at a time."""
 
     def __init__(self, model, whisper_folder):
-        state = {name: tensor for name, tensor in model.state_dict().items() if "audio" not in name}
-        config = Qwen2VLConfig(
-            text_config=model.config.text_config.to_dict(), vision_config=model.config.vision_config.to_dict()
-        )
-        self.qwen = Qwen2VLForConditionalGeneration(config).to(model.dtype).eval()
-        self.qwen.load_state_dict(state)
+        super().__init__(copy.deepcopy(model))  # whatever a test does to the model, these weights stay
         self.encoder = WhisperModel.from_pretrained(whisper_folder).eval().get_encoder()
-        self.projector = model.state_dict()["model.audio_projector.weight"]
         self.config = model.config
-
-    @torch.no_grad()
-    def audio_embeds(self, input_features):
-        return self.encoder(input_features).last_hidden_state @ self.projector.T
 
     def positions(self, ids, image_grids, video_grids):
         """M-RoPE written out: text and audio advance by one; a grid spans t, h, w from where it starts."""
@@ -78,7 +71,7 @@ class SumOfParts:
     def hidden_states(self, inputs) -> list[torch.Tensor]:
         """The last hidden states `[sequence, hidden]` of every row, without its padding."""
         inputs = dict(inputs)
-        windows = iter(self.audio_embeds(inputs["input_features"])) if "input_features" in inputs else iter(())
+        windows = iter(self.embed_audio(inputs["input_features"])) if "input_features" in inputs else iter(())
         grids = {name: iter(inputs.get(f"{name}_grid_thw", [])) for name in ("image", "video")}
         patches = {"image": inputs.get("pixel_values"), "video": inputs.get("pixel_values_videos")}
         rows = []

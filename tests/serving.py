@@ -17,12 +17,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from demo.evaluate import DEMO
-from demo.run import EXAMPLES
+from demo.ask import EXAMPLES
 from demo.world import SKILLS
+from upload import ROOT
 
 
-VLLM = DEMO.parent / ".venv" / "vllm" / ".ready"  # of an environment of its own, as it pins another torch
+VLLM = ROOT / ".venv" / "vllm" / ".ready"  # of an environment of its own, as it pins another torch
 SETTINGS = (
     *("--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
     *("--limit-mm-per-prompt", '{"image":2,"audio":2,"video":0}', "--host", "127.0.0.1", "--served-model-name", "demo"),

@@ -6,8 +6,7 @@ from helpers import audio, text
 from torch import nn
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, CompileConfig, DynamicCache
 
-from demo.evaluate import prepare
-from demo.run import EXAMPLES, content_of
+from demo.ask import EXAMPLES, content_of, prepare
 from demo.world import SKILLS
 
 

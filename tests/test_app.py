@@ -9,13 +9,13 @@ from playwright.sync_api import expect, sync_playwright
 from serving import free_port, serve_process
 
 from audio_utils import fetch_audio
-from demo.evaluate import DEMO
-from demo.run import EXAMPLES
+from demo.ask import EXAMPLES
 from demo.world import SKILLS
+from upload import ROOT
 
 
 pytestmark = pytest.mark.app
-SCREENSHOT = DEMO.parent / "build" / "page.png"
+SCREENSHOT = ROOT / "build" / "page.png"
 TIMEOUT = 60_000  # milliseconds
 
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, Qwen2VLConfig, WhisperConfig
 import train
 import upload
 from audio_utils import fetch_audio
-from demo import run
-from demo.evaluate import DEMO, ask, load
+from demo.ask import EXAMPLES, ask, ask_example, load, write_transcripts
+from demo.run import BUILD
 from demo.world import PHRASES, QUESTIONS, SKILLS, WORLD, content
 
 
@@ -26,8 +26,8 @@ def loaded(demo_repo):
 
 
 def test_folder_is_a_small_checkpoint_without_code(demo_repo):
-    tracked = subprocess.run(["git", "ls-files", "demo"], cwd=DEMO.parent, capture_output=True, text=True, check=True)
-    files = [DEMO.parent / name for name in tracked.stdout.splitlines()]
+    tracked = subprocess.run(["git", "ls-files", "demo"], cwd=upload.ROOT, capture_output=True, text=True, check=True)
+    files = [upload.ROOT / name for name in tracked.stdout.splitlines()]
     assert sum(file.stat().st_size for file in files) < 10e6
     assert not {file.name for file in files} & set(upload.CODE_FILES)
     config = AutoConfig.from_pretrained(demo_repo, trust_remote_code=True)
@@ -49,21 +49,21 @@ def test_answers_about_files_are_right(loaded, examples):
     assert {example["skill"] for example in examples} == set(SKILLS)
     for example in examples:
         assert example["answer"] in SKILLS[example["skill"]]["answers"]
-        assert run.ask_example(*loaded, example) == example["answer"], example
+        assert ask_example(*loaded, example) == example["answer"], example
 
 
 def test_it_listens(loaded, examples):
     """Asked about silence, or about another clip, it does not say what it said."""
     processor, model = loaded
     asked = [example for example in examples if example["skill"] == "transcribe"]
-    silence, other = torch.zeros(24_000), str(run.EXAMPLES / asked[0]["audio"][0])
+    silence, other = torch.zeros(24_000), str(EXAMPLES / asked[0]["audio"][0])
     assert asked[0]["answer"] not in ask(processor, model, [content("transcribe", [silence], None)])
     assert ask(processor, model, [content("transcribe", [other], None)] * 2) == [asked[0]["answer"]] * 2
     # A spoken question about the same picture decides which answer is given.
     questions = [example for example in examples if example["skill"] == "question"]
-    by_question = {example["said"][0]: str(run.EXAMPLES / example["audio"][0]) for example in questions}
+    by_question = {example["said"][0]: str(EXAMPLES / example["audio"][0]) for example in questions}
     assert len(by_question) > 1
-    picture = str(run.EXAMPLES / questions[0]["image"])
+    picture = str(EXAMPLES / questions[0]["image"])
     given = ask(processor, model, [content("question", [file], picture) for file in by_question.values()])
     assert len(set(given)) == len(by_question)
 
@@ -71,7 +71,7 @@ def test_it_listens(loaded, examples):
 def test_clips_at_other_rates_in_longer_silence_and_without_a_question(loaded, examples):
     processor, model = loaded
     for example in (example for example in examples if example["skill"] == "transcribe"):
-        samples = fetch_audio(run.EXAMPLES / example["audio"][0])
+        samples = fetch_audio(EXAMPLES / example["audio"][0])
         late = torch.cat([torch.zeros(8_000), samples, torch.zeros(4_000)])
         quiet = {"audio": {"array": (samples * 0.2).numpy(), "sampling_rate": 16_000}}
         contents = [content("transcribe", [late], None), content("transcribe", [quiet["audio"]], None)]
@@ -80,12 +80,12 @@ def test_clips_at_other_rates_in_longer_silence_and_without_a_question(loaded, e
 
 
 def test_make_demo_answers_and_draws(examples):
-    done = subprocess.run([sys.executable, "-m", "demo.run"], cwd=DEMO.parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "demo.run"], cwd=upload.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{len(examples)} of {len(examples)} right" in done.stdout
     for example in examples:
         for name in example["audio"]:
-            assert Image.open(run.BUILD / f"{Path(name).stem}.png").width > 500
+            assert Image.open(BUILD / f"{Path(name).stem}.png").width > 500
 
 
 def test_training_from_two_base_folders_to_a_repository_that_hears(demo_repo, tmp_path):
@@ -111,7 +111,7 @@ def test_training_from_two_base_folders_to_a_repository_that_hears(demo_repo, tm
     (encoder / "preprocessor_config.json").write_text(json.dumps(processors["feature_extractor"]))
     start = upload.build(base, encoder, tmp_path / "start")
 
-    rows = run.write_transcripts(tmp_path / "clips.jsonl")
+    rows = write_transcripts(tmp_path / "clips.jsonl")
     given = {"model": start, "data": tmp_path / "clips.jsonl", "eval": tmp_path / "clips.jsonl"}
     settings = {"max_steps": 150, "learning_rate": 0.01, "train_markers": True, "max_new_tokens": 8, "use_cpu": True}
     words = [str(word) for name, value in (given | settings).items() for word in (f"--{name}", value)]

@@ -14,8 +14,7 @@ from PIL import Image
 from serving import openai_form, short_form
 from test_serving import BAD
 
-from demo.evaluate import prepare
-from demo.run import EXAMPLES
+from demo.ask import EXAMPLES, prepare
 from handler import EndpointHandler
 
 

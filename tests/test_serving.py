@@ -15,7 +15,7 @@ from PIL import Image
 from serving import encode, make_endpoint, openai_form, serve, short_form
 from transformers import pipeline
 
-from demo.run import EXAMPLES, content_of
+from demo.ask import EXAMPLES, content_of
 from demo.world import SKILLS
 
 

@@ -26,7 +26,6 @@ import upload
 from demo.make import make_bases
 
 
-ROOT = Path(train.__file__).parent
 TONES = {"low": 200, "middle": 600, "high": 1800}  # Hz
 
 
@@ -217,7 +216,7 @@ def test_lora_touches_the_language_model_alone(start, tones, tmp_path):
 
 def test_run_that_was_killed_goes_on_to_the_same_bits(start, tones, trained, tmp_path):
     output = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "train.py"), *arguments(start, tones, output, save_steps=1)]
+    command = [sys.executable, str(upload.ROOT / "train.py"), *arguments(start, tones, output, save_steps=1)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, stderr=subprocess.DEVNULL)
     while train.newest_checkpoint(output) is None or int(train.newest_checkpoint(output)[-1]) < 2:
         assert process.poll() is None
@@ -239,7 +238,7 @@ def test_run_that_was_killed_goes_on_to_the_same_bits(start, tones, trained, tmp
 def test_two_processes_equal_one_with_twice_the_batch(start, tones, trained, tmp_path):
     options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     given = arguments(start, tones, tmp_path, per_device_train_batch_size=2, eval=tones / "test.jsonl")
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / "train.py"), *given]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(upload.ROOT / "train.py"), *given]
     done = subprocess.run(
         [*command, "--max_new_tokens=2"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
@@ -372,7 +371,7 @@ def test_arguments_that_cannot_be_right_are_refused(tmp_path, more, message):
 def test_fsdp_settings_are_those_of_accelerate(start, name, processes):
     parser = launch.launch_command_parser()
     args, config, _ = launch._validate_launch_command(
-        parser.parse_args(["--config_file", str(ROOT / "configs" / f"{name}.yaml"), "train.py"])
+        parser.parse_args(["--config_file", str(upload.ROOT / "configs" / f"{name}.yaml"), "train.py"])
     )
     assert args.use_fsdp and args.num_processes == processes == config.num_processes
     assert args.fsdp_version == 2 and args.mixed_precision == "bf16"

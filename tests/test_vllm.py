@@ -17,7 +17,7 @@ from serving import VLLM, openai_form, picture, png, serve_vllm, sound
 from transformers import AutoModel, AutoProcessor
 
 from audio_utils import fetch_audio
-from demo.run import EXAMPLES
+from demo.ask import EXAMPLES
 from demo.world import SKILLS
 
 

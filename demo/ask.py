@@ -1,0 +1,69 @@
+"""Loads the demo checkpoint, asks it, and lists the examples that it is asked about: `demo/examples`."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoModel, AutoProcessor
+
+from demo.world import content
+from upload import ROOT
+
+
+DEMO = ROOT / "demo"
+EXAMPLES = DEMO / "examples"
+BATCH = 50  # questions answered together
+
+
+def load(folder: Path):
+    """The processor and the model of a built folder."""
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    return processor, AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+
+
+def prepare(processor, messages: list):
+    """Model inputs for the answer to a conversation, or to each of several."""
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+    )
+
+
+def ask(processor, model, contents: list[list[dict]]) -> list[str]:
+    """The greedy answers to messages of a user."""
+    answers = []
+    for start in range(0, len(contents), BATCH):
+        batch = contents[start : start + BATCH]
+        inputs = prepare(processor, [[{"role": "user", "content": items}] for items in batch])
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+def read_examples() -> list[dict]:
+    """Of every example `skill`, `audio` (names of files), what is `said`, `image` (a file or None) and `answer`."""
+    return json.loads((EXAMPLES / "examples.json").read_text())
+
+
+def content_of(example: dict) -> list[dict]:
+    """The content of a user's message that asks what the example asks, by paths."""
+    picture = example["image"] and str(EXAMPLES / example["image"])
+    return content(example["skill"], [str(EXAMPLES / name) for name in example["audio"]], picture)
+
+
+def ask_example(processor, model, example: dict) -> str:
+    return ask(processor, model, [content_of(example)])[0]
+
+
+def write_transcripts(path: Path) -> list[dict]:
+    """Writes, and returns, a row to train on for every recording: a request to transcribe it, and what is said."""
+    rows = []
+    for example in read_examples():
+        for name, said in zip(example["audio"], example["said"], strict=True):
+            asked = content("transcribe", [str(EXAMPLES / name)], None)
+            rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
