@@ -1,63 +1,67 @@
-# The commands of the README, and what CI runs beside them.
+# `make` lists the targets. Each installs what it needs into .venv.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 VLLM := $(VENV)/vllm
 
-.PHONY: demo app held-out test test-releases test-endurance test-app test-vllm releases bench lint format clean
+# Nothing that runs from here asks the Hub, and the cache of remote code is the checkout's own.
+export HF_HOME := $(CURDIR)/build/huggingface
+export HF_HUB_OFFLINE := 1
 
-demo: $(READY)
-	HF_HOME=build/huggingface HF_HUB_OFFLINE=1 $(PYTHON) -m demo.run
+.DEFAULT_GOAL := help
+.PHONY: help demo app test test-releases test-endurance test-app test-vllm releases bench held-out lint format clean
 
-app: $(READY)
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY)  ## build the small trained model and ask it about recordings and pictures
+	$(PYTHON) -m demo.run
+
+app: $(READY)  ## open the page on the small trained model
 	rm -rf build/app
-	HF_HOME=build/huggingface HF_HUB_OFFLINE=1 $(PYTHON) upload.py build --checkpoint demo --output build/app
-	HF_HOME=build/huggingface HF_HUB_OFFLINE=1 $(PYTHON) app.py build/app
+	$(PYTHON) upload.py build --checkpoint demo --output build/app
+	$(PYTHON) app.py build/app
 
-# The table of the README; needs the synthesizers that demo/make.py names.
-held-out: $(READY)
-	HF_HOME=build/huggingface HF_HUB_OFFLINE=1 $(PYTHON) -m demo.evaluate --readme
+test: $(READY)  ## the test suite, or a part of it: make test ONLY=tests/test_hub.py
+	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ONLY)
 
-test: $(READY)
-	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
-
-# Its core on the oldest supported transformers and on one in the middle; `test` is on the newest.
-test-releases: $(READY)
+test-releases: $(READY)  ## its core on the oldest supported transformers and on one in the middle
 	$(VENV)/bin/nox --tags ci
 
-test-endurance: $(READY)
+test-endurance: $(READY)  ## 2,000 requests to one process
 	$(PYTHON) -m pytest -m endurance -s
 
-test-app: $(READY)
+test-app: $(READY)  ## the page in Chromium (Debian: apt-get install chromium)
 	$(PYTHON) -m pytest -m app
 
-# Where vLLM cannot be installed the tests are skipped, and say so.
-test-vllm: $(READY)
+test-vllm: $(READY)  ## the folder behind vLLM; skipped where vLLM cannot be installed
 	-$(MAKE) $(VLLM)/.ready
 	$(PYTHON) -m pytest -m vllm
 
-# The core suite on every supported transformers and on the oldest and newest torch, and the table of the README.
-releases: $(READY)
+releases: $(READY)  ## the core suite on every supported transformers and torch, and the table of them
 	rm -rf build/releases
 	$(VENV)/bin/nox
 	$(PYTHON) -m benchmarks.releases --readme
 
-bench: $(READY)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.model --readme
-	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.sound --readme
-	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.train --readme
-	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.serving --readme
+bench: $(READY)  ## measure, and put the tables into benchmarks/README.md
+	$(PYTHON) -m benchmarks.model --readme
+	$(PYTHON) -m benchmarks.sound --readme
+	$(PYTHON) -m benchmarks.train --readme
+	$(PYTHON) -m benchmarks.serving --readme
 
-lint: $(READY)
+held-out: $(READY)  ## ask the small model 500 questions a skill; needs the synthesizers of demo/make.py
+	$(PYTHON) -m benchmarks.held_out --readme
+
+lint: $(READY)  ## check style and formatting
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-format: $(READY)
+format: $(READY)  ## mend both
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-clean:
+clean:  ## remove build/ and .venv/
 	rm -rf build $(VENV)
 
 $(READY): requirements-dev.txt
@@ -65,8 +69,8 @@ $(READY): requirements-dev.txt
 	$(PYTHON) -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-# vLLM on the CPU expects its own name, no Triton, and of its companions nothing that was compiled for CUDA: of torchaudio
-# the pure Python, and of torchvision all but the registrations of compiled operators.
+# vLLM on the CPU needs a version under its own name, no Triton, and of its companions nothing that was compiled for
+# CUDA: of torchaudio only the pure Python, and of torchvision all but the registrations of compiled operators.
 $(VLLM)/.ready: requirements-vllm.txt
 	python3 -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --requirement requirements-vllm.txt

@@ -37,17 +37,9 @@ def run(folder: Path, number: int, options: list[str]) -> tuple[float, float]:
     """Rows per second, and the peak memory of the process in GiB."""
     output = folder / f"run-{number}"
     command = [sys.executable, str(upload.ROOT / "train.py"), "--model", str(folder / "model"), "--use_cpu"]
-    command += [
-        "--output_dir",
-        str(output),
-        "--data",
-        str(folder / "rows.jsonl"),
-        "--max_steps",
-        str(STEPS),
-        "--report_to",
-        "none",
-    ]
-    command += ["--per_device_train_batch_size", str(BATCH), *(option.format(folder=folder) for option in options)]
+    command += ["--output_dir", str(output), "--data", str(folder / "rows.jsonl"), "--max_steps", str(STEPS)]
+    command += ["--per_device_train_batch_size", str(BATCH), "--report_to", "none"]
+    command += [option.format(folder=folder) for option in options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
