@@ -1,5 +1,5 @@
 """
-A page to try the model: record or drop sound, drop a picture, ask, and see where the answer looked. What Spaces run.
+A page to try the model: give it audio and a picture, ask, and see what the answer attends to. What Spaces run.
 
     python app.py [REPO]    a folder or a Hub id; the default is $REPO, or else the folder of this file
 """
@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 MAX_NEW_TOKENS = 256
 MAX_BYTES = 2**25  # of a file
-MAX_SECONDS = 600.0  # of sound
+MAX_SECONDS = 600.0  # of audio
 QUESTIONS = {
     (True, True): "Answer the spoken question about the photo.",
     (True, False): "Transcribe the audio.",
@@ -33,8 +33,8 @@ QUESTIONS = {
 }
 
 
-class Listener:
-    """A loaded repository, which answers and shows what it looked at."""
+class DemoModel:
+    """A loaded repository that answers questions, and shows what in the prompt the answer attends to."""
 
     def __init__(self, repo: str):
         self.folder = Path(repo) if Path(repo).is_dir() else Path(snapshot_download(repo))
@@ -43,33 +43,33 @@ class Listener:
         self.model = AutoModel.from_pretrained(self.folder, dtype="auto", device_map="auto", **code).eval()
         self.fetch_audio = get_class_from_dynamic_module("audio_utils.fetch_audio", str(self.folder))
 
-    def open(self, sound: str | None, picture: str | None) -> tuple[torch.Tensor | None, Image.Image | None]:
+    def open(self, audio: str | None, picture: str | None) -> tuple[torch.Tensor | None, Image.Image | None]:
         """
         Raises:
             gr.Error: if a file cannot be opened; shown on the page.
         """
         sr = self.processor.feature_extractor.sampling_rate
         try:
-            clip = self.fetch_audio(Path(sound), sr, max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS) if sound else None
+            clip = self.fetch_audio(Path(audio), sr, max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS) if audio else None
         except ValueError as error:
-            raise gr.Error(f"This sound cannot be heard: {error}", title="Sound") from error
+            raise gr.Error(f"This audio cannot be opened: {error}", title="Audio") from error
         try:
             return clip, load_image(picture) if picture else None
         except (OSError, SyntaxError, ValueError) as error:
-            raise gr.Error("This file is no picture that can be opened.", title="Picture") from error
+            raise gr.Error("This picture cannot be opened: the file must be a whole image.", title="Picture") from error
 
-    def answer(self, sound: str | None, picture: str | None, question: str | None):
+    def answer(self, audio: str | None, picture: str | None, question: str | None):
         """
         Yields, as the answer grows: the answer, what went in, and at the end the two figures (None before).
 
         Args:
-            sound, picture: Paths of files, or None.
-            question: Where it is empty, the usual one about what is there.
+            audio, picture: Paths of files, or None.
+            question: Where it is empty, the one of `QUESTIONS` for what is given.
         """
-        clip, image = self.open(sound, picture)
+        clip, image = self.open(audio, picture)
         question = question or QUESTIONS.get((clip is not None, image is not None))
         if not question:
-            raise gr.Error("Give a sound, a picture or a question.", title="Nothing to answer")
+            raise gr.Error("Give audio, a picture or a question.", title="Nothing to answer")
         content = [{"type": "text", "text": question}]
         if clip is not None:
             content.insert(0, {"type": "audio", "audio": clip})
@@ -112,31 +112,32 @@ class Listener:
         thread.join()
         if "output" not in done:
             raise gr.Error("The answer failed; this is logged.", title="Answer")
-        attention, heard, seen = self.look(inputs, done["output"]), None, None
+        attention, audio_figure, picture_figure = self.attend(inputs, done["output"]), None, None
         config, ids = self.model.config, inputs["input_ids"][0]
         if clip is not None:
             extractor = self.processor.feature_extractor
-            heard = draw_sound(inputs["input_features"], len(clip), extractor, attention[ids == config.audio_token_id])
+            to_audio = attention[ids == config.audio_token_id]
+            audio_figure = draw_spectrogram(inputs["input_features"], len(clip), extractor, to_audio)
         if image is not None:
             height = int(inputs["image_grid_thw"][0, 1])
             rows = height // config.vision_config.spatial_merge_size
-            seen = draw_picture(image, attention[ids == config.image_token_id].reshape(rows, -1))
-        yield text, facts, heard, seen
+            picture_figure = draw_picture(image, attention[ids == config.image_token_id].reshape(rows, -1))
+        yield text, facts, audio_figure, picture_figure
 
     def describe(self, inputs, clip: torch.Tensor | None) -> str:
         config, ids = self.model.config, inputs["input_ids"][0]
-        parts = [] if clip is None else [f"{len(clip) / self.processor.feature_extractor.sampling_rate:.2f} s of sound"]
+        parts = [] if clip is None else [f"{len(clip) / self.processor.feature_extractor.sampling_rate:.2f} s of audio"]
         for kind, token_id in (("audio", config.audio_token_id), ("image", config.image_token_id)):
             if count := int((ids == token_id).sum()):
                 parts.append(f"{count} {kind} tokens")
         return ", ".join([*parts, f"{len(ids)} tokens in all"])
 
     @torch.no_grad()
-    def look(self, inputs, output) -> torch.Tensor:
+    def attend(self, inputs, output) -> torch.Tensor:
         """
         How much the answer attends to each token of the prompt, float32 `[tokens]`: the mean over the layers and heads
-        of the language model and over the answer's tokens. The answer alone is computed once more, on the cache of its
-        own prompt, as the kernels that generate do not tell.
+        of the language model and over the answer's tokens. The answer is computed once more by eager attention, on the
+        cache of its prompt, because the kernels that `generate` uses do not return these weights.
         """
         prompt = inputs["input_ids"].shape[1]
         cache = output.past_key_values
@@ -157,16 +158,14 @@ class Listener:
         return torch.stack(layers).mean(0)
 
 
-def draw_sound(
-    features: torch.Tensor, num_samples: int, feature_extractor, attention: torch.Tensor | None = None, title: str = ""
-) -> Figure:
+def draw_spectrogram(features: torch.Tensor, num_samples: int, feature_extractor, attention: torch.Tensor) -> Figure:
     """
-    The log-mel spectrogram that the encoder is given, and over it where the answer looked.
+    The log-mel spectrogram that the encoder is given, under the attention to its tokens.
 
     Args:
         features: `[windows, mel bins, frames]`.
         num_samples: Of the clip; what follows is padding.
-        attention: `[audio tokens]`, or None.
+        attention: `[audio tokens]`.
     """
     mel = torch.cat(list(features.float().cpu()), dim=1).numpy()  # [mel bins, frames of all windows]
     seconds = len(features) * feature_extractor.chunk_length
@@ -174,12 +173,11 @@ def draw_sound(
     axes = figure.subplots()
     axes.imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, len(mel)), cmap="magma")
     axes.axvline(num_samples / feature_extractor.sampling_rate, color="white", linewidth=0.8)
-    axes.set(title=title, xlabel="seconds", ylabel="mel bin")
-    if attention is not None:
-        over = axes.twinx()
-        times = (np.arange(len(attention)) + 0.5) * seconds / len(attention)
-        over.fill_between(times, attention / attention.max(), color="cyan", alpha=0.45, linewidth=0)
-        over.set(ylim=(0, 1.05), xlim=(0, seconds), yticks=[], ylabel="where the answer looked")
+    axes.set(xlabel="seconds", ylabel="mel bin")
+    over = axes.twinx()
+    times = (np.arange(len(attention)) + 0.5) * seconds / len(attention)
+    over.fill_between(times, attention / attention.max(), color="cyan", alpha=0.45, linewidth=0)
+    over.set(ylim=(0, 1.05), xlim=(0, seconds), yticks=[], ylabel="attention of the answer")
     return figure
 
 
@@ -194,23 +192,23 @@ def draw_picture(image: Image.Image, attention: torch.Tensor) -> Figure:
     return figure
 
 
-def make_page(listener: Listener) -> gr.Blocks:
-    speech, photo = (str(listener.folder / "examples" / name) for name in ("speech.mp3", "photo.png"))
-    with gr.Blocks(title="Qwen2-VL with ears") as page:
-        gr.Markdown("# Qwen2-VL with ears\nRecord or drop sound, drop a picture, ask about either or both.")
+def make_page(model: DemoModel) -> gr.Blocks:
+    speech, photo = (str(model.folder / "examples" / name) for name in ("speech.mp3", "photo.png"))
+    with gr.Blocks(title="Qwen2-VL with audio") as page:
+        gr.Markdown("# Qwen2-VL with audio\nRecord or drop audio, drop a picture, ask about either or both.")
         with gr.Row():
             with gr.Column():
-                sound = gr.Audio(type="filepath", label="Sound", elem_id="sound")
+                audio = gr.Audio(type="filepath", label="Audio", elem_id="audio")
                 picture = gr.Image(type="filepath", label="Picture", elem_id="picture")
-                question = gr.Textbox(label="Question", placeholder="or leave it to the sound", elem_id="question")
+                question = gr.Textbox(label="Question", placeholder="or ask it in the audio", elem_id="question")
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Column():
                 answer = gr.Textbox(label="Answer", elem_id="answer")
                 facts = gr.Textbox(label="What went in", elem_id="facts")
-                heard = gr.Plot(label="What it heard, and where the answer looked", elem_id="heard")
-                seen = gr.Plot(label="Where the answer looked in the picture", elem_id="seen")
-        inputs, outputs = [sound, picture, question], [answer, facts, heard, seen]
-        gr.on([button.click, question.submit], listener.answer, inputs, outputs)
+                audio_figure = gr.Plot(label="Log-mel, and the attention to it", elem_id="audio-figure")
+                picture_figure = gr.Plot(label="Attention to the picture", elem_id="picture-figure")
+        inputs, outputs = [audio, picture, question], [answer, facts, audio_figure, picture_figure]
+        gr.on([button.click, question.submit], model.answer, inputs, outputs)
         gr.Examples(
             [
                 [speech, photo, QUESTIONS[True, True]],
@@ -227,9 +225,9 @@ def main():
     parser.add_argument("repo", nargs="?", default=os.environ.get("REPO", str(Path(__file__).resolve().parent)))
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     options = parser.parse_args()
-    listener = Listener(options.repo)
-    page = make_page(listener)
-    page.launch(server_port=options.port, allowed_paths=[str(listener.folder / "examples")], max_file_size=MAX_BYTES)
+    model = DemoModel(options.repo)
+    page = make_page(model)
+    page.launch(server_port=options.port, allowed_paths=[str(model.folder / "examples")], max_file_size=MAX_BYTES)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Serves the folder that it lies in: requests of strangers -> answers.
+Serves the folder that it lies in: untrusted requests -> answers.
 
 An Inference Endpoint makes one `EndpointHandler` and calls it with the body of every request; what it raises is
 answered with HTTP 400 and `{"error": "..."}` (https://github.com/huggingface/huggingface-inference-toolkit).
@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-TRANSCRIBE = "Transcribe the audio."  # what is asked about bare sound
-DESCRIBE = "What is in the photo?"  # what is asked about a bare picture
+TRANSCRIBE = "Transcribe the audio."  # the question about a clip that comes without one
+DESCRIBE = "What is in the photo?"  # the question about a picture that comes without one
 ROLES = ("system", "user", "assistant")
 MAX_MESSAGES = 64
 MAX_ITEMS = 8  # pictures in a request, and clips likewise
@@ -43,19 +43,19 @@ PARAMETERS = {
     "repetition_penalty": (float, 0.5, 2.0),
 }
 SAMPLING = ("temperature", "top_k", "top_p")
-# transformers before 5.23 cannot encode control tokens of a user as text.
+# transformers before 5.23 cannot encode a user's control tokens as text.
 SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 MAX_BATCH = 16  # requests answered together
-MAX_BATCH_TOKENS = 2**16  # of them, padding and answers included
+MAX_BATCH_TOKENS = 2**16  # of a batch, padding and answers included
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered. The message is one sentence for whoever sent it."""
+    """A request that cannot be answered. The message is one sentence for its sender."""
 
 
 @dataclass(eq=False)
 class Request:
-    """What waits to be answered: the processor's inputs for one prompt, the settings of `generate`, its answer."""
+    """A request that waits for its answer: the processor's inputs for one prompt, and the settings of `generate`."""
 
     inputs: BatchFeature
     settings: dict
@@ -68,8 +68,8 @@ class Request:
 
 class EndpointHandler:
     """
-    Answers one request at a call. Calls may come from many threads: those that wait are answered as one batch, which
-    gives the answers that each would get alone.
+    Answers one request per call. Calls may come from many threads. Those that wait are answered as one batch, which
+    gives each the answer that it would get alone.
 
     Args:
         path (`str`): The repository folder. The default is the one of this file.
@@ -80,7 +80,7 @@ class EndpointHandler:
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         self.model = AutoModel.from_pretrained(path, trust_remote_code=True, dtype="auto", device_map="auto").eval()
         self.positions = self.model.config.text_config.max_position_embeddings
-        # The very modules that the processor uses.
+        # From the modules that the processor uses, so that their errors and classes are the same.
         self.fetch_audio = get_class_from_dynamic_module("audio_utils.fetch_audio", path)
         self.read = get_class_from_dynamic_module("audio_utils.read", path)
         self.normalize_content = get_class_from_dynamic_module("processing_qwen2_audio_vl.normalize_content", path)
@@ -94,7 +94,7 @@ class EndpointHandler:
                 - chat messages, `[{"role", "content"}, ...]` or `{"messages": [...]}`, with content items of
                   transformers or OpenAI;
                 - `{"text", "image", "audio"}`: each of the latter an address, base64, or a list of these;
-                - the bytes of a sound file, or a [`PIL.Image.Image`].
+                - the bytes of an audio file, or a [`PIL.Image.Image`].
                 `parameters`, as in `PARAMETERS`, is optional. The default is greedy, of at most 256 tokens.
 
         Returns:
@@ -102,19 +102,21 @@ class EndpointHandler:
 
         Raises:
             RequestError: if the request cannot be answered; its message tells why. Others are not affected.
-            RuntimeError: if the fault is not the request's. It is logged, and its message tells nothing of it.
+            RuntimeError: if the fault is the server's. The log has the reason; the message does not.
         """
         try:
             if not isinstance(data, dict) or "inputs" not in data or set(data) - {"inputs", "parameters"}:
-                raise RequestError("A request is an object of inputs and perhaps parameters.")
+                raise RequestError(
+                    f"A request must be an object of inputs and perhaps parameters, got {name_keys(data)}."
+                )
             settings = read_parameters(data.get("parameters") or {})
             messages = self._open_messages(read_messages(data["inputs"]))
             inputs = self._process(messages)
             request = Request(inputs, settings)
             if request.num_tokens > self.positions:
                 raise RequestError(
-                    f"The request has {inputs['input_ids'].shape[1]} tokens and asks for {settings['max_new_tokens']} "
-                    f"more, but the model has {self.positions} positions."
+                    f"Prompt and answer must fit the model's {self.positions} positions, but the prompt has "
+                    f"{inputs['input_ids'].shape[1]} tokens and max_new_tokens is {settings['max_new_tokens']}."
                 )
             self.waiting.append(request)
             self.turns.submit(self._answer_waiting)
@@ -135,15 +137,20 @@ class EndpointHandler:
             items = [self.normalize_content(item) for item in items]
             for item in items:
                 if item["type"] not in counts:
-                    raise RequestError(f"Content of type {item['type']} is not served here, only {', '.join(counts)}.")
+                    raise RequestError(
+                        f"Content of type {item['type']} is not served here: the type must be one of "
+                        f"{', '.join(counts)}."
+                    )
                 counts[item["type"]] += 1
                 length += len(item.get("text") or "")
             opened.append({"role": message["role"], "content": items})
         for kind in ("image", "audio"):
             if counts[kind] > MAX_ITEMS:
-                raise RequestError(f"The request has {counts[kind]} items of type {kind}, more than {MAX_ITEMS}.")
+                raise RequestError(
+                    f"The request has {counts[kind]} items of type {kind}; it must have at most {MAX_ITEMS}."
+                )
         if length > MAX_TEXT:
-            raise RequestError(f"The request has {length} characters of text, more than {MAX_TEXT}.")
+            raise RequestError(f"The request has {length} characters of text; it must have at most {MAX_TEXT}.")
         opening = {"text": lambda item: item["text"], "image": self._open_image, "audio": self._open_audio}
         for message in opened:
             message["content"] = [
@@ -159,21 +166,25 @@ class EndpointHandler:
     def _open_image(self, item: dict) -> Image.Image:
         sources = [item[key] for key in IMAGE_SOURCES if item.get(key) is not None]
         if len(sources) != 1:
-            raise RequestError(f"A picture needs one source, under one of {', '.join(IMAGE_SOURCES)}.")
+            raise RequestError(
+                f"A picture must have exactly one source, under one of {', '.join(IMAGE_SOURCES)}; got {len(sources)}."
+            )
         image = sources[0]
         if not isinstance(image, Image.Image):
             if not isinstance(image, (str, bytes)):
-                raise RequestError(f"A picture is an address or base64, not a {type(image).__name__}.")
+                raise RequestError(f"A picture must be an address or base64, got a {type(image).__name__}.")
             try:
                 image = Image.open(self.read(image, MAX_BYTES, TIMEOUT, public_only=True), formats=IMAGE_FORMATS)
             except (OSError, Image.DecompressionBombError) as error:
-                raise RequestError(f"A picture is not one of {', '.join(IMAGE_FORMATS)}.") from error
+                raise RequestError(
+                    f"A picture must be one of {', '.join(IMAGE_FORMATS)}; this content is not."
+                ) from error
         if image.width * image.height > MAX_PIXELS:
-            raise RequestError(f"A picture has {image.width} x {image.height} pixels, more than {MAX_PIXELS}.")
+            raise RequestError(f"A picture must have at most {MAX_PIXELS} pixels, got {image.width} x {image.height}.")
         try:
             return load_image(image)
         except (OSError, SyntaxError) as error:  # Pillow's for a broken file
-            raise RequestError("A picture is broken or cut short.") from error
+            raise RequestError("A picture is broken or cut short: the whole file must be sent.") from error
 
     def _process(self, messages: list[dict]) -> BatchFeature:
         settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -182,13 +193,14 @@ class EndpointHandler:
         else:
             special = self.processor.tokenizer.all_special_tokens
             texts = [item["text"] for message in messages for item in message["content"] if item["type"] == "text"]
-            if any(token in text for token in special for text in texts):
-                raise RequestError(f"Text must not hold the model's control tokens, such as {special[0]}.")
+            found = next((token for token in special for text in texts if token in text), None)
+            if found is not None:
+                raise RequestError(f"Text must not hold the model's control tokens, got {found}.")
         return self.processor.apply_chat_template(messages, **settings)
 
     def _answer_waiting(self):
-        """Answers the first that waits, and with it those with the same settings, as many as fit."""
-        if not self.waiting:  # they were all answered with one before
+        """Answers the first request that waits, and with it others with the same settings, as many as fit."""
+        if not self.waiting:  # all were answered in an earlier batch
             return
         first, *others = list(self.waiting)
         batch, longest = [first], first.num_tokens
@@ -233,8 +245,9 @@ def read_messages(inputs) -> list[dict]:
         inputs = inputs["messages"]
     if isinstance(inputs, dict):
         if not inputs or set(inputs) - {"text", "image", "audio"}:
-            given = ", ".join(map(str, inputs)) or "nothing"
-            raise RequestError(f"Inputs are messages, or text, image and audio; these have {given}.")
+            raise RequestError(
+                f"Inputs must be messages, or an object of text, image and audio; got {name_keys(inputs)}."
+            )
         content = []
         for kind in ("image", "audio", "text"):
             given = inputs.get(kind)
@@ -244,43 +257,55 @@ def read_messages(inputs) -> list[dict]:
             content.append({"type": "text", "text": TRANSCRIBE if "audio" in inputs else DESCRIBE})
         inputs = [{"role": "user", "content": content}]
     if not isinstance(inputs, list) or not 1 <= len(inputs) <= MAX_MESSAGES:
-        raise RequestError(f"Messages are a list of 1 to {MAX_MESSAGES}.")
+        given = len(inputs) if isinstance(inputs, list) else f"a {type(inputs).__name__}"
+        raise RequestError(f"Messages must be a list of 1 to {MAX_MESSAGES}, got {given}.")
     for message in inputs:
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise RequestError("Every message has a role and a content, and nothing else.")
+            raise RequestError(
+                f"Every message must have a role and a content and nothing else, got {name_keys(message)}."
+            )
         if message["role"] not in ROLES:
-            raise RequestError(f"The role of a message is one of {', '.join(ROLES)}.")
+            raise RequestError(f"The role of a message must be one of {', '.join(ROLES)}; got {message['role']!r:.40}.")
         if not isinstance(message["content"], (str, list)):
-            raise RequestError("The content of a message is a text or a list of items.")
+            given = type(message["content"]).__name__
+            raise RequestError(f"The content of a message must be a text or a list of items, got a {given}.")
     if inputs[-1]["role"] != "user":
-        raise RequestError("The last message is the user's.")
+        raise RequestError(f"The last message must be the user's, got one of role {inputs[-1]['role']}.")
     return inputs
+
+
+def name_keys(value) -> str:
+    """The keys of an object, or the type of anything else, for messages."""
+    return (", ".join(map(str, value)) or "nothing") if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
 def read_parameters(parameters: dict) -> dict:
     """The settings of `generate`, within bounds; greedy unless a parameter of sampling is given."""
     if not isinstance(parameters, dict):
-        raise RequestError("Parameters are an object of names and values.")
+        raise RequestError(f"Parameters must be an object of names and values, got a {type(parameters).__name__}.")
     settings = {}
     for name, value in parameters.items():
         if name not in PARAMETERS:
-            raise RequestError(f"There is no parameter {name}; known are {', '.join(PARAMETERS)}.")
+            raise RequestError(f"There is no parameter {name!s:.40}; it must be one of {', '.join(PARAMETERS)}.")
         kind, low, high = PARAMETERS[name]
         fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
         if not fits or (isinstance(value, bool) and kind is not bool) or not low <= value <= high:
-            raise RequestError(f"The parameter {name} is a {kind.__name__} from {low} to {high}, not {value!r:.40}.")
+            article = "an" if kind is int else "a"
+            raise RequestError(f"{name} must be {article} {kind.__name__} from {low} to {high}, got {value!r:.40}.")
         settings[name] = value
     if settings.get("temperature") == 0:  # the usual way to ask for greedy
         del settings["temperature"]
         settings.setdefault("do_sample", False)
     sampling = [name for name in SAMPLING if name in settings]
     if sampling and settings.get("do_sample") is False:
-        raise RequestError(f"Without sampling there is no {' and no '.join(sampling)}.")
+        raise RequestError(
+            f"{' and '.join(sampling)} must not be given with do_sample false, which is without sampling."
+        )
     return {"max_new_tokens": 256, "do_sample": bool(sampling), **settings}
 
 
 def join_rows(rows: list[BatchFeature], pad_token_id: int) -> BatchFeature:
-    """One batch of several prompts, padded on the left; pictures and sound follow row after row."""
+    """One batch of several prompts, padded on the left; pictures and clips follow row after row."""
     length = max(row["input_ids"].shape[1] for row in rows)
     fillers = {"input_ids": pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
     joined = {}

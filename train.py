@@ -1,5 +1,5 @@
 """
-Trains what is new in a folder that `upload.py build` made:
+Trains the audio path of a folder that `upload.py build` made:
 
     train.py --stage projector --model DIR --data FILE --output_dir OUT    the projector alone, the model stays as it is
     train.py --stage lora --model DIR --data FILE --output_dir OUT         the projector, and LoRA on the language model
@@ -50,7 +50,7 @@ logger = logging.get_logger(__name__)
 LANGUAGE_MODEL = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 LEARNING_RATES = {"projector": 1e-3, "lora": 2e-4}
 PROJECTOR_FILE = "audio_projector.safetensors"
-COMPLETE = "complete"  # marks a checkpoint whose last byte was written
+COMPLETE = "complete"  # the file that marks a checkpoint as written to its end
 IGNORED = -100  # label of what is not learned
 
 
@@ -77,7 +77,7 @@ class Arguments(TrainingArguments):
     lora_alpha: int = field(default=32, metadata={"help": "scale of LoRA, over its rank"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout of LoRA's inputs"})
     load_in_4bit: bool = field(default=False, metadata={"help": "hold the language model in 4 bits (bitsandbytes)"})
-    encoder_cache: str | None = field(default=None, metadata={"help": "folder that keeps what the audio encoder heard"})
+    encoder_cache: str | None = field(default=None, metadata={"help": "folder that keeps the audio encoder's outputs"})
     export: str | None = field(default=None, metadata={"help": "folder for the whole model, LoRA merged, at the end"})
     max_new_tokens: int = field(default=256, metadata={"help": "length of an answer to --eval"})
 
@@ -114,7 +114,7 @@ class Arguments(TrainingArguments):
 
 
 class BadRow(ValueError):
-    """A row that cannot be learned from; the message begins with its place."""
+    """A row that cannot be trained on; the message begins with its place."""
 
 
 def load_rows(sources: list[str], streaming: bool = False):
@@ -160,7 +160,7 @@ def load_dataset(source: str, streaming: bool):
 
 
 def undecoded(feature):
-    """The same feature with sound and pictures left as the bytes of their files, which the processor decodes."""
+    """The same feature with audio and pictures left as the bytes of their files, which the processor decodes."""
     if isinstance(feature, (datasets.Audio, datasets.Image)):
         return type(feature)(decode=False)
     if isinstance(feature, dict):
@@ -170,11 +170,11 @@ def undecoded(feature):
     return feature
 
 
-class Rows:
-    """Rows -> what the model is trained on. Bad rows raise [`BadRow`]."""
+class ChatCollator:
+    """Rows of chat messages -> batches to train on. Bad rows raise [`BadRow`]."""
 
-    def __init__(self, processor, needs_sound: bool):
-        self.processor, self.needs_sound = processor, needs_sound
+    def __init__(self, processor, needs_audio: bool):
+        self.processor, self.needs_audio = processor, needs_audio
         self.answer_start = processor.tokenizer("<|im_start|>assistant\n")["input_ids"]
         self.answer_end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
@@ -195,8 +195,8 @@ class Rows:
             turns = len(messages) + (messages[0]["role"] != "system")  # the template adds a system prompt
             if text.count("<|im_start|>") != turns or text.count("<|im_end|>") != turns:
                 raise ValueError("a text contains <|im_start|> or <|im_end|>, which only the chat template may write")
-            if self.needs_sound and self.processor.audio_token not in text:
-                raise ValueError("there is no sound, so the projector learns nothing from it")
+            if self.needs_audio and self.processor.audio_token not in text:
+                raise ValueError("there is no audio, so the projector learns nothing from it")
             return messages
 
     def message(self, message: dict, folder: Path) -> dict:
@@ -283,33 +283,34 @@ def locate(name: str, source, folder: Path):
     return str(folder / source)
 
 
-def survey(dataset, look: Callable[[dict], object], workers: int, args: Arguments) -> list:
-    """What `look` says of every row, in order: rows are shared out among processes, and among `workers` of each."""
+def map_rows(dataset, function: Callable[[dict], object], workers: int, args: Arguments) -> list:
+    """`function` of every row, in order: rows are shared out among processes, and among `workers` of each."""
     mine = range(args.process_index, len(dataset), args.world_size)
-    loader = DataLoader(Subset(dataset, mine), batch_size=None, collate_fn=look, num_workers=workers)
+    loader = DataLoader(Subset(dataset, mine), batch_size=None, collate_fn=function, num_workers=workers)
     found = gather_object([*zip(mine, loader, strict=True)])
     return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 
 
-def select_rows(dataset, rows: Rows, args: Arguments):
+def select_rows(dataset, collator: ChatCollator, args: Arguments):
     """
     Refuses bad rows or, with `--skip_bad_rows`, leaves them out; and measures all if they are grouped by length. Only
-    these two open every sound and picture before training does.
+    the last two open every clip and picture before training does.
 
     Raises:
         ValueError: that counts and names bad rows.
     """
     whole = args.skip_bad_rows or args.train_sampling_strategy not in ("random", "sequential")
 
-    def look(row) -> int | str:
+    def measure(row) -> int | str:
+        """The length of a row, or what is wrong with it."""
         try:
-            return rows.inputs(row)["input_ids"].shape[1] if whole else len(rows.messages(row))
+            return collator.inputs(row)["input_ids"].shape[1] if whole else len(collator.messages(row))
         except BadRow as error:
             return str(error)
 
     if isinstance(dataset, datasets.IterableDataset):
-        return dataset.filter(Good(look)) if args.skip_bad_rows else dataset  # else they are met on the way
-    found = survey(dataset, look, args.dataloader_num_workers, args)
+        return dataset.filter(SkipBadRows(measure)) if args.skip_bad_rows else dataset  # else training refuses them
+    found = map_rows(dataset, measure, args.dataloader_num_workers, args)
     bad = [error for error in found if isinstance(error, str)]
     if bad:
         text = f"{len(bad)} of {len(dataset)} rows cannot be used:\n" + "\n".join(bad[:20] + ["..."] * (len(bad) > 20))
@@ -323,14 +324,14 @@ def select_rows(dataset, rows: Rows, args: Arguments):
     return dataset
 
 
-class Good:
-    """Whether a streamed row can be used; counts and names those that cannot."""
+class SkipBadRows:
+    """Tells whether a streamed row can be used; counts and names those that cannot."""
 
-    def __init__(self, look: Callable[[dict], int | str]):
-        self.look, self.skipped = look, 0
+    def __init__(self, measure: Callable[[dict], int | str]):
+        self.measure, self.skipped = measure, 0
 
     def __call__(self, row: dict) -> bool:
-        found = self.look(row)
+        found = self.measure(row)
         if isinstance(found, str):
             self.skipped += 1
             logger.warning(f"Left out, {self.skipped} so far: {found}")
@@ -338,7 +339,7 @@ class Good:
 
 
 class CachedEncoder(WhisperEncoder):
-    """A frozen encoder that writes what it made of a window to a file, and reads it where the window comes again."""
+    """A frozen encoder that writes its output for a window to a file, and reads it when the window comes again."""
 
     @classmethod
     def of(cls, encoder: WhisperEncoder, folder: str) -> "CachedEncoder":
@@ -348,7 +349,7 @@ class CachedEncoder(WhisperEncoder):
         digest = hashlib.sha256()
         for name, tensor in encoder.state_dict().items():
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        # A window is heard differently by another encoder.
+        # The outputs of another encoder are in another folder.
         cached.folder = Path(folder) / digest.hexdigest()[:16]
         cached.folder.mkdir(parents=True, exist_ok=True)
         return cached.requires_grad_(False).eval()
@@ -372,7 +373,7 @@ class CachedEncoder(WhisperEncoder):
 
 
 def load_model(args: Arguments) -> PeftModel:
-    """The model with what learns in float32, and all else frozen, in the dtype in which it is stored."""
+    """The model, frozen in the dtype in which it is stored but for the parameters that learn, which are float32."""
     quantization = None
     if args.load_in_4bit:
         quantization = BitsAndBytesConfig(
@@ -404,12 +405,8 @@ def load_model(args: Arguments) -> PeftModel:
     return model
 
 
-class Teacher(Trainer):
-    """[`Trainer`] whose evaluation also asks, and compares the answers with those of the rows."""
-
-    def __init__(self, *args, rows: Rows, **kwargs):
-        super().__init__(*args, data_collator=rows, **kwargs)
-        self.rows = rows
+class AnswerTrainer(Trainer):
+    """[`Trainer`] whose evaluation also generates answers, and compares them with those of the rows."""
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Adds the word and the character error rate (https://github.com/jitsi/jiwer) of the last answers."""
@@ -417,8 +414,8 @@ class Teacher(Trainer):
         if self.is_fsdp_enabled:
             logger.warning("FSDP has no whole model to ask, so evaluation gives the loss alone.")
             return metrics
-        asked = self.ask(self.eval_dataset if eval_dataset is None else eval_dataset)
-        expected, given = ([normalize(pair[place]) for pair in asked] for place in (0, 1))
+        pairs = self.answer(self.eval_dataset if eval_dataset is None else eval_dataset)
+        expected, given = ([normalize(pair[place]) for pair in pairs] for place in (0, 1))
         rates = {
             f"{metric_key_prefix}_wer": jiwer.wer(expected, given),
             f"{metric_key_prefix}_cer": jiwer.cer(expected, given),
@@ -426,15 +423,15 @@ class Teacher(Trainer):
         self.log(rates)
         return {**metrics, **rates}
 
-    def ask(self, dataset) -> list[tuple[str, str]]:
+    def answer(self, dataset) -> list[tuple[str, str]]:
         """The expected and the given last answer of every row."""
-        model, processor = self.accelerator.unwrap_model(self.model), self.rows.processor
+        model, collator = self.accelerator.unwrap_model(self.model), self.data_collator
         model.eval()
-        mine, batch_size, asked = range(self.args.process_index, len(dataset), self.args.world_size), [], []
+        mine, pairs = range(self.args.process_index, len(dataset), self.args.world_size), []
         batch_size = self.args.per_device_eval_batch_size
         for start in range(0, len(mine), batch_size):
-            conversations = [self.rows.messages(dataset[index]) for index in mine[start : start + batch_size]]
-            inputs = processor.apply_chat_template(
+            conversations = [collator.messages(dataset[index]) for index in mine[start : start + batch_size]]
+            inputs = collator.processor.apply_chat_template(
                 [messages[:-1] for messages in conversations],
                 add_generation_prompt=True,
                 tokenize=True,
@@ -444,9 +441,10 @@ class Teacher(Trainer):
             ).to(self.args.device)
             with torch.no_grad(), self.compute_loss_context_manager():
                 output = model.generate(**inputs, max_new_tokens=self.args.max_new_tokens, do_sample=False)
-            given = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            asked += zip((answer_text(messages[-1]["content"]) for messages in conversations), given, strict=True)
-        return gather_object(asked)
+            new = output[:, inputs["input_ids"].shape[1] :]
+            given = collator.processor.batch_decode(new, skip_special_tokens=True)
+            pairs += zip((answer_text(messages[-1]["content"]) for messages in conversations), given, strict=True)
+        return gather_object(pairs)
 
 
 def normalize(text: str) -> str:
@@ -469,7 +467,7 @@ def newest_checkpoint(output_dir: str) -> str | None:
 
 
 def refuse_another_run(args: Arguments):
-    """A run goes on where it was interrupted, but only as the run that it was."""
+    """An interrupted run continues only with the arguments that it was started with."""
     own = ("model", "stage", "data", "train_markers", "lora_r", "lora_alpha", "learning_rate", "seed", "max_steps")
     own = {name: getattr(args, name) for name in (*own, "num_train_epochs")}
     path = Path(args.output_dir) / "arguments.json"
@@ -534,32 +532,32 @@ def train(args: Arguments) -> dict:
         refuse_another_run(args)
     set_seed(args.seed)
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-    rows = Rows(processor, needs_sound=args.stage == "projector")
+    collator = ChatCollator(processor, needs_audio=args.stage == "projector")
     with args.main_process_first(desc="reading the data"):
         dataset = load_rows(args.data, args.streaming)
         eval_dataset = load_rows(args.eval) if args.eval else None
-    dataset = select_rows(dataset, rows, args)
+    dataset = select_rows(dataset, collator, args)
     if eval_dataset is not None:
-        eval_dataset = select_rows(eval_dataset, rows, args)
+        eval_dataset = select_rows(eval_dataset, collator, args)
 
     output, start = Path(args.output_dir), time.time()
-    teacher = Teacher(
+    trainer = AnswerTrainer(
         model=load_model(args),
         args=args,
         train_dataset=dataset,
         eval_dataset=eval_dataset,
-        rows=rows,
+        data_collator=collator,
         callbacks=[MarkComplete()],
     )
-    learning = sum(parameter.numel() for parameter in teacher.model.parameters() if parameter.requires_grad)
-    result = teacher.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))
-    metrics = teacher.evaluate() if eval_dataset is not None else {}
-    teacher.save_model(str(output / "adapter"))
+    learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    result = trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))
+    metrics = trainer.evaluate() if eval_dataset is not None else {}
+    trainer.save_model(str(output / "adapter"))
     summary = {
         "stage": args.stage,
         "learning parameters": learning,
         "rows": None if args.streaming else len(dataset),
-        "steps": teacher.state.global_step,
+        "steps": trainer.state.global_step,
         "seconds": round(time.time() - start, 1),
         "rows per second": result.metrics["train_samples_per_second"],
         "loss": round(result.training_loss, 4),
@@ -572,7 +570,7 @@ def train(args: Arguments) -> dict:
             write_projector(output / "adapter", output / PROJECTOR_FILE)
         if args.export:
             export(args, processor, output / "adapter")
-        draw_losses(teacher.state.log_history, output / "loss.png")
+        draw_losses(trainer.state.log_history, output / "loss.png")
         (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 

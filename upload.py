@@ -3,9 +3,9 @@ Base weights -> repository folder -> Hub.
 
     upload.py build --base DIR_OR_ID --audio-encoder DIR_OR_ID [--projector FILE] [--adapter DIR_OR_ID] --output DIR
     upload.py build --checkpoint DIR_OR_ID --output DIR     a trained model: adds code, card and checksums
-    upload.py check DIR_OR_ID       does it load, answer, and hold what it should
+    upload.py check DIR_OR_ID       does it load and answer, are its files complete and unchanged
     upload.py push DIR REPO         check, then upload in one commit
-    upload.py smoke REPO            what CI runs: from the Hub into an empty cache, and one question
+    upload.py smoke REPO            for CI: pull from the Hub into an empty cache, and ask one question
 """
 
 import argparse
@@ -81,7 +81,7 @@ MARKER_INIT = {"<|audio_bos|>": "<|vision_start|>", "<|audio_eos|>": "<|vision_e
 
 
 class Origin(NamedTuple):
-    """A checkpoint on this disk, and what is known of where it came from."""
+    """A checkpoint on this disk, and where it came from as far as that is known."""
 
     folder: Path
     name: str  # Hub id, or the directory's name
@@ -89,7 +89,7 @@ class Origin(NamedTuple):
 
 
 def resolve(source: str) -> Origin:
-    """A directory as it is; a Hub id, or ID@REVISION, downloaded without the formats and copies that are not read."""
+    """A directory, or a Hub id or ID@REVISION, of which the files that `build` reads are downloaded."""
     folder = Path(source)
     if not folder.is_dir():
         repo, _, revision = str(source).partition("@")
@@ -151,7 +151,7 @@ def build_tokenizer(base: Path, **kwargs):
     added = [AddedToken(token, special=True, normalized=False) for token in AUDIO_TOKENS]
     tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
     tokenizer.padding_side = "left"  # generation continues the right end of every row
-    tokenizer.chat_template = None  # Qwen2-VL's own drops audio silently; the processor's is the one
+    tokenizer.chat_template = None  # Qwen2-VL's own drops audio silently; the processor has the right one
     return tokenizer
 
 
@@ -325,7 +325,7 @@ def make_card(origins: dict[str, Origin], is_trained: bool, tensors, dtype: torc
     facts = [
         "The projector is trained."
         if is_trained
-        else "**The projector is untrained: this model sees, but what it hears means nothing to it.**",
+        else "**The projector is untrained: answers about audio mean nothing until it is trained.**",
         "",
     ]
     for role, (_, name, commit) in origins.items():
@@ -353,15 +353,15 @@ def ask(repo: str, revision: str | None = None) -> dict:
         return Path(repo) / name if Path(repo).is_dir() else Path(hf_hub_download(repo, name, revision=revision))
 
     speech, photo = EXAMPLES
-    sound, picture = {"type": "audio", "path": str(local(speech))}, {"type": "image", "path": str(local(photo))}
+    clip, picture = {"type": "audio", "path": str(local(speech))}, {"type": "image", "path": str(local(photo))}
     answers = {}
     for name, content in {
-        "sound and picture": [
+        "audio and picture": [
             picture,
-            sound,
+            clip,
             {"type": "text", "text": "Answer the spoken question about the photo."},
         ],
-        speech: [sound],
+        speech: [clip],
         photo: [picture, {"type": "text", "text": "What is in the photo?"}],
     }.items():
         inputs = processor.apply_chat_template(
@@ -408,7 +408,7 @@ def ask_in_a_fresh_process(repo: str, revision: str | None, environment: dict[st
 
 
 def check_files(folder: Path) -> dict[str, str]:
-    """Looks at files alone. Returns what was found by topic; raises ValueError at what must not be published."""
+    """Checks the files alone. Returns a row for each topic; a ValueError names what must not be pushed."""
     names = files_of(folder)
     unexpected = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in KNOWN_FILES)]
     if unexpected:
@@ -559,7 +559,7 @@ def main(arguments: list[str] | None = None):
     command.add_argument("--adapter", metavar="DIR_OR_ID", help="trained checkpoint of the whole model")
     command.add_argument("--seed", type=int, default=0, help="of an untrained projector (default: 0)")
     for name, help in (
-        ("check", "does a folder or Hub id load, answer, and hold what it should"),
+        ("check", "does a folder or Hub id load and answer, are its files complete and unchanged"),
         ("smoke", "pull from the Hub into an empty cache, and ask one question"),
         ("ask", "what check and smoke run in a fresh process; prints JSON"),
     ):

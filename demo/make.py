@@ -1,10 +1,11 @@
 """
 Trains the demo checkpoint from scratch, on speech and pictures that `demo/world.py` makes: `python -m demo.make`.
 
-1. The audio encoder alone learns to hear the words, in order (CTC, https://doi.org/10.1145/1143844.1143891).
-2. Beside it, the vision tower alone learns to see number, colour and shape; then the language model learns all skills,
-   with written words among silence in the place of sound, which is some ten times shorter.
-3. All are put together and learn all skills from sound, the encoder with the rest.
+1. `encoder`: the audio encoder alone learns the words of a clip, in order (CTC,
+   https://doi.org/10.1145/1143844.1143891).
+2. `vision`: at the same time the vision tower alone learns number, colour and shape. `language`: then the language
+   model learns all skills, with written words among silence in the place of audio, which is some ten times shorter.
+3. `joint`: all are put together and learn all skills from audio, the encoder with the rest.
 
 What it makes on the way lies in `build/world`. It takes about four hours on two CPU cores, Debian's espeak-ng, flite,
 festival, festvox-kallpc16k, festvox-kdlpc16k and festvox-us-slt-hts, and `demo/requirements.txt`.
@@ -44,12 +45,12 @@ from audio_utils import log_mel
 from demo.ask import DEMO, EXAMPLES, ask
 from demo.bases import ASSETS, write_feature_extractor
 from demo.world import (
-    HEARD,
     HELD_OUT,
     PHRASES,
     QUESTIONS,
     SEEN,
     SKILLS,
+    TRAINING_SHARES,
     WORLD,
     Examples,
     cast,
@@ -124,7 +125,7 @@ def make_bases(folder: Path) -> tuple[Path, Path]:
 
 
 class Clips:
-    """All that was said, by text, and how training hears it: placed, played faster or slower, in rooms and noise."""
+    """All synthesized clips by text, and how they are augmented: by place in the window, pace, room and noise."""
 
     def __init__(self, name: str, texts: list[str], count: int, held_out: bool, seed: int):
         path = BUILD / f"{name}.safetensors"
@@ -149,7 +150,7 @@ class Clips:
         rows = torch.zeros(len(texts), size)
         for row, text in zip(rows, texts, strict=True):
             engines = self.by_text[text]
-            clip = rng.choice(engines[rng.choices(list(engines), [HEARD[engine] for engine in engines])[0]])
+            clip = rng.choice(engines[rng.choices(list(engines), [TRAINING_SHARES[engine] for engine in engines])[0]])
             pace = 1 + rng.uniform(-0.3, 0.35) * rough
             pace = max(pace, len(clip) / size)
             at = np.arange(0, len(clip) - 1, pace)
@@ -243,11 +244,11 @@ def held_out_clips() -> Clips:
     return Clips("held-out", PHRASES + QUESTIONS, 1_000, held_out=True, seed=1)
 
 
-def hear(steps: int, seed: int, batch: int = 40):
+def train_encoder(steps: int, seed: int, batch: int = 40):
     """Part 1; a second call goes on from the first, with a new start of the schedule."""
     torch.manual_seed(seed)
     processor, model = load_untrained()
-    paths = BUILD / "hear.safetensors", BUILD / "hear-head.safetensors"
+    paths = BUILD / "encoder.safetensors", BUILD / "encoder-head.safetensors"
     again = paths[0].exists()
     encoder = model.model.audio_encoder.requires_grad_(True)
     head = torch.nn.Linear(encoder.config.d_model, len(WORDS) + 1)
@@ -256,7 +257,7 @@ def hear(steps: int, seed: int, batch: int = 40):
             module.load_state_dict(load_file(path))
     clips, test = training_clips(), held_out_clips()
     clips.rng.seed(seed)
-    run = Schedule("hear", [*encoder.parameters(), *head.parameters()], steps, 1e-3 if again else 1.5e-3)
+    run = Schedule("encoder", [*encoder.parameters(), *head.parameters()], steps, 1e-3 if again else 1.5e-3)
 
     def logits(rows, rough):
         features = log_mel(list(rows), processor.feature_extractor)
@@ -279,14 +280,14 @@ def hear(steps: int, seed: int, batch: int = 40):
                 right = []
                 for _ in range(3):
                     texts = test.rng.choices(PHRASES + QUESTIONS, k=64)
-                    heard = logits(test.windows(texts, 0), 0).argmax(-1)
-                    right += [spell(ids) == text for ids, text in zip(heard, texts, strict=True)]
+                    guesses = logits(test.windows(texts, 0), 0).argmax(-1)
+                    right += [spell(ids) == text for ids, text in zip(guesses, texts, strict=True)]
             run.log(number, held_out=float(np.mean(right)))
     for module, path in zip((encoder, head), paths, strict=True):
         save_file(module.state_dict(), path)
 
 
-def see(steps: int, seed: int, batch: int = 64):
+def train_vision(steps: int, seed: int, batch: int = 64):
     """Part 2, the vision tower."""
     torch.manual_seed(seed)
     processor, model = load_untrained()
@@ -294,7 +295,7 @@ def see(steps: int, seed: int, batch: int = 64):
     kinds = list(WORLD["words"].values())
     queries = torch.nn.Parameter(torch.randn(len(kinds), model.config.text_config.hidden_size) * STD)
     heads = torch.nn.ModuleList(torch.nn.Linear(queries.shape[1], len(words)) for words in kinds)
-    run = Schedule("see", [*tower.parameters(), queries, *heads.parameters()], steps, 1e-3)
+    run = Schedule("vision", [*tower.parameters(), queries, *heads.parameters()], steps, 1e-3)
 
     def logits(texts):
         pixels = processor.image_processor([draw(text, rng) for text in texts], return_tensors="pt")
@@ -316,7 +317,7 @@ def see(steps: int, seed: int, batch: int = 64):
             with torch.no_grad():
                 guesses = zip(WORLD["words"], logits(texts), targets(texts), strict=True)
                 run.log(number, **{name: (g.argmax(-1) == right).float().mean().item() for name, g, right in guesses})
-    save_file(tower.state_dict(), BUILD / "see.safetensors")
+    save_file(tower.state_dict(), BUILD / "vision.safetensors")
 
 
 class Prompts:
@@ -405,11 +406,11 @@ def learn(run: Schedule, steps: int, model, examples, test_examples, make_batch)
             save(model, f"{run.name}-unfinished")
 
 
-def reason(steps: int, seed: int):
-    """Part 2, the language model; what sees goes on learning."""
+def train_language(steps: int, seed: int):
+    """Part 2, the language model; the vision tower goes on learning."""
     torch.manual_seed(seed)
     processor, model = load_untrained()
-    model.model.visual.load_state_dict(load_file(BUILD / "see.safetensors"))
+    model.model.visual.load_state_dict(load_file(BUILD / "vision.safetensors"))
     model.model.audio_projector.requires_grad_(False)
     prompts, rng = Prompts(processor, model), random.Random(seed)
 
@@ -429,18 +430,18 @@ def reason(steps: int, seed: int):
         pictures = [draw(drawn, rng) for _, drawn, _ in made if drawn]
         return prompts.batch(skill, slots, pictures, [answer for *_, answer in made], training and rng.random() < 0.25)
 
-    run = Schedule("reason", model.parameters(), steps, 1.5e-3)
+    run = Schedule("language", model.parameters(), steps, 1.5e-3)
     learn(run, steps, model, Examples(SEEN, SEEN, seed), Examples(HELD_OUT, PHRASES, 0), make_batch)
-    save(model, "reason")
+    save(model, "language")
 
 
-def join(steps: int, seed: int):
+def train_joint(steps: int, seed: int):
     """Part 3; a second call goes on from the first, with a new start of the schedule."""
     processor, model = load_untrained()
-    again = (BUILD / "join.safetensors").exists()
-    model.load_state_dict(load_file(BUILD / ("join.safetensors" if again else "reason.safetensors")))
-    if not again or (BUILD / "hear.safetensors").stat().st_mtime > (BUILD / "join.safetensors").stat().st_mtime:
-        model.model.audio_encoder.load_state_dict(load_file(BUILD / "hear.safetensors"))
+    again = (BUILD / "joint.safetensors").exists()
+    model.load_state_dict(load_file(BUILD / ("joint.safetensors" if again else "language.safetensors")))
+    if not again or (BUILD / "encoder.safetensors").stat().st_mtime > (BUILD / "joint.safetensors").stat().st_mtime:
+        model.model.audio_encoder.load_state_dict(load_file(BUILD / "encoder.safetensors"))
     model.model.audio_encoder.requires_grad_(True)
     model.train()
     torch.manual_seed(seed)
@@ -466,15 +467,15 @@ def join(steps: int, seed: int):
             batch["input_features"] = log_mel(list(rows.reshape(-1, 16_000 * WINDOW)), processor.feature_extractor)
         return batch
 
-    run = Schedule("join", model.parameters(), steps, 6e-4 if again else 1e-3)
+    run = Schedule("joint", model.parameters(), steps, 6e-4 if again else 1e-3)
     learn(run, steps, model, Examples(SEEN, SEEN, seed), Examples(HELD_OUT, PHRASES, 0), make_batch)
-    save(model, "join")
+    save(model, "joint")
 
 
 def ship(examples: int = 4):
     """Puts the trained checkpoint, its curves, and for every skill examples that it answers right into `demo/`."""
     processor, model = load_untrained()
-    model.load_state_dict(load_file(BUILD / "join.safetensors"))
+    model.load_state_dict(load_file(BUILD / "joint.safetensors"))
     model.to(torch.bfloat16).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -519,10 +520,10 @@ def ship(examples: int = 4):
 def draw_curves(path: Path):
     lines = [json.loads(line) for line in (BUILD / "log.jsonl").read_text().splitlines()]
     titles = {
-        "hear": "1. the encoder hears words",
-        "see": "2. the tower sees",
-        "reason": "2. skills, on written words",
-        "join": "3. all together",
+        "encoder": "1. the audio encoder",
+        "vision": "2. the vision tower",
+        "language": "2. skills, from written words",
+        "joint": "3. all together",
     }
     titles = {name: title for name, title in titles.items() if any(line["part"] == name for line in lines)}
     figure = Figure(figsize=(3 * len(titles), 3), layout="constrained")
@@ -548,12 +549,12 @@ def draw_curves(path: Path):
     figure.savefig(path, dpi=90)
 
 
-PARTS = {"hear": hear, "see": see, "reason": reason, "join": join}
+PARTS = {"encoder": train_encoder, "vision": train_vision, "language": train_language, "joint": train_joint}
 # Part, steps, seed; two processes of one thread each, then one of two. The checkpoint in this folder went through these
 # rounds. The voices of pico and piper, and speakers that were changed, were there from the last three on.
 RECIPE = (
-    [[("hear", 1800, 1), ("hear", 1400, 2)], [("see", 1200, 5), ("reason", 1000, 2)]],
-    [[("hear", 1000, 3), ("join", 800, 3), ("hear", 1600, 11), ("hear", 1500, 12), ("join", 700, 21)]],
+    [[("encoder", 1800, 1), ("encoder", 1400, 2)], [("vision", 1200, 5), ("language", 1000, 2)]],
+    [[("encoder", 1000, 3), ("joint", 800, 3), ("encoder", 1600, 11), ("encoder", 1500, 12), ("joint", 700, 21)]],
 )
 
 

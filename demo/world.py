@@ -1,4 +1,4 @@
-"""The small world of the demo checkpoint, `world.json`, said aloud by synthesizers and drawn as pictures."""
+"""The small world of the demo checkpoint, `world.json`, spoken by synthesizers and drawn as pictures."""
 
 import itertools
 import json
@@ -29,10 +29,10 @@ SEEN = [phrase for phrase in PHRASES if phrase not in HELD_OUT]
 QUESTIONS = list(WORLD["questions"])
 SKILLS = WORLD["skills"]
 
-# How often each speaks; training hears two more, and the one with most voices half as often again.
+# How many of the clips each makes: held out, in training, and how often training draws from each of them.
 ENGINES = {"espeak-ng": 6, "flite": 2, "festival": 2}
 TRAINING_ENGINES = {"espeak-ng": 2, "flite": 1, "festival": 1, "pico": 1, "piper": 1}
-HEARD = TRAINING_ENGINES | {"espeak-ng": 3}
+TRAINING_SHARES = TRAINING_ENGINES | {"espeak-ng": 3}
 # espeak-ng combines an accent with a variant, which changes formants, voicing and pitch: about 650 voices.
 ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-029", "en-gb-x-gbclan", "en-gb-x-rp", "en-us-nyc")
 HELD_OUT_ACCENT = "en-gb-x-gbcwmd"
@@ -70,7 +70,7 @@ def espeak_variants() -> list[str]:
 
 
 def cast(texts: list[str], count: int, rng: random.Random, held_out: bool = False) -> list[Speech]:
-    """`count` utterances of `texts` by voices and at paces that training hears, or by those that it never hears."""
+    """`count` utterances of `texts` by voices and at paces of training, or by those that it never uses."""
     variants = [name for name in espeak_variants() if (name in HELD_OUT_VARIANTS) == held_out]
     accents = (*ACCENTS, HELD_OUT_ACCENT) if held_out else ACCENTS
     speeches = []
@@ -119,7 +119,7 @@ def write_speech(speeches: list[Speech], paths: list[Path]):
     Raises:
         FileNotFoundError: if a synthesizer is not installed (Debian: espeak-ng flite festival festvox-kallpc16k
             festvox-kdlpc16k festvox-us-slt-hts).
-        ModuleNotFoundError: if one that only training hears is not installed (`demo/requirements.txt`).
+        ModuleNotFoundError: if one that only training uses is not installed (`demo/requirements.txt`).
     """
     with ThreadPoolExecutor(2) as pool:
         for engine in {speech.engine for speech in speeches}:

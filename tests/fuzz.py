@@ -1,7 +1,7 @@
 """
-Breaks real files of every container and gives them to fetch_audio: each has to be heard or refused, in little time and
-memory. Any other end (an exception of another type, a crash of the interpreter, a sample that is no number) ends the
-run with an error.
+Breaks real files of every container and gives them to fetch_audio: each must be decoded or refused, in little time
+and memory. Any other end (an exception of another type, a crash of the interpreter, a sample that is not a number) is
+an error of the run.
 
     python tests/fuzz.py 20000 --seed 7 --save last.bin
 """
@@ -68,13 +68,13 @@ def main():
         try:
             samples = fetch_audio(content, max_seconds=60)
             assert samples.ndim == 1 and float(samples.abs().max()) <= 1.0
-            outcomes["heard"] += 1
+            outcomes["decoded"] += 1
         except AudioError:
             outcomes["refused"] += 1
         slowest = max(slowest, time.monotonic() - start)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(
-        f"files={len(originals)} heard={outcomes['heard']} refused={outcomes['refused']} "
+        f"files={len(originals)} decoded={outcomes['decoded']} refused={outcomes['refused']} "
         f"seconds={slowest:.2f} megabytes={grown:.0f}"
     )
 

@@ -86,7 +86,7 @@ def make_endpoint(handler) -> Starlette:
 
 @contextlib.contextmanager
 def serve(app: Starlette):
-    """Yields the address of an app that really listens."""
+    """Yields the address of an app behind a real server."""
     server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -152,9 +152,9 @@ def test_clip_asked_about_many_times_is_encoded_once(plain, processor, examples)
     fresh = [generate(plain, inputs) for inputs in asked]
     calls = []
     hook = plain.model.audio_encoder.register_forward_hook(lambda *_: calls.append(1))
-    heard = {"audio": plain.get_audio_features(asked[0]["input_features"])}
+    encoded = {"audio": plain.get_audio_features(asked[0]["input_features"])}
     for inputs in asked:
         del inputs["input_features"]
-    assert [generate(plain, inputs, mm_encoder_outputs=heard) for inputs in asked] == fresh
+    assert [generate(plain, inputs, mm_encoder_outputs=encoded) for inputs in asked] == fresh
     hook.remove()
     assert len(calls) == 1

@@ -51,10 +51,10 @@ def page(browser, address):
     page.close()
 
 
-def give(page, sound=None, picture=None, question=""):
-    if sound:
-        page.locator("#sound input[type=file]").set_input_files(sound)
-        page.locator("#sound").get_by_label("Play", exact=True).wait_for()
+def give(page, clip=None, picture=None, question=""):
+    if clip:
+        page.locator("#audio input[type=file]").set_input_files(clip)
+        page.locator("#audio").get_by_label("Play", exact=True).wait_for()
     if picture:
         page.locator("#picture input[type=file]").set_input_files(picture)
         page.locator("#picture img").wait_for()
@@ -62,14 +62,14 @@ def give(page, sound=None, picture=None, question=""):
     page.click("#ask")
 
 
-def test_sound_and_picture_are_answered_and_shown(page, examples):
+def test_clip_and_picture_are_answered_and_shown(page, examples):
     example = next(example for example in examples if example["skill"] == "question")
     give(page, EXAMPLES / example["audio"][0], EXAMPLES / example["image"], SKILLS["question"]["instruction"])
     expect(page.locator("#answer textarea")).to_have_value(example["answer"], timeout=TIMEOUT)
     seconds = len(fetch_audio(EXAMPLES / example["audio"][0])) / 16_000
-    facts = re.compile(rf"^{seconds:.2f} s of sound, 150 audio tokens, 16 image tokens, \d+ tokens in all$")
+    facts = re.compile(rf"^{seconds:.2f} s of audio, 150 audio tokens, 16 image tokens, \d+ tokens in all$")
     expect(page.locator("#facts textarea")).to_have_value(facts)
-    for figure in ("#heard img", "#seen img"):
+    for figure in ("#audio-figure img", "#picture-figure img"):
         drawn = page.locator(figure)
         drawn.wait_for()
         assert drawn.evaluate("image => image.naturalWidth") > 300
@@ -77,9 +77,9 @@ def test_sound_and_picture_are_answered_and_shown(page, examples):
     page.screenshot(path=SCREENSHOT, full_page=True)
 
 
-def test_bare_sound_and_bare_picture_have_their_usual_questions(page, examples):
+def test_bare_clip_and_bare_picture_have_their_usual_questions(page, examples):
     clip = next(example for example in examples if example["skill"] == "transcribe")
-    give(page, sound=EXAMPLES / clip["audio"][0])
+    give(page, EXAMPLES / clip["audio"][0])
     expect(page.locator("#answer textarea")).to_have_value(clip["answer"], timeout=TIMEOUT)
     page.reload()
     picture = next(example for example in examples if example["skill"] == "picture")
@@ -90,22 +90,22 @@ def test_bare_sound_and_bare_picture_have_their_usual_questions(page, examples):
 def test_examples_of_the_repository_are_there_to_click(page):
     page.get_by_text("Transcribe the audio.").first.click()
     expect(page.locator("#question textarea")).to_have_value("Transcribe the audio.")
-    page.locator("#sound").get_by_label("Play", exact=True).wait_for()
+    page.locator("#audio").get_by_label("Play", exact=True).wait_for()
     page.click("#ask")
     expect(page.locator("#answer textarea")).to_have_value("how many are there", timeout=TIMEOUT)
 
 
 def test_bad_file_is_an_error_in_words_and_the_page_goes_on(page, examples, tmp_path):
     broken = tmp_path / "broken.wav"
-    broken.write_bytes(b"RIFF this is no sound")
-    page.locator("#sound input[type=file]").set_input_files(broken)
+    broken.write_bytes(b"RIFF this is no audio")
+    page.locator("#audio input[type=file]").set_input_files(broken)
     page.wait_for_timeout(500)
     page.click("#ask")
-    page.get_by_text("This sound cannot be heard").wait_for()
+    page.get_by_text("This audio cannot be opened").wait_for()
     page.reload()
     page.click("#ask")
-    page.get_by_text("Give a sound, a picture or a question.").wait_for()
+    page.get_by_text("Give audio, a picture or a question.").wait_for()
     page.reload()
     clip = next(example for example in examples if example["skill"] == "transcribe")
-    give(page, sound=EXAMPLES / clip["audio"][0])
+    give(page, EXAMPLES / clip["audio"][0])
     expect(page.locator("#answer textarea")).to_have_value(clip["answer"], timeout=TIMEOUT)

@@ -31,9 +31,9 @@ def test_folder_is_a_small_checkpoint_without_code(demo_repo):
     assert sum(file.stat().st_size for file in files) < 10e6
     assert not {file.name for file in files} & set(upload.CODE_FILES)
     config = AutoConfig.from_pretrained(demo_repo, trust_remote_code=True)
-    text, hearing, sight = config.text_config, config.audio_config, config.vision_config
-    head_sizes = [text.hidden_size / text.num_attention_heads, hearing.d_model / hearing.encoder_attention_heads]
-    assert min(*head_sizes, sight.embed_dim / sight.num_heads) >= 32  # vLLM on a CPU serves no smaller ones
+    text, encoder, vision = config.text_config, config.audio_config, config.vision_config
+    head_sizes = [text.hidden_size / text.num_attention_heads, encoder.d_model / encoder.encoder_attention_heads]
+    assert min(*head_sizes, vision.embed_dim / vision.num_heads) >= 32  # vLLM on a CPU serves no smaller ones
     upload.check_files(demo_repo)
 
 
@@ -52,7 +52,7 @@ def test_answers_about_files_are_right(loaded, examples):
         assert ask_example(*loaded, example) == example["answer"], example
 
 
-def test_it_listens(loaded, examples):
+def test_the_audio_decides_the_answer(loaded, examples):
     """Asked about silence, or about another clip, it does not say what it said."""
     processor, model = loaded
     asked = [example for example in examples if example["skill"] == "transcribe"]
@@ -88,7 +88,7 @@ def test_make_demo_answers_and_draws(examples):
             assert Image.open(BUILD / f"{Path(name).stem}.png").width > 500
 
 
-def test_training_from_two_base_folders_to_a_repository_that_hears(demo_repo, tmp_path):
+def test_training_from_two_base_folders_to_a_repository_that_transcribes(demo_repo, tmp_path):
     """The halves of the checkpoint as they would be published, and a projector that learns from nothing."""
     config = json.loads((demo_repo / "config.json").read_text())
     tensors = {name: tensor.float() for name, tensor in load_file(demo_repo / "model.safetensors").items()}
@@ -97,9 +97,9 @@ def test_training_from_two_base_folders_to_a_repository_that_hears(demo_repo, tm
     ids = {name: value for name, value in config.items() if name.endswith("_token_id") and "audio" not in name}
     Qwen2VLConfig(**parts, **ids, dtype="float32", tie_word_embeddings=False).save_pretrained(base)
     WhisperConfig(**config["audio_config"]).save_pretrained(encoder)
-    hearing = {name: tensor for name, tensor in tensors.items() if ".audio_encoder." in name}
+    encoder_tensors = {name: tensor for name, tensor in tensors.items() if ".audio_encoder." in name}
     save_file(
-        {name.replace(".audio_encoder.", ".encoder."): tensor for name, tensor in hearing.items()},
+        {name.replace(".audio_encoder.", ".encoder."): tensor for name, tensor in encoder_tensors.items()},
         encoder / "model.safetensors",
     )
     rest = {name: tensor for name, tensor in tensors.items() if "audio" not in name}
@@ -126,6 +126,6 @@ def test_training_from_two_base_folders_to_a_repository_that_hears(demo_repo, tm
     built = upload.build(checkpoint=start, projector=projector, output=tmp_path / "trained")
     processor, model = load(built)
     answers = [row["messages"][1]["content"] for row in rows]
-    heard = ask(processor, model, [row["messages"][0]["content"] for row in rows])
-    assert sum(text == said for text, said in zip(heard, answers, strict=True)) > 0.9 * len(rows)
+    given = ask(processor, model, [row["messages"][0]["content"] for row in rows])
+    assert sum(text == said for text, said in zip(given, answers, strict=True)) > 0.9 * len(rows)
     upload.check(str(built))

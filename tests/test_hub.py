@@ -141,7 +141,7 @@ def test_smoke(upload_py, commit):
     done = upload_py("smoke", ID)
     assert done.returncode == 0, done.stderr
     rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
-    assert rows["commit"] == commit and "answer to sound and picture" in rows
+    assert rows["commit"] == commit and "answer to audio and picture" in rows
     assert upload_py("check", ID, "--revision", commit).returncode == 0
     nowhere = upload_py("push", "nowhere", ID)
     assert nowhere.returncode == 1 and "nowhere is no folder" in nowhere.stderr

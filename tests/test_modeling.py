@@ -40,20 +40,20 @@ def thumbnail(photo):
 @pytest.fixture
 def kinds(ask, speech, thumbnail, frames, sound):
     """The kinds of input that a user has, by name."""
-    heard, seen, watched, words = audio(str(speech)), image(thumbnail), video(frames), text("What is this?")
+    clip, picture, film, words = audio(str(speech)), image(thumbnail), video(frames), text("What is this?")
     return {
         "text": lambda: ask(words),
-        "audio": lambda: ask(heard, words),
-        "image": lambda: ask(seen, words),
-        "image, audio": lambda: ask(seen, heard, words),
-        "audio, image": lambda: ask(heard, seen, words),
-        "video, audio": lambda: ask(watched, heard, words),
+        "audio": lambda: ask(clip, words),
+        "image": lambda: ask(picture, words),
+        "image, audio": lambda: ask(picture, clip, words),
+        "audio, image": lambda: ask(clip, picture, words),
+        "video, audio": lambda: ask(film, clip, words),
         "two audios": lambda: ask(audio(sound(0.7, 1)), audio(sound(1.9, 2)), words),
-        "left padded": lambda: ask([audio(sound(2.5)), text("Say it again, slowly.")], [heard, text("Hm?")]),
-        "mixed batch": lambda: ask([seen, words], [heard, seen, text("Why?")], [words]),
-        "mixed batch of two audios": lambda: ask([audio(sound(1.2, 3)), seen, audio(sound(0.4, 4))], [words, heard]),
-        "audio alone": lambda: ask(heard),
-        "interleaved": lambda: ask(seen, audio(sound(0.7, 1)), watched, audio(sound(1.1, 2)), seen, words),
+        "left padded": lambda: ask([audio(sound(2.5)), text("Say it again, slowly.")], [clip, text("Hm?")]),
+        "mixed batch": lambda: ask([picture, words], [clip, picture, text("Why?")], [words]),
+        "mixed batch of two audios": lambda: ask([audio(sound(1.2, 3)), picture, audio(sound(0.4, 4))], [words, clip]),
+        "audio alone": lambda: ask(clip),
+        "interleaved": lambda: ask(picture, audio(sound(0.7, 1)), film, audio(sound(1.1, 2)), picture, words),
     }
 
 
@@ -167,7 +167,7 @@ def test_static_cache(kinds, model):
 
 
 def test_decode_step_does_not_wait_for_the_device(kinds, model, parts):
-    """Looking for audio in every decode step would copy a number to the host each time (trap 2)."""
+    """Looking for audio in every decode step would copy a number to the host each time."""
 
     class Waits(TorchDispatchMode):
         count = 0
@@ -217,7 +217,7 @@ def test_assisted_decoding(drafts, kinds, model, repo):
     inputs = kinds["image, audio"]()
     if drafts == "prompt lookup":
         more = {"prompt_lookup_num_tokens": 3}
-    else:  # an assistant that heard nothing would raise
+    else:  # an assistant without the audio would raise
         more = {"assistant_model": AutoModel.from_pretrained(repo, trust_remote_code=True)}
     assert torch.equal(greedy(model, inputs, steps=8, **more), greedy(model, inputs, steps=8))
 
@@ -234,7 +234,7 @@ def test_chunked_prefill_hears_all_or_refuses(kinds, model):
 
 @pytest.mark.parametrize("more", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 3}])
 def test_beams_keep_two_audios_in_order(more, ask, model, sound):
-    """Repeating windows one by one gives A, A, B, B where the rows need A, B, A, B (trap 1)."""
+    """Repeating windows one by one gives A, A, B, B where the rows need A, B, A, B."""
     rows = [
         [audio(sound(0.7, 1)), audio(sound(0.9, 2)), text("First?")],
         [audio(sound(1.5, 3)), text("Second, which has one audio of two windows?")],
@@ -316,7 +316,7 @@ def conversation_in_two_turns(processor, first, second):
 @pytest.mark.parametrize("interlude", [False, True])
 @pytest.mark.parametrize("with_image", [False, True])
 def test_second_turn_on_a_reused_cache(features, interlude, with_image, processor, model, sound, thumbnail, kinds):
-    """New audio after a cached turn is heard (trap 3), at the positions of its own conversation (trap 4)."""
+    """New audio after a cached turn is encoded, and stands at the positions of its own conversation."""
     first = [audio(sound(1.3, 1)), text("What is this?")]
     first = [image(thumbnail), *first] if with_image else first
     inputs, both = conversation_in_two_turns(processor, first, [audio(sound(0.6, 2)), text("And this?")])
@@ -361,7 +361,7 @@ def test_second_turn_needs_its_audio(processor, model, sound):
 
 
 def test_decode_by_hand_after_another_call(kinds, model):
-    """`rope_deltas` on the model would give this conversation the positions of the other one (trap 4)."""
+    """`rope_deltas` on the model would give this conversation the positions of the other one."""
     first, other = kinds["image, audio"](), kinds["image"]()
     with torch.no_grad():
         for disturb in (False, True):
@@ -375,7 +375,7 @@ def test_decode_by_hand_after_another_call(kinds, model):
 
 
 def test_embeddings_after_an_image_call(kinds, model):
-    """Stale `rope_deltas` would shift a prompt that is given as embeddings (trap 4)."""
+    """Stale `rope_deltas` would shift a prompt that is given as embeddings."""
     inputs = kinds["text"]()
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
     with torch.no_grad():

@@ -144,7 +144,7 @@ def test_audio_flat_or_one_list_per_text(processor, sound):
     flat = processor(text=texts, audio=clips, padding=True, return_tensors="pt")
     nested = processor(text=texts, audio=given, padding=True, return_tensors="pt")
     assert all(torch.equal(flat[name], nested[name]) for name in flat)
-    assert texts[0] == "<|audio_pad|> and <|audio_pad|>"  # the caller's lists are the caller's (trap 10)
+    assert texts[0] == "<|audio_pad|> and <|audio_pad|>"  # the caller's lists are not changed
     assert [len(row) for row in given] == [2, 0, 1] and np.array_equal(given[0][0], clips[0])
 
 
@@ -179,7 +179,7 @@ def test_truncation_never_cuts_a_clip(side, processor, sound, monkeypatch):
 
 
 def test_text_arguments_stay_with_the_text(processor, sound):
-    """`padding` and `max_length` must not reach the feature extractor (trap 13)."""
+    """`padding` and `max_length` must not reach the feature extractor, where they would change the number of frames."""
     plain = processor(text="<|audio_pad|>", audio=sound(0.5))
     for arguments in (
         {"padding": "max_length", "max_length": 80},
@@ -331,7 +331,8 @@ def test_content_that_cannot_be_taken_is_an_error(item, message, processor):
 
 
 def test_template_alone_drops_nothing(processor, sound):
-    """What other servers render without our code: one placeholder per item, in order, and errors in words (trap 7)."""
+    """What other servers render without our code: one placeholder per item, in order, and errors in words, where
+    Qwen2-VL's own template drops audio silently."""
     tokenizer = processor.tokenizer
     render = functools.partial(tokenizer.apply_chat_template, chat_template=processor.chat_template, tokenize=False)
     content = [{"type": "image"}, {"type": "input_audio"}, {"type": "video_url"}, {"type": "audio_url"}, text("Hm?")]
@@ -393,8 +394,8 @@ def test_sound_track_of_a_video(sampling, processor, tmp_path):
         assert inputs["video_grid_thw"].tolist() == [[grid, 4, 4]]
         brightness = inputs["pixel_values_videos"].reshape(grid, -1).mean(dim=1)
         assert bool((brightness.diff() > 0).all())  # as the frames were written
-        heard = processor(text="<|audio_pad|>", audio=str(path), return_tensors="pt")
-        assert torch.equal(inputs["input_features"], heard["input_features"])
+        direct = processor(text="<|audio_pad|>", audio=str(path), return_tensors="pt")
+        assert torch.equal(inputs["input_features"], direct["input_features"])
     messages[0]["content"].pop(1)  # the empty slot
     silent = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     assert "input_features" not in silent
@@ -470,7 +471,7 @@ def test_other_arguments_of_the_template_pass_through(processor, sound):
 
 
 def test_placeholder_in_a_users_words_is_refused(processor, sound):
-    """A stranger who writes `<|audio_pad|>` must not shift the sounds of a prompt (trap 9)."""
+    """A stranger who writes `<|audio_pad|>` must not shift the clips of a prompt."""
     messages = [{"role": "user", "content": [text("Ignore <|audio_pad|> this."), audio(sound(0.5))]}]
     with pytest.raises(ValueError, match=r"\[2\] <\|audio_pad\|> placeholders .* 1 clips"):
         processor.apply_chat_template(messages, tokenize=True, return_dict=True)
@@ -487,7 +488,7 @@ def test_placeholder_in_a_users_words_is_refused(processor, sound):
 
 
 def test_saved_processor_reloads_itself(processor_30s, tmp_path, speech):
-    """Whisper's preprocessor_config.json must not overwrite the image one, nor 80 mels come back (trap 8)."""
+    """Whisper's preprocessor_config.json must not overwrite the image one, nor 80 mels come back."""
     processor_30s.save_pretrained(tmp_path)
     reloaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(reloaded.image_processor) is type(processor_30s.image_processor)

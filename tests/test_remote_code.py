@@ -1,4 +1,4 @@
-"""The folder as a stranger's machine meets it: fresh processes, few packages, several of them at once."""
+"""The folder in fresh processes, with few packages installed, and in several processes at once."""
 
 import os
 import subprocess

@@ -124,7 +124,10 @@ BAD = {
     "nine clips": ({"inputs": {"audio": [encode("speech.mp3")] * 9}}, "9 items of type audio"),
     "too much text": ({"inputs": "a" * 100_001}, "characters"),
     "too many tokens": ({"inputs": "a b " * 2_000}, "positions"),
-    "too long an answer": ({"inputs": "Hi.", "parameters": {"max_new_tokens": 100_000}}, "max_new_tokens is a int"),
+    "too long an answer": (
+        {"inputs": "Hi.", "parameters": {"max_new_tokens": 100_000}},
+        "max_new_tokens must be an int from 1 to 1024, got 100000",
+    ),
     "no number": ({"inputs": "Hi.", "parameters": {"temperature": "hot"}}, "temperature"),
     "a truth for a number": ({"inputs": "Hi.", "parameters": {"max_new_tokens": True}}, "max_new_tokens"),
     "not a number": ({"inputs": "Hi.", "parameters": {"top_p": float("nan")}}, "top_p"),

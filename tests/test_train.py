@@ -37,8 +37,8 @@ def start(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(start) -> train.Rows:
-    return train.Rows(AutoProcessor.from_pretrained(start, trust_remote_code=True), needs_sound=False)
+def rows(start) -> train.ChatCollator:
+    return train.ChatCollator(AutoProcessor.from_pretrained(start, trust_remote_code=True), needs_audio=False)
 
 
 def chat(*content, answer="low") -> dict:
@@ -155,7 +155,7 @@ def test_bad_rows_are_counted_and_named_before_training(start, tones, tmp_path):
     assert lines[0] == f"{len(BAD)} of {len(BAD) + 1} rows cannot be used:"
     for number, (line, message) in enumerate(zip(lines[1:], BAD.values(), strict=True), start=1):
         assert line.startswith(f"{data}:{number}: ") and message in line
-    with pytest.raises(ValueError, match="jsonl:1: there is no sound, so the projector learns nothing"):
+    with pytest.raises(ValueError, match="jsonl:1: there is no audio, so the projector learns nothing"):
         run(start, tones, tmp_path / "out", data=write(tmp_path / "text.jsonl", [chat(text("hi"))]))
 
 
@@ -209,7 +209,7 @@ def test_lora_touches_the_language_model_alone(start, tones, tmp_path):
     unmerged = train.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
     processor = AutoProcessor.from_pretrained(exported, trust_remote_code=True)
     row = train.load_rows([str(tones / "test.jsonl")])[0]
-    inputs = train.Rows(processor, needs_sound=True).inputs(row)
+    inputs = train.ChatCollator(processor, needs_audio=True).inputs(row)
     with torch.no_grad():
         torch.testing.assert_close(merged(**inputs).logits, unmerged(**inputs).logits, atol=1e-4, rtol=1e-4)
 
@@ -269,7 +269,7 @@ def test_rows_are_grouped_by_their_length(start, tones, tmp_path):
     (args,) = train.HfArgumentParser(train.Arguments).parse_args_into_dataclasses(
         arguments(start, tones, tmp_path, train_sampling_strategy="group_by_length")
     )
-    rows = train.Rows(AutoProcessor.from_pretrained(start, trust_remote_code=True), needs_sound=True)
+    rows = train.ChatCollator(AutoProcessor.from_pretrained(start, trust_remote_code=True), needs_audio=True)
     dataset = train.select_rows(train.load_rows(args.data), rows, args)
     assert dataset["length"] == [rows.inputs(row)["input_ids"].shape[1] for row in dataset]
     assert len(set(dataset["length"])) > 3

@@ -293,7 +293,7 @@ def test_trained_checkpoint_of_the_first_layout(bases, repo, tmp_path, ask, soun
     del first["audio_projector.weight"]
     save_file(first, tmp_path / "first" / "model.safetensors")
     with pytest.raises(ValueError, match="missing: model.audio_projector.weight"):
-        upload.build(bases["qwen2_vl"], bases["whisper"], tmp_path / "deaf", adapter=tmp_path / "first")
+        upload.build(bases["qwen2_vl"], bases["whisper"], tmp_path / "incomplete", adapter=tmp_path / "first")
 
 
 def test_a_full_disk_is_seen_first(bases, tmp_path, monkeypatch):
