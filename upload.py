@@ -61,7 +61,7 @@ from checkpoints import (
     stored_tensors,
     write_weights,
 )
-from configuration_qwen2_audio_vl import CODE_FILES
+from configuration_qwen2_audio_vl import CODE_FILES, tokens_per_window
 
 
 ROOT = Path(__file__).resolve().parent
@@ -308,7 +308,8 @@ def build(
             brought = checkpoint and name in EXAMPLES and (first / name).is_file()
             (unfinished / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(first / name if brought else ROOT / source, unfinished / name)
-        make_card(origins, is_trained, expected, config.dtype).save(unfinished / "README.md")
+        card = make_card(origins, is_trained, expected, config, processor.feature_extractor)
+        card.save(unfinished / "README.md")
         checksums = write_weights(unfinished, expected, plan, marker_rows)
         write_checksums(unfinished, checksums)
         unfinished.replace(target)
@@ -318,10 +319,9 @@ def build(
     return target
 
 
-def make_card(origins: dict[str, Origin], is_trained: bool, tensors, dtype: torch.dtype) -> ModelCard:
-    """The project's README with the facts of a build, and without the parts that are about its development."""
+def make_card(origins: dict[str, Origin], is_trained: bool, tensors, config, feature_extractor) -> ModelCard:
+    """The project's README, with the facts of a build in the place of the paragraph about its source."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = re.sub(r"<!-- development -->.*?<!-- end of development -->\n+", "", text, flags=re.DOTALL)
     facts = [
         "The projector is trained."
         if is_trained
@@ -331,8 +331,11 @@ def make_card(origins: dict[str, Origin], is_trained: bool, tensors, dtype: torc
     for role, (_, name, commit) in origins.items():
         facts.append(f"- {role}: {name}" + (f" at commit `{commit}`" if commit else " (a directory)"))
     parameters, size = sum(tensor.numel() for tensor in tensors.values()), sum(t.nbytes for t in tensors.values())
-    facts.append(f"- {parameters:,} parameters in {str(dtype).removeprefix('torch.')}, {size / 1e9:.2f} GB")
-    card = ModelCard(text.replace("<!-- facts of the build -->\n", "\n".join(facts) + "\n\n"))
+    facts.append(f"- {parameters:,} parameters in {str(config.dtype).removeprefix('torch.')}, {size / 1e9:.2f} GB")
+    window = f"{feature_extractor.chunk_length} s, {config.text_config.max_position_embeddings:,} positions"
+    facts.append(f"- {tokens_per_window(feature_extractor):,} audio tokens for each window of {window}")
+    marked_paragraph = r"<!-- facts of the build -->\n(?:.+\n)+"
+    card = ModelCard(re.sub(marked_paragraph, lambda _: "\n".join(facts) + "\n", text))
     card.data.base_model = [origin.name for origin in origins.values() if origin.commit] or None
     card.data.base_model_relation = card.data.base_model_relation if card.data.base_model else None
     return card

@@ -79,6 +79,10 @@ def test_clips_at_other_rates_in_longer_silence_and_without_a_question(loaded, e
         assert ask(processor, model, [contents[0][:1]]) == [example["answer"]]
 
 
+def test_asking_imports_no_page():
+    assert not {"app", "gradio"} & set(sys.modules)
+
+
 def test_make_demo_answers_and_draws(examples):
     done = subprocess.run([sys.executable, "-m", "demo.run"], cwd=upload.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -114,6 +118,7 @@ def test_training_from_two_base_folders_to_a_repository_that_transcribes(demo_re
     rows = write_transcripts(tmp_path / "clips.jsonl")
     given = {"model": start, "data": tmp_path / "clips.jsonl", "eval": tmp_path / "clips.jsonl"}
     settings = {"max_steps": 150, "learning_rate": 0.01, "train_markers": True, "max_new_tokens": 8, "use_cpu": True}
+    settings["encoder_cache"] = tmp_path / "cache"  # the same to the bit, and faster from the second epoch on
     words = [str(word) for name, value in (given | settings).items() for word in (f"--{name}", value)]
     command = [sys.executable, str(Path(train.__file__)), *words, "--output_dir", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """From a built folder to the Hub and back over HTTP, with the real client, new processes and empty caches."""
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from helpers import answer, start_python
 from hub import LocalHub
 
 import upload
+from demo.world import WORLD
 
 
 REAL = os.environ.get("QWEN2_AUDIO_VL_TEST_REPO")  # a new repository on a real Hub, instead of the local one
@@ -52,9 +54,9 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folder(repo, tmp_path_factory):
-    """A folder that push may change."""
-    return Path(shutil.copytree(repo, tmp_path_factory.mktemp("pushed") / "folder"))
+def folder(demo_repo, tmp_path_factory):
+    """A folder that push may change, of the demo checkpoint, whose small tokenizer loads fast."""
+    return Path(shutil.copytree(demo_repo, tmp_path_factory.mktemp("pushed") / "folder"))
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_push_makes_one_commit_of_all_files(hub, folder, commit):
     repository = hub.repository(ID)
     pushed, first = repository.history()
     assert repository.private and pushed["id"] == commit and first["message"] == "initial commit"
-    assert re.fullmatch(r"Upload qwen2-audio-vl: [0-9,]+ parameters in float32", pushed["message"])
+    assert re.fullmatch(r"Upload qwen2-audio-vl: [0-9,]+ parameters in bfloat16", pushed["message"])
     assert sorted(pushed["files"]) == upload.files_of(folder)
     assert all(repository.read(name) == (folder / name).read_bytes() for name in pushed["files"])
     upload.check_content(folder, upload.read_checksums(folder))
@@ -133,8 +135,23 @@ def test_the_hubs_own_validation_takes_the_card(hub, folder, commit, tmp_path):
     subprocess.run([sys.executable, "-c", code, folder / "README.md"], env=environment, check=True)
 
 
-def test_new_process_with_an_empty_cache_loads_the_commit(load, commit, repo):
-    assert answer(load(ID, commit)) == answer(load(str(repo), "main", cache="other"))
+def test_new_process_with_an_empty_cache_loads_the_commit(load, commit, demo_repo):
+    assert answer(load(ID, commit)) == answer(load(str(demo_repo), "main", cache="other"))
+
+
+def test_the_first_block_of_the_card_runs_as_pasted(hub, commit, tmp_path):
+    """The line for the shell, then the lines for Python, in an empty folder with an empty cache."""
+    card = hub.repository(ID).read("README.md").decode() if not REAL else upload.ModelCard.load(ID).content
+    (install, code) = re.search(r"```\n(pip install [^\n]+)\n```\n```python\n(.*?)```", card, re.DOTALL).groups()
+    environment = hub.environment(tmp_path / "cache", hub.token)
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PIP_NO_INDEX": "1"}
+    pasted = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run(install, shell=True, **pasted)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", code], **pasted)
+    assert done.returncode == 0, done.stderr
+    number, *_ = WORLD["held_out"][1].split()  # the question is how many there are in the picture
+    assert done.stdout.strip() == number
 
 
 def test_smoke(upload_py, commit):
@@ -143,8 +160,6 @@ def test_smoke(upload_py, commit):
     rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
     assert rows["commit"] == commit and "answer to audio and picture" in rows
     assert upload_py("check", ID, "--revision", commit).returncode == 0
-    nowhere = upload_py("push", "nowhere", ID)
-    assert nowhere.returncode == 1 and "nowhere is no folder" in nowhere.stderr
 
 
 @local
@@ -159,18 +174,29 @@ def test_a_download_that_is_not_what_was_built(hub, upload_py, commit):
     assert short.returncode == 1 and "does not load or answer" in short.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments, has_token, message",
-    [
-        ((ID, "main"), False, "not a valid model identifier|RepositoryNotFound|private or gated|401"),
-        ((ID, "0" * 40), True, "not a valid git identifier|RevisionNotFound|Invalid rev id"),
-        (("someone/nothing", "main"), True, "not a valid model identifier|RepositoryNotFound"),
-    ],
-)
-def test_what_is_not_there_is_said(arguments, has_token, message, hub, load, commit):
-    process = load(*arguments, token=hub.token if has_token else None)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1 and re.search(message, errors), errors
+def test_what_is_not_there_is_said(hub, commit, tmp_path):
+    """A private repository without a token, an unknown commit and an unknown repository, in one new process."""
+    code = """
+        import json, os, sys
+        from transformers import AutoProcessor
+        for name, revision, token in json.loads(sys.argv[1]):
+            os.environ["HF_TOKEN"] = token
+            try:
+                AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
+            except Exception as error:
+                print("TOKENS", " ".join(f"{type(error).__name__}: {error}".split()))
+    """
+    cases = {
+        (ID, "main", ""): "not a valid model identifier|RepositoryNotFound|private or gated|401",
+        (ID, "0" * 40, hub.token): "not a valid git identifier|RevisionNotFound|Invalid rev id",
+        ("someone/nothing", "main", hub.token): "not a valid model identifier|RepositoryNotFound",
+    }
+    process = start_python(code, json.dumps(list(cases)), env=hub.environment(tmp_path, "none"), cwd=tmp_path)
+    output, errors = process.communicate(timeout=300)
+    said = [line for line in output.splitlines() if line.startswith("TOKENS")]
+    assert len(said) == len(cases), errors
+    for message, line in zip(cases.values(), said, strict=True):
+        assert re.search(message, line), line
 
 
 def test_two_processes_load_into_one_cache_at_once(load, commit):
@@ -185,8 +211,8 @@ def test_a_changed_folder_is_pushed_to_branches_and_pull_requests(hub, folder, c
     shutil.copytree(folder, changed)
     with (changed / "processing_qwen2_audio_vl.py").open("a") as file:
         file.write('\nVERSION = "changed"\n')
-    refused = upload_py("push", changed, ID)
-    assert refused.returncode == 1 and "content of processing_qwen2_audio_vl.py is not what" in refused.stderr
+    with pytest.raises(ValueError, match="content of processing_qwen2_audio_vl.py is not what"):
+        upload.push(str(changed), ID)
     assert hub.repository(ID).refs == {"main": commit}
 
     upload.write_checksums(changed, {})

@@ -1,5 +1,6 @@
 """The folder in fresh processes, with few packages installed, and in several processes at once."""
 
+import functools
 import os
 import subprocess
 import textwrap
@@ -23,16 +24,22 @@ USE = """
 """
 
 
+def start_python_on(repo, photo, speech, folder, code: str) -> subprocess.Popen:
+    values = f"REPO, PHOTO, SPEECH = {str(repo)!r}, {str(photo)!r}, {str(speech)!r}\n"
+    return start_python(values + textwrap.dedent(code), env={**os.environ, "HF_HOME": str(folder)}, cwd=folder)
+
+
 @pytest.fixture
 def start(repo, photo, speech, tmp_path):
     """Starts Python on some code in a process that shares nothing with this one."""
 
-    def run(code: str, **environment) -> subprocess.Popen:
-        values = f"REPO, PHOTO, SPEECH = {str(repo)!r}, {str(photo)!r}, {str(speech)!r}\n"
-        environment = {**os.environ, "HF_HOME": str(tmp_path), **environment}
-        return start_python(values + textwrap.dedent(code), env=environment, cwd=tmp_path)
+    return functools.partial(start_python_on, repo, photo, speech, tmp_path)
 
-    return run
+
+@pytest.fixture(scope="module")
+def plain_answer(repo, photo, speech, tmp_path_factory) -> str:
+    """What `USE` prints in a process of its own."""
+    return answer(start_python_on(repo, photo, speech, tmp_path_factory.mktemp("plain"), USE))
 
 
 HIDE = """
@@ -49,12 +56,9 @@ HIDE = """
 """
 
 
-def test_loads_and_answers_where_other_sound_libraries_are_absent(start):
-    everything, bare = (
-        start(USE),
-        start(textwrap.dedent(HIDE) + textwrap.dedent(USE) + "assert 'torchaudio' not in sys.modules"),
-    )
-    assert answer(everything) == answer(bare)
+def test_loads_and_answers_where_other_audio_libraries_are_absent(start, plain_answer):
+    bare = start(textwrap.dedent(HIDE) + textwrap.dedent(USE) + "assert 'torchaudio' not in sys.modules")
+    assert answer(bare) == plain_answer
 
 
 def test_two_processes_load_into_one_empty_cache_at_once(start):
@@ -82,7 +86,7 @@ def test_unsupported_release_is_one_clear_sentence(start):
     assert answer(start(code)) == "TOKENS none"
 
 
-def test_model_needs_no_sound_library(start):
+def test_model_needs_no_audio_library(start):
     code = textwrap.dedent(HIDE).replace('"torchaudio"', '"torchaudio", "av"') + textwrap.dedent(
         """
         from transformers import AutoModel
@@ -93,7 +97,7 @@ def test_model_needs_no_sound_library(start):
     assert answer(start(code)) == "TOKENS none"
 
 
-def test_saved_model_brings_its_code(start, tmp_path):
+def test_saved_model_brings_its_code(start, plain_answer, tmp_path):
     code = f"""
         from transformers import AutoModelForMultimodalLM, AutoProcessor
         model = AutoModelForMultimodalLM.from_pretrained(REPO, trust_remote_code=True)
@@ -104,7 +108,7 @@ def test_saved_model_brings_its_code(start, tmp_path):
     assert answer(start(code)) == "TOKENS saved"
     assert (tmp_path / "saved" / "processing_qwen2_audio_vl.py").is_file()
     moved = (tmp_path / "saved").rename(tmp_path / "moved")
-    assert answer(start(USE.replace("REPO", repr(str(moved))))) == answer(start(USE))
+    assert answer(start(USE.replace("REPO", repr(str(moved))))) == plain_answer
 
 
 def test_importing_the_code_touches_nothing(start):

@@ -414,19 +414,25 @@ def test_check_refuses_what_must_not_be_published(repo, tmp_path):
     assert upload.check_files(damaged(lambda folder: None))["weights"] == "96 tensors, names and shapes are the model's"
 
 
-def test_check_tells_by_its_exit_code(repo, tmp_path):
+def run_main(*arguments) -> int:
+    """upload.py's exit code. In this process, as starting another one takes 5 s."""
+    try:
+        upload.main(list(map(str, arguments)))
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_check_tells_by_its_exit_code(repo, tmp_path, capsys):
     """A folder whose code does not load: its files alone look right."""
     shutil.copytree(repo, tmp_path / "broken")
     with (tmp_path / "broken" / "processing_qwen2_audio_vl.py").open("a") as file:
         file.write("\nraise RuntimeError('broken code')\n")
     upload.write_checksums(tmp_path / "broken", {})
-    command = [sys.executable, upload.ROOT / "upload.py", "check"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    good, bad = (subprocess.Popen([*command, folder], **pipes) for folder in (repo, tmp_path / "broken"))
-    output, _ = good.communicate(timeout=300)
-    assert good.returncode == 0 and "answer to sound and picture" in output
-    _, errors = bad.communicate(timeout=300)
-    assert bad.returncode == 1 and "does not load or answer" in errors and "broken code" in errors
+    assert run_main("check", repo) == 0 and "answer to audio and picture" in capsys.readouterr().out
+    assert run_main("check", tmp_path / "broken") == 1
+    errors = capsys.readouterr().err
+    assert "does not load or answer" in errors and "broken code" in errors
 
 
 def test_wrong_parts_are_refused_before_anything_is_written(bases, tmp_path):
@@ -449,18 +455,19 @@ def test_wrong_parts_are_refused_before_anything_is_written(bases, tmp_path):
         with pytest.raises(ValueError, match=message):
             upload.build(base, encoder, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        upload.push("nowhere", "someone/model")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="is not empty"):
         upload.build(bases["qwen2_vl"], bases["whisper"], tmp_path / "full")
 
 
-def test_command_line(bases, tmp_path):
-    command = [sys.executable, upload.ROOT / "upload.py", "build", "--base", bases["qwen2_vl"], "--audio-encoder"]
-    arguments = {"capture_output": True, "text": True, "cwd": tmp_path}
-    done = subprocess.run([*command, bases["whisper"], "--output", "out"], **arguments, check=True)
+def test_command_line(bases, tmp_path, monkeypatch, capsys):
+    arguments = ["build", "--base", bases["qwen2_vl"], "--audio-encoder", bases["whisper"], "--output", "out"]
+    command = [sys.executable, upload.ROOT / "upload.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "out is ready" in done.stdout and (tmp_path / "out" / "model.safetensors").is_file()
-    failed = subprocess.run([*command, bases["whisper"], "--output", "out"], **arguments)
-    assert failed.returncode == 1 and failed.stderr.strip().splitlines()[-1].startswith(
-        "upload.py build: out is not empty"
-    )
+    monkeypatch.chdir(tmp_path)
+    assert run_main(*arguments) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("upload.py build: out is not empty")

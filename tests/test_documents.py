@@ -1,0 +1,141 @@
+"""Documents: the files, commands, links and figures that they name are there, in the checkout and in a built folder."""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+
+import pytest
+from transformers import AutoConfig
+
+import train
+from configuration_qwen2_audio_vl import count_audio
+from upload import ROOT
+
+
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/training.md", "benchmarks/README.md", "demo/README.md")
+ENDINGS = "py|md|jinja|jsonl?|txt|ya?ml|png|jpg|mp3|flac|safetensors"
+FILE = re.compile(rf"(?<![\w/.:*-])(?:[\w.-]+/)*[\w-][\w.-]*\.(?:{ENDINGS})\b")
+# What the commands of the documents are given or make.
+EXAMPLE_FILES = {
+    *("train.jsonl", "test.jsonl", "clip.flac", "test_x.py", "preprocessor_config.json"),
+    *("audio_projector.safetensors", "run/audio_projector.safetensors", "loss.png", "summary.json"),
+}
+PROGRAMS = ("accelerate", "make", "pip", "python", "pre-commit", "train.py", "upload.py", "vllm")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+UPLOAD_OPTIONS = set(re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / "upload.py").read_text()))
+TRAIN_OPTIONS = {f"--{field.name}" for field in dataclasses.fields(train.Arguments)}
+
+
+def code_of(text: str) -> list[str]:
+    """The lines of code blocks, and the code within lines."""
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`]+)`", prose)
+
+
+def commands_of(text: str) -> list[list[str]]:
+    lines = [line for line in code_of(text) if line.split(" ")[0] in PROGRAMS and " " in line]
+    return [shlex.split(line) for line in lines]
+
+
+def rows_of(text: str, first_cell: str) -> list[list[str]]:
+    """The cells of the table that begins with this cell, without its head."""
+    table = re.search(rf"^\| {re.escape(first_cell)}.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)[1]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+@pytest.mark.parametrize("built", ["repo", "demo_repo"])
+def test_a_built_card_names_only_what_is_in_its_folder(built, request):
+    folder = request.getfixturevalue(built)
+    card = (folder / "README.md").read_text()
+    assert len(card.splitlines()) <= 180
+    assert {name for name in FILE.findall(card) if not (folder / name).is_file()} == set()
+    assert {command[0] for command in commands_of(card)} <= {"pip", "python", "vllm"}
+    assert not re.findall(r"\]\((?!http)([^)]+)\)", card)
+
+
+def test_only_the_paragraph_of_facts_differs_from_the_source(repo):
+    def body(text):
+        return text.split("\n---\n", 1)[1].partition("\nQwen2-VL takes")[2]
+
+    assert body((repo / "README.md").read_text()) == body(read("README.md")) != ""
+    assert len(read("README.md").splitlines()) <= 180
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_name_what_is_there(name):
+    text = read(name)
+    folders = (ROOT, (ROOT / name).parent, ROOT / "tests", ROOT / "examples")
+    named = set(FILE.findall(text)) - EXAMPLE_FILES - {"examples/photo.png", "examples/speech.mp3"}
+    assert {file for file in named if not any((folder / file).is_file() for folder in folders)} == set()
+    assert {place for place in re.findall(r"`([\w.]+/)`", text) if not (ROOT / place).is_dir()} <= {
+        *("adapter/", "runs/", "examples/"),  # the first two in --output_dir
+    }
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
+    assert {command[1] for command in commands_of(text) if command[0] == "make"} <= targets
+    for command in commands_of(text):
+        for script, known in (("upload.py", UPLOAD_OPTIONS), ("train.py", TRAIN_OPTIONS)):
+            if script in command:
+                options = command[command.index(script) + 1 :]
+                assert {option for option in options if option.startswith("--")} <= known, command
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        linked = (ROOT / name).parent / file
+        assert linked.is_file(), target
+        headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
+        slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in slugs, target
+
+
+def test_the_tree_is_complete():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tops = {name.split("/")[0] + ("/" if "/" in name else "") for name in listed.stdout.splitlines()}
+    tree = re.search(r"## The tree.*?```\n(.*?)```", read("CONTRIBUTING.md"), re.DOTALL)[1]
+    needed = {top for top in tops if top.endswith((".py", "/")) and not top.startswith(".")}
+    assert {top for top in needed if top not in tree} == set()
+
+
+def test_what_audio_costs():
+    """The table of the README, by the function that the processor and the model count with."""
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    text = config.text_config
+    head_size = text.hidden_size // text.num_attention_heads
+    position_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * 2  # keys, values; bf16
+    rows = rows_of(read("README.md"), "seconds of audio")
+    assert len(rows) >= 4
+    for seconds, *cells in rows:
+        lengths = [int(number) * 16_000 for number in seconds.split(" to ")]
+        (windows, tokens), *others = {count_audio(n, config.audio_config.max_source_positions) for n in lengths}
+        assert not others
+        tokens += 2
+        share = tokens / text.max_position_embeddings
+        assert cells == [f"{windows}", f"{tokens:,}", f"{share:.1%}", f"{tokens * position_bytes / 1e6:,.0f} MB"]
+    assert tokens + 1_500 > text.max_position_embeddings > tokens  # the last row is the longest clip
+
+
+def test_figures_of_the_card_stand_in_the_benchmarks():
+    rows = rows_of(read("README.md"), "what")
+    assert len(rows) == 5
+    measured = read("benchmarks/README.md")
+    for what, figure in rows:
+        for number in re.findall(r"\d[\d.e+]*%?", figure):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.]*\d)", measured), (what, number)
+
+
+def test_the_install_line_is_what_the_folder_requires():
+    (line,) = [command for command in commands_of(read("README.md")) if command[:2] == ["pip", "install"]][:1]
+    required = read("requirements.txt").split()
+    names = {re.split(r"[<>=]", requirement)[0]: requirement for requirement in required}
+    for package in line[2:]:
+        name = re.split(r"[<>=]", package)[0]
+        assert package in (name, names[name])
+    # What is not named there comes with transformers and torchvision.
+    assert set(names) - {re.split(r"[<>=]", package)[0] for package in line[2:]} == {
+        *("huggingface_hub", "safetensors", "numpy", "pillow"),
+    }
