@@ -1,7 +1,6 @@
 """What the model is: the files at the top level, and contradictions that are refused."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,12 +18,9 @@ import upload
 from demo.bases import ASSETS
 
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
 @pytest.fixture(scope="module")
 def config_class():
-    return get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", ROOT)
+    return get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", upload.ROOT)
 
 
 def small(**changes) -> dict:
@@ -43,7 +39,7 @@ def test_top_level_files_are_the_full_size(tmp_path):
     base, encoder = ASSETS / "qwen2-vl-7b", ASSETS / "whisper-large-v3-turbo"
     tokenizer = upload.build_tokenizer(base)
     built = upload.build_config(base, encoder, tokenizer)
-    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(upload.ROOT, trust_remote_code=True)
     ignored = ("_name_or_path", "transformers_version", "auto_map")
     ours, theirs = ({k: v for k, v in each.to_dict().items() if k not in ignored} for each in (config, built))
     ours["audio_config"], theirs["audio_config"] = config.audio_config.to_diff_dict(), built.audio_config.to_diff_dict()
@@ -53,7 +49,7 @@ def test_top_level_files_are_the_full_size(tmp_path):
     assert (config.audio_token_id, config.audio_bos_token_id, config.audio_eos_token_id) == (151657, 151658, 151659)
 
     upload.build_processor(base, encoder, tokenizer, built).save_pretrained(tmp_path)
-    ours, theirs = (json.loads((folder / "processor_config.json").read_text()) for folder in (ROOT, tmp_path))
+    ours, theirs = (json.loads((folder / "processor_config.json").read_text()) for folder in (upload.ROOT, tmp_path))
     for name, part in ours.items():
         if isinstance(part, dict) and name != "auto_map":
             # Newer releases write more of their own defaults.
@@ -61,12 +57,12 @@ def test_top_level_files_are_the_full_size(tmp_path):
             assert {"image_processor": 14, "video_processor": 14, "feature_extractor": 128}[name] in part.values()
         else:
             assert theirs[name] == part
-    generation = json.loads((ROOT / "generation_config.json").read_text())
+    generation = json.loads((upload.ROOT / "generation_config.json").read_text())
     assert generation.items() <= json.loads((base / "generation_config.json").read_text()).items()
 
 
 def test_defaults_are_the_full_size(config_class):
-    default, full = config_class(), AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    default, full = config_class(), AutoConfig.from_pretrained(upload.ROOT, trust_remote_code=True)
     for part in ("text_config", "vision_config", "audio_config"):
         for name, value in getattr(default, part).to_dict().items():
             if name not in ("dtype", "_name_or_path", "transformers_version", "rope_parameters"):
@@ -74,7 +70,7 @@ def test_defaults_are_the_full_size(config_class):
 
 
 def test_every_auto_class_is_mapped(repo):
-    for folder in (ROOT, repo):
+    for folder in (upload.ROOT, repo):
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
         assert auto_map.keys() == {
             "AutoConfig",
@@ -91,7 +87,7 @@ def test_every_auto_class_is_mapped(repo):
 
 
 def test_full_size_model_on_the_meta_device():
-    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(upload.ROOT, trust_remote_code=True)
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=True)
     names = model.state_dict().keys()
