@@ -84,6 +84,7 @@ class EndpointHandler:
         self.fetch_audio = get_class_from_dynamic_module("audio_utils.fetch_audio", path)
         self.read = get_class_from_dynamic_module("audio_utils.read", path)
         self.normalize_content = get_class_from_dynamic_module("processing_qwen2_audio_vl.normalize_content", path)
+        self.join_texts = get_class_from_dynamic_module("processing_qwen2_audio_vl.join_texts", path)
         self.waiting: list[Request] = []
         self.turns = ThreadPoolExecutor(1)  # one thread, as each that computes has OpenMP threads of its own
 
@@ -134,7 +135,7 @@ class EndpointHandler:
         for message in messages:
             content = message["content"]
             items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            items = [self.normalize_content(item) for item in items]
+            items = self.join_texts([self.normalize_content(item) for item in items])
             for item in items:
                 if item["type"] not in counts:
                     raise RequestError(

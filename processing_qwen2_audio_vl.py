@@ -203,7 +203,9 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         """
         As in [`ProcessorMixin`], with audio: content items of type `audio` (source under `audio`, `url`, `path`,
         `base64`, `bytes` or `array`, and its `sampling_rate`), `audio_url` and OpenAI's `input_audio`. With
-        `load_audio_from_video=True` the audio track of each video follows it. The messages are not changed.
+        `load_audio_from_video=True` the audio track of each video follows it. With `sanitize_control_tokens=True`
+        (transformers 5.23 and later) control tokens in texts are encoded as text, also those that adjacent text items
+        spell together. The messages are not changed.
 
         Raises:
             TypeError: on arguments that neither the template nor any part knows.
@@ -214,10 +216,13 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         for name in [name for name in kwargs if name in self._known_kwargs() and name not in own_parameters]:
             processor_kwargs[name] = kwargs.pop(name)
         load_audio_from_video = kwargs.pop("load_audio_from_video", False)
+        joins_texts = bool(kwargs.get("sanitize_control_tokens"))
         is_batch = isinstance(conversation[0], (list, tuple))
         chat_audio, conversations = [], []
         for messages in conversation if is_batch else [conversation]:
-            conversations.append([self._take_audio(message, chat_audio, load_audio_from_video) for message in messages])
+            conversations.append(
+                [self._take_audio(message, chat_audio, load_audio_from_video, joins_texts) for message in messages]
+            )
         if chat_audio and kwargs.get("tokenize"):
             processor_kwargs["chat_audio"] = chat_audio
         return super().apply_chat_template(
@@ -227,7 +232,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             **kwargs,
         )
 
-    def _take_audio(self, message: dict, sources: list, load_audio_from_video: bool) -> dict:
+    def _take_audio(self, message: dict, sources: list, load_audio_from_video: bool, joins_texts: bool) -> dict:
         """A copy of a message, with every content item in transformers' form. Audio sources are added to `sources`."""
         if not isinstance(message.get("content"), (list, tuple)):
             return dict(message)
@@ -237,7 +242,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             items.append({"type": "audio"} if item["type"] == "audio" else item)
             if source is not None:
                 sources.append(source)
-        return {**message, "content": items}
+        return {**message, "content": join_texts(items) if joins_texts else items}
 
     def _known_kwargs(self) -> set[str]:
         annotations = self.valid_processor_kwargs.__annotations__
@@ -291,6 +296,19 @@ def join_windows(features: torch.Tensor, counts: list[int]) -> torch.Tensor:
     rows = [torch.cat(list(windows), dim=1) for windows in features.split(counts)]
     longest = max(row.shape[1] for row in rows)
     return torch.stack([F.pad(row, (0, longest - row.shape[1])) for row in rows])
+
+
+def join_texts(items: list[dict]) -> list[dict]:
+    """
+    Content items in transformers' form, with each run of adjacent texts joined to one. The chat template writes them
+    without a gap, so that one may begin a control token and the next one end it: sanitizing must see the whole text.
+    """
+    joined = []
+    for item in items:
+        if joined and item["type"] == joined[-1]["type"] == "text":
+            item = {"type": "text", "text": joined.pop()["text"] + item["text"]}
+        joined.append(item)
+    return joined
 
 
 def normalize_content(item) -> dict:
