@@ -11,7 +11,6 @@ import functools
 import http.client
 import io
 import ipaddress
-import itertools
 import math
 import os
 import socket
@@ -28,6 +27,11 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+
+try:
+    from .audio_decoding import MAX_SECONDS, AudioError, decode, decode_apart
+except ImportError:  # not part of a package: the tools beside this file import it by its bare name
+    from audio_decoding import MAX_SECONDS, AudioError, decode, decode_apart
 
 try:
     import torchaudio
@@ -48,24 +52,11 @@ INTEGER_SCALE = {torch.uint8: (128, 2**7), torch.int16: (0, 2**15), torch.int32:
 MAX_BYTES = 2**28  # of a source that is no local file
 CHUNK = 2**16  # bytes read from a connection at a time
 MAX_PHASES = 2**22  # of a filter that torchaudio makes for a pair of rates
-MAX_SECONDS = 3600.0  # of decoded audio; the positions of the model end after about ten minutes
 TIMEOUT = 30.0  # seconds for a whole download
-FULL_RATE = 48_000  # Hz; at a higher rate `max_seconds` is proportionally shorter, as it is there to limit memory
-DEMUXER = {
-    # FFmpeg's names of audio and video containers. Playlists are left out: with them FFmpeg would open other addresses.
-    "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,aac,ogg,mov,mp4,matroska,webm,asf,avi,amr,mpegts,mpeg",
-    # Whether PCM in a wav is something else in disguise is judged by its first packet: thirty times faster to open.
-    "max_probe_packets": "1",
-    "max_size": str(2**15),  # bytes of wav in a frame, where FFmpeg's own choice is many small frames
-}
 
 AUDIO_TYPES = ("audio", "audio_url", "input_audio")  # of content items
 # The keys under which a content item, a `datasets` row or an OpenAI message part holds its audio.
 SOURCE_KEYS = (*AUDIO_TYPES, "url", "path", "base64", "bytes", "array", "data")
-
-
-class AudioError(ValueError):
-    """Audio that cannot be opened, decoded or trusted. The message names the source (shortened) and the reason."""
 
 
 def fetch_audio(
@@ -111,7 +102,9 @@ def fetch_audio(
     source, rate = unwrap(ele)
     is_file = not isinstance(source, (np.ndarray, torch.Tensor))
     if is_file:
-        samples, rate = decode(read(source, max_bytes, timeout, public_only), describe(source), max_seconds)
+        file, name = read(source, max_bytes, timeout, public_only), describe(source)
+        array, rate = (decode_apart if public_only else decode)(file, name, max_seconds)
+        samples = torch.from_numpy(array)
     else:
         samples = to_mono(source)
         rate = next(given for given in (rate, sampling_rate, sr) if given is not None)
@@ -369,48 +362,6 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         if embedded is not None:
             return is_public(embedded)
     return address.is_global and not address.is_multicast
-
-
-def decode(file, name: str, max_seconds: float = MAX_SECONDS) -> tuple[torch.Tensor, int]:
-    """
-    Decodes the first audio track of an audio or video file with PyAV, whose wheel carries FFmpeg, and closes it.
-
-    Returns:
-        float32 `[samples]` mono and the sampling rate in Hz.
-    """
-    sound, rate = bytearray(), None
-    try:
-        with file, av.open(file, metadata_errors="ignore", options=DEMUXER) as container:
-            if not container.streams.audio:
-                raise AudioError(f"{name} has no sound track.")
-            frames = container.decode(container.streams.audio[0])
-            layouts = itertools.groupby(frames, lambda f: (f.sample_rate, f.format.name, f.layout.nb_channels))
-            for (own_rate, format, channels), alike in layouts:
-                if rate not in (None, own_rate):
-                    raise AudioError(f"{name} changes its sampling rate from {rate} to {own_rate} Hz midway.")
-                rate = own_rate
-                if channels > 7:
-                    # PyAV 18 reads past the end of a frame's table of 8 planes and crashes, unless the frame is packed.
-                    packer = av.AudioResampler(format=av.AudioFormat(format).packed)
-                    alike = (piece for frame in alike for piece in packer.resample(frame))
-                    format = packer.format.name
-                # Frames are short, so what numpy does is done for many at a time, but never for a file of any length.
-                while batch := [frame.to_ndarray() for frame in itertools.islice(alike, 64)]:
-                    samples = np.concatenate(batch, axis=1)  # [channels, samples], or [1, samples * channels] if packed
-                    samples = samples if av.AudioFormat(format).is_planar else samples.reshape(-1, channels).T
-                    sound += to_mono(samples, axis=0).numpy().data
-                    if len(sound) > max_seconds * min(rate, FULL_RATE) * 4:
-                        raise AudioError(
-                            f"{name} lasts longer than the limit of {max_seconds:g} s"
-                            + (f", which is for {FULL_RATE} Hz; it has {rate}." if rate > FULL_RATE else ".")
-                        )
-    except AudioError:
-        raise
-    except Exception as error:  # not FFmpeg's errors alone: hostile files run into IndexError and others within PyAV
-        raise AudioError(f"{name} cannot be decoded: {error}") from error
-    if not sound:
-        raise AudioError(f"{name} holds no samples.")
-    return torch.frombuffer(sound, dtype=torch.float32), rate
 
 
 def to_mono(samples: np.ndarray | torch.Tensor, axis: int | None = None) -> torch.Tensor:

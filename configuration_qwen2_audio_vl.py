@@ -32,6 +32,7 @@ CODE_FILES = (
     "modeling_qwen2_audio_vl.py",
     "processing_qwen2_audio_vl.py",
     "audio_utils.py",
+    "audio_decoding.py",
 )
 
 HOP_LENGTH = 160  # samples at 16 kHz from one log-mel frame to the next

@@ -6,7 +6,9 @@ import http.server
 import io
 import ipaddress
 import os
+import queue
 import re
+import resource
 import socket
 import ssl
 import subprocess
@@ -25,9 +27,11 @@ import soundfile
 import soxr
 import torch
 import trustme
+from bombs import BOMBS
 from sounds import ENCODINGS, RECORDINGS, encode
 from transformers import WhisperFeatureExtractor
 
+import audio_decoding
 import audio_utils
 from audio_utils import AudioError, fetch_audio, log_mel, split_windows
 from configuration_qwen2_audio_vl import tokens_per_window
@@ -394,6 +398,58 @@ def test_bombs_cost_little_memory(tmp_path, web):
         megabytes, _, message = run.communicate(timeout=100)[0].partition(" ")
         assert "limit of 10 s" in message or "limit of 10000000 bytes" in message
         assert int(megabytes) < 40, source
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_untrusted_bombs_are_limited_in_memory_and_time(name, monkeypatch):
+    """Whatever a file says: it is decoded or refused within the limits, and the next good file is decoded."""
+    monkeypatch.setattr(audio_decoding, "WORKER_SECONDS", 2)  # 8 by default
+    worker = audio_decoding.DecodingWorker()
+    monkeypatch.setattr(audio_decoding, "WORKERS", queue.LifoQueue())
+    audio_decoding.WORKERS.put(worker)
+    good = RECORDINGS / "jfk.mp3"
+    assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
+    usual, first = resident(worker), worker.process.pid
+    bomb = BOMBS[name](fetch_audio(good)[:16_000].numpy())
+    assert len(bomb) < 2**22
+    start = time.monotonic()
+    try:
+        assert len(fetch_audio(bomb, max_seconds=600, public_only=True)) == 16_000
+    except AudioError as error:
+        assert re.search("limit of 600 s|limit of 2 s to decode|Cannot allocate memory", str(error))
+    assert time.monotonic() - start < 3
+    if worker.process.poll() is None:
+        assert worker.process.pid == first and resident(worker) - usual < 300
+    assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
+    worker.stop()
+
+
+def resident(worker) -> float:
+    """The most MB that a worker held so far."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{worker.process.pid}/status").read_text())[1]) / 1024
+
+
+def test_a_worker_that_died_is_replaced():
+    worker = audio_decoding.DecodingWorker()
+    content = (RECORDINGS / "jfk.mp3").read_bytes()
+    for _ in range(2):
+        samples, rate = worker.decode(content, "clip", 60)
+        expected, expected_rate = audio_decoding.decode(io.BytesIO(content), "clip")
+        assert rate == expected_rate and np.array_equal(samples, expected)
+        worker.process.kill()
+        worker.process.wait()
+    with pytest.raises(AudioError, match="clip cannot be decoded"):
+        worker.decode(b"no audio", "clip", 60)
+    worker.stop()
+
+
+def test_covers_are_not_decoded_in_the_own_process_either():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    clip = fetch_audio(RECORDINGS / "jfk.wav")[:16_000].numpy()
+    assert len(fetch_audio(BOMBS["mp3 with covers"](clip))) == 16_000
+    with pytest.raises(AudioError, match="limit of 600 s"):
+        fetch_audio(BOMBS["matroska with compressed blocks"](clip), max_seconds=600)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 500  # 600 s at 48 kHz are 115 MB
 
 
 def test_a_header_that_lies_about_its_length():

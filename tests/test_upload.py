@@ -44,6 +44,7 @@ def test_folder_holds_all_that_a_user_loads(repo):
         "README.md",
         "SHA256SUMS",
         "app.py",
+        "audio_decoding.py",
         "audio_utils.py",
         "chat_template.jinja",
         "config.json",

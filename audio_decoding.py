@@ -1,0 +1,240 @@
+"""
+An audio or video file -> float32 samples, by PyAV, whose wheel carries FFmpeg. Untrusted files are decoded by this file
+run as a process of its own, so it imports no more than it needs.
+"""
+
+import contextlib
+import functools
+import io
+import itertools
+import multiprocessing
+import os
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+try:
+    import resource
+except ImportError:  # Windows, where untrusted files are decoded in the process itself
+    resource = None
+
+MAX_SECONDS = 3600.0  # of decoded audio; the positions of the model end after about ten minutes
+FULL_RATE = 48_000  # Hz; at a higher rate `max_seconds` is proportionally shorter, as it is there to limit memory
+FULL_SCALE = {"u1": (128, 2**7), "i2": (0, 2**15), "i4": (0, 2**31)}  # zero and full scale of integer samples
+FRAME_BATCH = 2**16  # samples converted at a time
+WORKER_SECONDS = 8  # for an untrusted file
+WORKER_MEMORY = 2**28  # bytes for an untrusted file, beside its content
+NUM_WORKERS = 2
+DEMUXER = {
+    # FFmpeg's names of audio and video containers. Playlists are left out: with them FFmpeg would open other addresses.
+    "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,aac,ogg,mov,mp4,matroska,webm,asf,avi,amr,mpegts,mpeg",
+    # Whether PCM in a wav is something else in disguise is judged by its first packet: thirty times faster to open.
+    "max_probe_packets": "1",
+    "max_size": str(2**15),  # bytes of wav in a frame, where FFmpeg's own choice is many small frames
+}
+
+
+class AudioError(ValueError):
+    """Audio that cannot be opened, decoded or trusted. The message names the source (shortened) and the reason."""
+
+
+@functools.cache
+def audio_codecs() -> str:
+    """FFmpeg's decoders of audio, for its `codec_whitelist`: it then opens none for pictures, such as covers."""
+    codecs = []
+    for name in sorted(av.codecs_available):
+        with contextlib.suppress(ValueError):  # only an encoder
+            codecs += [name] if av.Codec(name, "r").type == "audio" else []
+    return ",".join(codecs)
+
+
+def decode(file, name: str, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarray, int]:
+    """
+    Decodes the first audio track of a file, and closes it.
+
+    Args:
+        file: A binary file object.
+        name: Of the source, for messages.
+        max_seconds (`float`, defaults to 3600): Of audio; for rates above 48 kHz proportionally less.
+
+    Returns:
+        float32 `[samples]` mono in [-1, 1] or a little beyond, and the sampling rate in Hz.
+
+    Raises:
+        AudioError: if there is no audio, if it cannot be decoded, or if it lasts longer.
+    """
+    return join_pieces(decode_pieces(file, name, max_seconds), name)
+
+
+def join_pieces(pieces: Iterator[tuple[int, np.ndarray]], name: str) -> tuple[np.ndarray, int]:
+    sound, rate = bytearray(), None
+    for own_rate, samples in pieces:
+        if rate not in (None, own_rate):
+            raise AudioError(f"{name} changes its sampling rate from {rate} to {own_rate} Hz midway.")
+        rate = own_rate
+        sound += samples.data
+    if not sound:
+        raise AudioError(f"{name} holds no samples.")
+    return np.frombuffer(sound, np.float32), rate
+
+
+def decode_pieces(file, name: str, max_seconds: float) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the rate and the samples of a second or so at a time."""
+    options = {**DEMUXER, "codec_whitelist": audio_codecs()}
+    try:
+        with file, av.open(file, metadata_errors="ignore", options=options) as container:
+            if not container.streams.audio:
+                raise AudioError(f"{name} has no sound track.")
+            frames = limit_length(container.decode(container.streams.audio[0]), name, max_seconds)
+            layouts = itertools.groupby(frames, lambda f: (f.sample_rate, f.format.name, f.layout.nb_channels))
+            for (rate, format, channels), alike in layouts:
+                if channels > 7:
+                    # PyAV 18 reads past the end of a frame's table of 8 planes and crashes, unless the frame is packed.
+                    packer = av.AudioResampler(format=av.AudioFormat(format).packed)
+                    alike = (piece for frame in alike for piece in packer.resample(frame))
+                    format = packer.format.name
+                for batch in group_frames(alike):
+                    samples = np.concatenate(batch, axis=1)  # [channels, samples], or [1, samples * channels] if packed
+                    samples = samples if av.AudioFormat(format).is_planar else samples.reshape(-1, channels).T
+                    yield rate, mix_down(samples, name)
+    except AudioError:
+        raise
+    except Exception as error:  # not FFmpeg's errors alone: hostile files run into IndexError and others within PyAV
+        raise AudioError(f"{name} cannot be decoded: {error or type(error).__name__}") from error
+
+
+def limit_length(frames: Iterator[av.AudioFrame], name: str, max_seconds: float) -> Iterator[av.AudioFrame]:
+    """The frames, until they last too long. Each is counted, as a file may make one as long as it likes."""
+    num_samples = 0
+    for frame in frames:
+        num_samples += frame.samples
+        if num_samples > max_seconds * min(frame.sample_rate, FULL_RATE):
+            is_high = frame.sample_rate > FULL_RATE
+            reason = f", which is for {FULL_RATE} Hz; it has {frame.sample_rate}" if is_high else ""
+            raise AudioError(f"{name} lasts longer than the limit of {max_seconds:g} s{reason}.")
+        yield frame
+
+
+def group_frames(frames: Iterator[av.AudioFrame]) -> Iterator[list[np.ndarray]]:
+    """Arrays of many short frames, as a call of numpy costs more than such a frame, or of one long frame."""
+    batch, num_samples = [], 0
+    for frame in frames:
+        batch.append(frame.to_ndarray())
+        num_samples += frame.samples
+        if num_samples >= FRAME_BATCH:
+            yield batch
+            batch, num_samples = [], 0
+    if batch:
+        yield batch
+
+
+def mix_down(samples: np.ndarray, name: str) -> np.ndarray:
+    """`[channels, samples]` of any format -> float32 `[samples]`: integers in [-1, 1), the mean of the channels."""
+    kind = samples.dtype.str[1:]
+    if samples.dtype.kind != "f" and kind not in FULL_SCALE:
+        raise AudioError(f"{name} has samples of type {samples.dtype}; expected float, int16, int32 or uint8.")
+    zero, scale = FULL_SCALE.get(kind, (0, 1))
+    scaled = (samples.astype(np.float32) - np.float32(zero)) / np.float32(scale)
+    return scaled.mean(axis=0, dtype=np.float32)
+
+
+class DecodingWorker:
+    """
+    Decodes untrusted files in a process whose memory and time are limited: a file of a few kilobytes can make FFmpeg
+    allocate gigabytes or compute for minutes. It starts with the first file, and is replaced when it had to be killed.
+    """
+
+    process = connection = None
+
+    def decode(self, content: bytes, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
+        """See [`decode`]. AudioError may also mean that the file would have passed the limits."""
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        try:
+            self.connection.send((content, name, max_seconds))
+            return join_pieces(self.receive(name), name)
+        except AudioError:
+            raise
+        except BaseException as error:
+            self.stop()  # it is in the middle of an answer, or dead
+            if isinstance(error, (EOFError, OSError)):
+                raise AudioError(f"{name} cannot be decoded: the process that decodes it ended.") from error
+            raise
+
+    def receive(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        deadline = time.monotonic() + WORKER_SECONDS
+        while True:
+            if not self.connection.poll(max(0.0, deadline - time.monotonic())):
+                self.stop()
+                raise AudioError(f"{name} takes longer than the limit of {WORKER_SECONDS} s to decode.")
+            message = self.connection.recv_bytes()
+            if not message:
+                return
+            rate = int.from_bytes(message[:4], "little")
+            if not rate:
+                raise AudioError(message[4:].decode())
+            yield rate, np.frombuffer(message, np.float32, offset=4)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+    def start(self):
+        self.connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            command = [sys.executable, __file__, str(theirs.fileno())]
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self.connection.recv_bytes()  # it is ready
+
+
+WORKERS = queue.LifoQueue()
+for _ in range(NUM_WORKERS):
+    WORKERS.put(DecodingWorker())
+
+
+def decode_apart(file, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
+    """[`decode`] of an untrusted file, by the next worker that is free."""
+    if resource is None:
+        return decode(file, name, max_seconds)
+    worker = WORKERS.get()
+    try:
+        with file:
+            return worker.decode(file.read(), name, max_seconds)
+    finally:
+        WORKERS.put(worker)
+
+
+def serve(connection: Connection):
+    """
+    The process of a [`DecodingWorker`]. It answers with pieces, each after its rate; then with nothing, or with a
+    message after a rate of 0. Samples are sent as they come, so that the limit of memory has no need to hold them.
+    """
+    pages = Path("/proc/self/statm")  # Linux; other systems limit the time alone
+    used = int(pages.read_text().split()[0]) * resource.getpagesize() if pages.exists() else None
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    connection.send_bytes(b"ready")
+    while True:
+        content, name, max_seconds = connection.recv()
+        if used is not None:
+            limit = used + WORKER_MEMORY + 2 * len(content)  # as it came, and as bytes
+            resource.setrlimit(resource.RLIMIT_AS, (limit if most < 0 else min(limit, most), most))
+        try:
+            for rate, samples in decode_pieces(io.BytesIO(content), name, max_seconds):
+                connection.send_bytes(rate.to_bytes(4, "little") + samples.tobytes())
+            connection.send_bytes(b"")
+        except AudioError as error:
+            connection.send_bytes(bytes(4) + str(error).encode())
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with contextlib.suppress(EOFError):  # whoever asked is gone
+        serve(Connection(int(sys.argv[1])))
