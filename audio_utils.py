@@ -29,9 +29,9 @@ from transformers.utils import logging
 
 
 try:
-    from .audio_decoding import MAX_SECONDS, AudioError, decode, decode_apart
+    from .audio_decoding import FULL_SCALE, MAX_SECONDS, AudioError, decode, decode_in_worker
 except ImportError:  # not part of a package: the tools beside this file import it by its bare name
-    from audio_decoding import MAX_SECONDS, AudioError, decode, decode_apart
+    from audio_decoding import FULL_SCALE, MAX_SECONDS, AudioError, decode, decode_in_worker
 
 try:
     import torchaudio
@@ -48,8 +48,12 @@ BLOCK = 1000  # frames transformed at a time, so that the intermediate tensors s
 WINDOWS_AT_ONCE = {"cpu": 1}  # transformed together; an accelerator takes 32, whose padding costs it nothing
 MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
-INTEGER_SCALE = {torch.uint8: (128, 2**7), torch.int16: (0, 2**15), torch.int32: (0, 2**31)}  # zero and full scale
+INTEGER_SCALE = {torch.uint8: FULL_SCALE["u1"], torch.int16: FULL_SCALE["i2"], torch.int32: FULL_SCALE["i4"]}
 MAX_BYTES = 2**28  # of a source that is no local file
+NOT_PUBLIC = [  # beside those that `ipaddress` knows: NAT64, site-local, IETF protocols, and a cloud's own services
+    ipaddress.ip_network(network)
+    for network in ("64:ff9b::/96", "64:ff9b:1::/48", "fec0::/10", "192.0.0.0/24", "168.63.129.16/32")
+]
 CHUNK = 2**16  # bytes read from a connection at a time
 MAX_PHASES = 2**22  # of a filter that torchaudio makes for a pair of rates
 TIMEOUT = 30.0  # seconds for a whole download
@@ -89,8 +93,9 @@ def fetch_audio(
             48 kHz it is proportionally less, so that it limits memory as well: 192 KB a second.
         timeout (`float`, defaults to 30): Seconds for a whole download, redirects included. Only the look-up of a name
             has the system's own limit.
-        public_only (`bool`, defaults to `False`): For servers, which open what strangers name: refuses local paths,
-            `file://`, and addresses that are not public, also after a redirect.
+        public_only (`bool`, defaults to `False`): For servers with untrusted requests: refuses local paths, `file://`,
+            and addresses that are not public, also after a redirect, and decodes files in a process of limited memory
+            and time.
 
     Returns:
         `torch.Tensor`: float32 `[samples]` in [-1, 1], the mean of all channels. What overshoots is clipped, as by
@@ -103,14 +108,14 @@ def fetch_audio(
     is_file = not isinstance(source, (np.ndarray, torch.Tensor))
     if is_file:
         file, name = read(source, max_bytes, timeout, public_only), describe(source)
-        array, rate = (decode_apart if public_only else decode)(file, name, max_seconds)
-        samples = torch.from_numpy(array)
+        array, rate = (decode_in_worker if public_only else decode)(file, name, max_seconds)
+        samples, rate = torch.from_numpy(array), check_rate(rate)
     else:
+        rate = check_rate(next(given for given in (rate, sampling_rate, sr) if given is not None))
+        seconds = max(source.shape, default=0) / rate
+        if seconds > max_seconds:  # before anything is copied
+            raise AudioError(f"{describe(source)} lasts {seconds:.0f} s, past the limit of {max_seconds:g} s.")
         samples = to_mono(source)
-        rate = next(given for given in (rate, sampling_rate, sr) if given is not None)
-    rate = check_rate(rate)
-    if len(samples) > max_seconds * rate:
-        raise AudioError(f"{describe(source)} lasts {len(samples) / rate:.0f} s, past the limit of {max_seconds:g} s.")
     if not samples.numel():
         raise AudioError(f"{describe(source)} holds no samples.")
     peak = float(samples.abs().amax())
@@ -160,7 +165,7 @@ def process_audio_info(
 def iter_audio_sources(content, load_audio_from_video: bool = False) -> Iterator[tuple[dict, object]]:
     """
     Yields the items of a message's content, each with its source of audio or None. With `load_audio_from_video` an
-    audio item follows each video: transformers asks for an empty one there, which here may also be left out.
+    audio item follows each video: transformers needs an empty audio item in that place; here it is optional.
     """
     is_track_slot = False
     for item in content:
@@ -180,22 +185,29 @@ def iter_audio_sources(content, load_audio_from_video: bool = False) -> Iterator
 
 def unwrap(ele) -> tuple:
     """
-    Finds the source inside what the ecosystem hands around.
+    Takes the source out of the dicts, tuples and decoders of `datasets`, OpenAI and transformers.
 
     Returns:
         The source (address, bytes, file object, array or tensor) and the sampling rate that came with it, or None.
     """
     if isinstance(ele, dict):
         found = {key: ele[key] for key in SOURCE_KEYS if ele.get(key) is not None}
-        if "array" in found or "bytes" in found:  # in a `datasets` row `path` then only names where they come from
+        if "array" in found or "bytes" in found:  # `path` is then only a label in a `datasets` row
             found.pop("path", None)
         if len(found) != 1:
             raise AudioError(
                 f"An audio item needs exactly one source, under one of {', '.join(SOURCE_KEYS)}; this one has "
                 f"{', '.join(found) or 'none'} (its keys are {', '.join(map(str, ele))})."
             )
-        source, rate = unwrap(*found.values())
-        source = np.asarray(source) if isinstance(source, list) else source
+        (inner,) = found.values()
+        if isinstance(inner, dict) and any(isinstance(value, dict) for value in inner.values()):
+            raise AudioError("An audio item holds its source directly or in one dict, not in a dict of dicts.")
+        source, rate = unwrap(inner)
+        if isinstance(source, list):
+            try:
+                source = np.asarray(source)
+            except ValueError as error:
+                raise AudioError(f"A list of samples must be numbers, or channels of one length: {error}") from error
         return source, ele.get("sampling_rate") if rate is None else rate  # the rate nearest to the samples
     if isinstance(ele, tuple) and len(ele) == 2:
         for samples, rate in (ele, ele[::-1]):
@@ -207,9 +219,7 @@ def unwrap(ele) -> tuple:
     return ele, None
 
 
-def read(
-    source, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, public_only: bool = False
-) -> io.BufferedIOBase | io.BytesIO:
+def read(source, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, public_only: bool = False) -> io.BufferedIOBase:
     """Turns a source that is not samples into a binary file object; see [`fetch_audio`] for the limits."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(at_most(max_bytes, source, source))
@@ -315,13 +325,13 @@ class WebHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def open_socket(self, address: tuple[str, int], *_) -> socket.socket:
         """
         Connects to the first address of a host that answers. With `public_only` all of them must be public, and the
-        socket goes to the very address that was checked: a name that resolves to another one later gains nothing.
+        socket goes to the address that was checked, so that a second answer of the DNS cannot replace it.
         """
         host, port = address
         targets = [info[4][:2] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         for target, _ in targets if self.public_only else ():
             if not is_public(ipaddress.ip_address(target.partition("%")[0])):
-                raise AudioError(f"The host {host!r} is at {target}, which is not a public address.")
+                raise AudioError(f"What the host {host!r} resolves to is not a public address.")
         for number, target in enumerate(targets, start=1):
             try:
                 sock = socket.create_connection(target, self.time_left())
@@ -339,7 +349,7 @@ class WebHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 
 class TimedReads(io.RawIOBase):
-    """What a socket receives. Each read gets the time that is left, as a byte now and then passes any fixed timeout."""
+    """Reads a socket with the time that is left, as a fixed timeout for each read would let a slow server go on."""
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase, time_left: Callable[[], float]):
         self.sock, self.raw, self.time_left = sock, raw, time_left
@@ -361,48 +371,46 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     for embedded in (getattr(address, name, None) for name in ("ipv4_mapped", "sixtofour")):
         if embedded is not None:
             return is_public(embedded)
-    return address.is_global and not address.is_multicast
+    is_listed = any(address in network for network in NOT_PUBLIC if network.version == address.version)
+    return address.is_global and not address.is_multicast and not is_listed
 
 
-def to_mono(samples: np.ndarray | torch.Tensor, axis: int | None = None) -> torch.Tensor:
+def to_mono(samples: np.ndarray | torch.Tensor) -> torch.Tensor:
     """
-    Scales integers to [-1, 1) and averages the channels.
+    Scales integers to [-1, 1) and averages the channels, which are the axis of at most 8.
 
     Args:
         samples: `[samples]`, `[channels, samples]` or `[samples, channels]`, float, int16, int32 or uint8.
-        axis (`int`, *optional*): The channel axis, where it is known. The default is the axis of at most 8.
 
     Returns:
         `torch.Tensor`: float32 `[samples]`.
     """
-    name = describe(samples)
+    name, shape = describe(samples), samples.shape
+    if len(shape) not in (1, 2):
+        raise AudioError(f"{name} is no sound: expected [samples], [channels, samples] or [samples, channels].")
+    channel_axes = [axis for axis in (0, 1) if len(shape) == 2 and shape[axis] == 1]
+    channel_axes = channel_axes or [axis for axis in (0, 1) if len(shape) == 2 and shape[axis] <= MAX_CHANNELS]
+    if len(shape) == 2 and len(channel_axes) != 1 and shape != (1, 1):
+        raise AudioError(
+            f"{name} could be [channels, samples] or [samples, channels], or is neither: exactly one axis has to "
+            f"be the channels, at most {MAX_CHANNELS}. Give mono samples instead."
+        )
     if isinstance(samples, np.ndarray) and samples.dtype.kind in "fiu":
         # A copy in native byte order: torch reads neither foreign bytes nor negative strides.
         samples = torch.from_numpy(np.array(samples, dtype=samples.dtype.newbyteorder("="), order="C"))
     if not (isinstance(samples, torch.Tensor) and (samples.is_floating_point() or samples.dtype in INTEGER_SCALE)):
         raise AudioError(f"{name} is no sound: expected float, int16, int32 or uint8 samples.")
-    if samples.ndim == 2 and axis is None:
-        channel_axes = [i for i in (0, 1) if samples.shape[i] == 1]
-        channel_axes = channel_axes or [i for i in (0, 1) if samples.shape[i] <= MAX_CHANNELS]
-        if len(channel_axes) != 1 and samples.numel() != 1:
-            raise AudioError(
-                f"{name} could be [channels, samples] or [samples, channels], or is neither: exactly one axis has to "
-                f"be the channels, at most {MAX_CHANNELS}. Give mono samples instead."
-            )
-        axis = channel_axes[0]
-    elif samples.ndim not in (1, 2):
-        raise AudioError(f"{name} is no sound: expected [samples], [channels, samples] or [samples, channels].")
     samples = samples.detach()
     if samples.dtype in INTEGER_SCALE:
         zero, scale = INTEGER_SCALE[samples.dtype]
         samples = (samples.to(torch.float32) - zero) / scale  # exact but for the rounding of an int32, once
     samples = samples.to(torch.float32)
-    return samples.mean(axis) if samples.ndim == 2 else samples
+    return samples.mean(channel_axes[0]) if channel_axes else samples
 
 
 def check_rate(rate) -> int:
-    if not (MIN_RATE <= rate <= MAX_RATE and int(rate) == rate):
-        raise AudioError(f"A sampling rate is a whole number of Hz from {MIN_RATE} to {MAX_RATE}, not {rate!r}.")
+    if not (isinstance(rate, Real) and MIN_RATE <= rate <= MAX_RATE and int(rate) == rate):
+        raise AudioError(f"A sampling rate is a whole number of Hz from {MIN_RATE} to {MAX_RATE}, not {rate!r:.40}.")
     return int(rate)
 
 
@@ -421,7 +429,7 @@ def resample(samples: torch.Tensor, rate: int, sr: int, device: str | torch.devi
         if torchaudio is not None:
             return torchaudio_resampler(rate, sr, device)(samples.to(device))[:length]
         logger.warning_once("torchaudio does not import: sound for the accelerator is resampled on the CPU by PyAV.")
-    # Silence on both sides, where libswresample would mirror, and lose clips that are shorter than its filter. It lasts
+    # Both ends get silence: libswresample mirrors them, and loses clips that are shorter than its filter. It lasts
     # 20 ms, or a little longer to be a whole number of samples at both rates.
     silence = math.ceil(common / 50)
     edge = torch.zeros(silence * rate // common)

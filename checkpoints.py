@@ -1,6 +1,6 @@
 """
-Checkpoints on disk, streamed: where each tensor of a model lies, what the model will take from where, and the writing
-of new safetensors files from it, in a few megabytes of memory whatever their size.
+Reads the headers of checkpoints, plans which tensor of the model comes from which file, and writes new safetensors
+files from that plan as a stream, a few megabytes at a time.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ MAX_SHARD_SIZE = "5GB"
 CHUNK = 2**22  # bytes in memory at a time
 WRITE = 2**16  # bytes written at a time: Linux takes longer for the same bytes in larger pieces
 
-# Published checkpoints name their tensors as the class of their day did; the current names pass unchanged.
+# Published checkpoints have the tensor names of older transformers. The rules leave current names unchanged.
 BASE_NAMES = (
     (r"^visual\.", "model.visual."),
     (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),

@@ -132,8 +132,8 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
             )
         if self.audio_config.d_model % self.audio_config.encoder_attention_heads:
             raise ValueError(
-                f"audio_config.d_model is {self.audio_config.d_model}, which audio_config.encoder_attention_heads, "
-                f"{self.audio_config.encoder_attention_heads}, does not divide."
+                "audio_config.d_model must be a multiple of audio_config.encoder_attention_heads, got "
+                f"{self.audio_config.d_model} and {self.audio_config.encoder_attention_heads}."
             )
         ids = {
             name: getattr(self, name)

@@ -6,6 +6,8 @@ answered with HTTP 400 and `{"error": "..."}` (https://github.com/huggingface/hu
 """
 
 import inspect
+import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +31,10 @@ MAX_ITEMS = 8  # pictures in a request, and clips likewise
 MAX_TEXT = 100_000  # characters of a request
 MAX_BYTES = 2**25  # of a picture or clip
 MAX_SECONDS = 600.0  # of a clip
-MAX_PIXELS = 2**26  # of a picture
-TIMEOUT = 15.0  # seconds for a download
+MAX_PIXELS = 2**26  # of all pictures of a request
+MAX_CONTENT = 1024  # items of a request, texts included
+MAX_DOWNLOADS = 16  # requests with addresses that are opened at once, so that others find a free thread
+TIMEOUT = 15.0  # seconds for all downloads of a request
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 IMAGE_SOURCES = ("image", "url", "path", "base64")
 # Type and bounds of each generation parameter.
@@ -68,8 +72,8 @@ class Request:
 
 class EndpointHandler:
     """
-    Answers one request per call. Calls may come from many threads. Those that wait are answered as one batch, which
-    gives each the answer that it would get alone.
+    Answers one request per call. Calls may come from many threads. Requests with equal settings that wait at the
+    same time are answered as one batch.
 
     Args:
         path (`str`): The repository folder. The default is the one of this file.
@@ -79,14 +83,16 @@ class EndpointHandler:
         path = path or str(Path(__file__).parent)
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         self.model = AutoModel.from_pretrained(path, trust_remote_code=True, dtype="auto", device_map="auto").eval()
-        self.positions = self.model.config.text_config.max_position_embeddings
+        self.max_positions = self.model.config.text_config.max_position_embeddings
         # From the modules that the processor uses, so that their errors and classes are the same.
         self.fetch_audio = get_class_from_dynamic_module("audio_utils.fetch_audio", path)
         self.read = get_class_from_dynamic_module("audio_utils.read", path)
         self.normalize_content = get_class_from_dynamic_module("processing_qwen2_audio_vl.normalize_content", path)
+        self.check_conversations = get_class_from_dynamic_module("processing_qwen2_audio_vl.check_conversations", path)
         self.join_texts = get_class_from_dynamic_module("processing_qwen2_audio_vl.join_texts", path)
+        self.downloads = threading.BoundedSemaphore(MAX_DOWNLOADS)
         self.waiting: list[Request] = []
-        self.turns = ThreadPoolExecutor(1)  # one thread, as each that computes has OpenMP threads of its own
+        self.executor = ThreadPoolExecutor(1)  # one thread, as each that computes has OpenMP threads of its own
 
     def __call__(self, data: dict) -> dict:
         """
@@ -114,13 +120,13 @@ class EndpointHandler:
             messages = self._open_messages(read_messages(data["inputs"]))
             inputs = self._process(messages)
             request = Request(inputs, settings)
-            if request.num_tokens > self.positions:
+            if request.num_tokens > self.max_positions:
                 raise RequestError(
-                    f"Prompt and answer must fit the model's {self.positions} positions, but the prompt has "
+                    f"Prompt and answer must fit the model's {self.max_positions} positions, but the prompt has "
                     f"{inputs['input_ids'].shape[1]} tokens and max_new_tokens is {settings['max_new_tokens']}."
                 )
             self.waiting.append(request)
-            self.turns.submit(self._answer_waiting)
+            self.executor.submit(self._answer_waiting)
             return {"text": request.answer.result()}
         except ValueError as error:
             message = " ".join(str(error).split())
@@ -131,61 +137,83 @@ class EndpointHandler:
 
     def _open_messages(self, messages: list[dict]) -> list[dict]:
         """Copies of messages, with pictures and samples in the place of their addresses."""
-        opened, counts, length = [], {"text": 0, "image": 0, "audio": 0}, 0
-        for message in messages:
-            content = message["content"]
-            items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            items = self.join_texts([self.normalize_content(item) for item in items])
-            for item in items:
-                if item["type"] not in counts:
-                    raise RequestError(
-                        f"Content of type {item['type']} is not served here: the type must be one of "
-                        f"{', '.join(counts)}."
-                    )
-                counts[item["type"]] += 1
-                length += len(item.get("text") or "")
-            opened.append({"role": message["role"], "content": items})
+        self.check_conversations(messages)
+        opened = [self._read_message(message) for message in messages]
+        items = [item for message in opened for item in message["content"]]
         for kind in ("image", "audio"):
-            if counts[kind] > MAX_ITEMS:
-                raise RequestError(
-                    f"The request has {counts[kind]} items of type {kind}; it must have at most {MAX_ITEMS}."
-                )
+            count = sum(item["type"] == kind for item in items)
+            if count > MAX_ITEMS:
+                raise RequestError(f"The request has {count} items of type {kind}; it must have at most {MAX_ITEMS}.")
+        length = sum(len(item["text"]) for item in items if item["type"] == "text")
         if length > MAX_TEXT:
             raise RequestError(f"The request has {length} characters of text; it must have at most {MAX_TEXT}.")
-        opening = {"text": lambda item: item["text"], "image": self._open_image, "audio": self._open_audio}
-        for message in opened:
-            message["content"] = [
-                {"type": item["type"], item["type"]: opening[item["type"]](item)} for item in message["content"]
-            ]
+        if any(names_address(item) for item in items):
+            if not self.downloads.acquire(blocking=False):
+                raise RequestError(f"{MAX_DOWNLOADS} requests with addresses are being opened; send it again later.")
+            try:
+                self._open_items(items)
+            finally:
+                self.downloads.release()
+        else:
+            self._open_items(items)
         return opened
 
-    def _open_audio(self, item: dict) -> torch.Tensor:
+    def _read_message(self, message: dict) -> dict:
+        """A copy of a message whose content is items in transformers' form, adjacent texts joined."""
+        content = message["content"]
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        items = self.join_texts([self.normalize_content(item) for item in items])
+        for item in items:
+            if item["type"] not in ("text", "image", "audio"):
+                raise RequestError(
+                    f"Content of type {item['type']} is not served here: the type must be text, image or audio."
+                )
+        return {"role": message["role"], "content": items}
+
+    def _open_items(self, items: list[dict]):
+        """Puts pictures and samples into their items. All downloads of the request have one deadline."""
+        deadline, pixels = time.monotonic() + TIMEOUT, 0
+
+        def seconds_left() -> float:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise RequestError(f"The pictures and clips of a request must be opened within {TIMEOUT:g} s.")
+            return left
+
+        for item in items:
+            if item["type"] == "image":  # its header alone
+                image = self._open_image(item, seconds_left())
+                pixels += image.width * image.height
+                if pixels > MAX_PIXELS:
+                    raise RequestError(f"The pictures of a request must have at most {MAX_PIXELS} pixels together.")
+                replace_item(item, image)
+        for item in items:
+            if item["type"] == "image":
+                replace_item(item, decode_image(item["image"]))
+            elif item["type"] == "audio":
+                replace_item(item, self._open_audio(item, seconds_left()))
+
+    def _open_audio(self, item: dict, seconds: float) -> torch.Tensor:
         sr = self.processor.feature_extractor.sampling_rate
-        limits = {"max_bytes": MAX_BYTES, "max_seconds": MAX_SECONDS, "timeout": TIMEOUT, "public_only": True}
+        limits = {"max_bytes": MAX_BYTES, "max_seconds": MAX_SECONDS, "timeout": seconds, "public_only": True}
         return self.fetch_audio(item, sr, **limits)
 
-    def _open_image(self, item: dict) -> Image.Image:
+    def _open_image(self, item: dict, seconds: float) -> Image.Image:
         sources = [item[key] for key in IMAGE_SOURCES if item.get(key) is not None]
         if len(sources) != 1:
             raise RequestError(
                 f"A picture must have exactly one source, under one of {', '.join(IMAGE_SOURCES)}; got {len(sources)}."
             )
-        image = sources[0]
-        if not isinstance(image, Image.Image):
-            if not isinstance(image, (str, bytes)):
-                raise RequestError(f"A picture must be an address or base64, got a {type(image).__name__}.")
-            try:
-                image = Image.open(self.read(image, MAX_BYTES, TIMEOUT, public_only=True), formats=IMAGE_FORMATS)
-            except (OSError, Image.DecompressionBombError) as error:
-                raise RequestError(
-                    f"A picture must be one of {', '.join(IMAGE_FORMATS)}; this content is not."
-                ) from error
-        if image.width * image.height > MAX_PIXELS:
-            raise RequestError(f"A picture must have at most {MAX_PIXELS} pixels, got {image.width} x {image.height}.")
+        (image,) = sources
+        if isinstance(image, Image.Image):
+            return image
+        if not isinstance(image, (str, bytes)):
+            raise RequestError(f"A picture must be an address or base64, got a {type(image).__name__}.")
+        file = self.read(image, MAX_BYTES, seconds, public_only=True)
         try:
-            return load_image(image)
-        except (OSError, SyntaxError) as error:  # Pillow's for a broken file
-            raise RequestError("A picture is broken or cut short: the whole file must be sent.") from error
+            return Image.open(file, formats=IMAGE_FORMATS)
+        except Exception as error:  # of many types, in Pillow's parsers of broken files
+            raise RequestError(f"A picture must be one of {', '.join(IMAGE_FORMATS)}; this content is not.") from error
 
     def _process(self, messages: list[dict]) -> BatchFeature:
         settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -223,15 +251,37 @@ class EndpointHandler:
             texts = self.processor.batch_decode(new, skip_special_tokens=True)
         except Exception as error:
             if len(batch) == 1:
-                failure = RuntimeError("generate failed")  # whatever its type: it is not the request's fault
+                failure = RuntimeError(
+                    "generate failed"
+                )  # never a ValueError, which `__call__` would report as the request's fault
                 failure.__cause__ = error
                 batch[0].answer.set_exception(failure)
-            else:  # so that what one of them has done falls on that one alone
+            else:  # each is answered alone, so that only the request that causes the error fails
                 for request in batch:
                     self._answer([request])
             return
         for request, text in zip(batch, texts, strict=True):
             request.answer.set_result(text.strip())
+
+
+def names_address(item: dict) -> bool:
+    """Whether a content item has to be downloaded."""
+    values = [inner for value in item.values() for inner in (value.values() if isinstance(value, dict) else [value])]
+    starts = [value[:4096].lstrip().lower() for value in values if isinstance(value, str)]
+    return any(start.startswith(("http://", "https://")) for start in starts)
+
+
+def replace_item(item: dict, content):
+    kind = item["type"]
+    item.clear()
+    item.update({"type": kind, kind: content})
+
+
+def decode_image(image: Image.Image) -> Image.Image:
+    try:
+        return load_image(image)
+    except Exception as error:  # of many types, in Pillow's decoders of broken files
+        raise RequestError("A picture is broken or cut short: the whole file must be sent.") from error
 
 
 def read_messages(inputs) -> list[dict]:
@@ -270,6 +320,9 @@ def read_messages(inputs) -> list[dict]:
         if not isinstance(message["content"], (str, list)):
             given = type(message["content"]).__name__
             raise RequestError(f"The content of a message must be a text or a list of items, got a {given}.")
+    count = sum(len(message["content"]) for message in inputs if isinstance(message["content"], list))
+    if count > MAX_CONTENT:
+        raise RequestError(f"The request has {count} items; it must have at most {MAX_CONTENT}.")
     if inputs[-1]["role"] != "user":
         raise RequestError(f"The last message must be the user's, got one of role {inputs[-1]['role']}.")
     return inputs
@@ -293,8 +346,8 @@ def read_parameters(parameters: dict) -> dict:
         if not fits or (isinstance(value, bool) and kind is not bool) or not low <= value <= high:
             article = "an" if kind is int else "a"
             raise RequestError(f"{name} must be {article} {kind.__name__} from {low} to {high}, got {value!r:.40}.")
-        settings[name] = value
-    if settings.get("temperature") == 0:  # the usual way to ask for greedy
+        settings[name] = kind(value)  # `generate` refuses 2 where it takes 2.0
+    if settings.get("temperature", 1.0) < 1e-6:  # 0 is the usual way to ask for greedy, and less divides by nothing
         del settings["temperature"]
         settings.setdefault("do_sample", False)
     sampling = [name for name in SAMPLING if name in settings]

@@ -312,7 +312,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        # Overridden as Qwen2-VL's version reads and writes the state that this model does without.
+        # Overridden because Qwen2-VL's version keeps `rope_deltas` on the model, and this model keeps no state.
         text_positions = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
         input_ids, inputs_embeds = model_kwargs.get("input_ids"), model_kwargs.get("inputs_embeds")
         if inputs_embeds is None:
@@ -324,8 +324,8 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         new = text_positions.shape[1] - past_length
         if new <= 0:
             raise ValueError(
-                f"The cache holds {past_length} tokens but the prompt only {text_positions.shape[1]}. Continue a "
-                "conversation with the input_ids of all of it, or with the new ones and the attention_mask of all."
+                f"The cache holds {past_length} tokens but the prompt only {text_positions.shape[1]}. Give the "
+                "input_ids of the whole conversation, or the new input_ids with the attention_mask of the whole."
             )
         new_positions = self.model.compute_3d_position_ids(
             None if input_ids is None else input_ids[:, -new:],

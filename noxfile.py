@@ -3,7 +3,7 @@ The core suite on every supported release of transformers, and on the oldest and
 recorded, to be compared by `python -m benchmarks.releases`.
 
     nox                      all of it
-    nox -s "core(5.18.0)"    one release of transformers, beside the torch of `make`
+    nox -s "core(5.18.0)"    one release of transformers, with the torch that `make` installs
     nox -s torch             the oldest and the newest torch, in environments of their own
     nox --tags ci            what CI runs beside `make test`, which is on the newest
 """
@@ -44,7 +44,7 @@ def core(session: nox.Session, release: str):
     if not overlay.exists():
         packages = [f"transformers=={release}", *RELEASES[release]]
         session.run(PYTHON, "-m", "pip", "install", "--quiet", "--target", str(overlay), "--no-deps", *packages)
-    prove(session, PYTHON, PYTHONPATH=str(overlay))
+    test_and_record(session, PYTHON, PYTHONPATH=str(overlay))
 
 
 @nox.session(venv_backend="venv", reuse_venv=True)
@@ -54,10 +54,10 @@ def torch(session: nox.Session, version: str):
     replaced = ("torch", "transformers", "huggingface_hub", "#")
     kept = [requirement for requirement in REQUIREMENTS if not requirement.startswith(replaced)]
     session.install("--quiet", f"torch=={version}", *TORCHES[version], *kept)
-    prove(session, "python")
+    test_and_record(session, "python")
 
 
-def prove(session: nox.Session, python: str, **environment: str):
+def test_and_record(session: nox.Session, python: str, **environment: str):
     workers = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile")
     session.run(python, "-m", "pytest", *workers, *CORE, env=environment)
     session.run(python, "-m", "benchmarks.releases", "--record", env=environment)

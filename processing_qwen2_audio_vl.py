@@ -14,6 +14,7 @@ import re
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
@@ -46,7 +47,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     def __init__(
         self, image_processor=None, tokenizer=None, video_processor=None, feature_extractor=None, chat_template=None
     ):
-        # Not Qwen2VLProcessor's, which passes three parts on by position.
+        # Qwen2VLProcessor's `__init__` is skipped: it passes three parts by position and has no place for the fourth.
         ProcessorMixin.__init__(
             self, image_processor, tokenizer, video_processor, feature_extractor, chat_template=chat_template
         )
@@ -120,7 +121,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         """
         self._refuse_unknown(kwargs)
         audio = chat_audio if audio is None else audio
-        # The limits of `fetch_audio` are no arguments of any part that upstream knows.
+        # transformers does not know the limits of `fetch_audio`, so they are taken out of the arguments here.
         audio_kwargs = {**kwargs, **kwargs.get("audio_kwargs", {})}
         limits = {name: audio_kwargs[name] for name in FETCH_LIMITS if name in audio_kwargs}
         kwargs = {name: value for name, value in kwargs.items() if name not in FETCH_LIMITS}
@@ -147,7 +148,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         images, text, videos, _ = super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
         if text is not None:
-            # The expansion brings its own markers.
+            # The expansion adds the markers, so those in the text are removed first.
             bos, pad, eos = map(re.escape, (self.audio_bos_token, self.audio_token, self.audio_eos_token))
             text = [re.sub(f"(?:{bos})?{pad}(?:{eos})?", self.audio_token, sample) for sample in text]
         return images, text, videos, audio
@@ -185,7 +186,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
 
     def _process_audio(self, audio, **kwargs):
         tokens = [count_audio(len(samples), self.tokens_per_window).tokens for samples in audio]
-        for num_tokens in tokens:  # before the spectrogram of what cannot fit anyway
+        for num_tokens in tokens:  # checked before the spectrogram is computed
             self._check_length(num_tokens)
         windows = [window for samples in audio for window in split_windows(samples, self.feature_extractor)]
         data = {"input_features": log_mel(windows, self.feature_extractor), "tokens_per_clip": tokens}
@@ -217,7 +218,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             processor_kwargs[name] = kwargs.pop(name)
         load_audio_from_video = kwargs.pop("load_audio_from_video", False)
         joins_texts = bool(kwargs.get("sanitize_control_tokens"))
-        is_batch = isinstance(conversation[0], (list, tuple))
+        is_batch = check_conversations(conversation)
         chat_audio, conversations = [], []
         for messages in conversation if is_batch else [conversation]:
             conversations.append(
@@ -225,12 +226,16 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             )
         if chat_audio and kwargs.get("tokenize"):
             processor_kwargs["chat_audio"] = chat_audio
-        return super().apply_chat_template(
-            conversations if is_batch else conversations[0],
-            chat_template=chat_template,
-            processor_kwargs=processor_kwargs,
-            **kwargs,
-        )
+        try:
+            return super().apply_chat_template(
+                conversations if is_batch else conversations[0],
+                chat_template=chat_template,
+                processor_kwargs=processor_kwargs,
+                **kwargs,
+            )
+        except (LookupError, AttributeError, RecursionError, TemplateError) as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"The conversation cannot be rendered by the chat template: {reason}") from error
 
     def _take_audio(self, message: dict, sources: list, load_audio_from_video: bool, joins_texts: bool) -> dict:
         """A copy of a message, with every content item in transformers' form. Audio sources are added to `sources`."""
@@ -287,7 +292,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             raise ValueError(
                 f"The prompt has {num_tokens} tokens of text and audio, but the model has {limit} positions "
                 f"(max_position_embeddings); {self.tokens_per_window} tokens are "
-                f"{self.feature_extractor.chunk_length} s of sound. Shorten the sound or split the conversation."
+                f"{self.feature_extractor.chunk_length} s of audio. Shorten the audio or split the conversation."
             )
 
 
@@ -296,6 +301,48 @@ def join_windows(features: torch.Tensor, counts: list[int]) -> torch.Tensor:
     rows = [torch.cat(list(windows), dim=1) for windows in features.split(counts)]
     longest = max(row.shape[1] for row in rows)
     return torch.stack([F.pad(row, (0, longest - row.shape[1])) for row in rows])
+
+
+def check_conversations(conversation) -> bool:
+    """
+    Checks the structure of a conversation, or of a list of conversations, without opening anything.
+
+    Returns:
+        Whether it is a list of conversations.
+
+    Raises:
+        ValueError: naming the place of the first fault, such as `messages[2]["content"][1]`.
+    """
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise ValueError(f"A conversation must be a list of messages, got {describe_value(conversation)}.")
+    is_batch = isinstance(conversation[0], (list, tuple))
+    for row, messages in enumerate(conversation if is_batch else [conversation]):
+        name = f"conversations[{row}]" if is_batch else "messages"
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"{name} must be a list of messages, got {describe_value(messages)}.")
+        for number, message in enumerate(messages):
+            place = f"{name}[{number}]"
+            if not isinstance(message, dict):
+                raise ValueError(f"{place} must be a dict of role and content, got {describe_value(message)}.")
+            if not isinstance(message.get("role"), str):
+                raise ValueError(f'{place}["role"] must be a string, got {describe_value(message.get("role"))}.')
+            content = message.get("content")
+            if content is not None and not isinstance(content, (str, list, tuple)):
+                found = describe_value(content)
+                raise ValueError(f'{place}["content"] must be a string or a list of items, got {found}.')
+            items = enumerate(content) if isinstance(content, (list, tuple)) else [(None, {"text": content or ""})]
+            for index, item in items:
+                try:
+                    normalize_content(item)
+                except ValueError as error:
+                    where = "" if index is None else f"[{index}]"
+                    raise ValueError(f'{place}["content"]{where}: {error}') from error
+    return is_batch
+
+
+def describe_value(value) -> str:
+    is_empty = isinstance(value, (list, tuple, dict, str)) and not value
+    return f"an empty {type(value).__name__}" if is_empty else f"a {type(value).__name__}"
 
 
 def join_texts(items: list[dict]) -> list[dict]:
@@ -317,16 +364,21 @@ def normalize_content(item) -> dict:
     if isinstance(item, dict):
         kind = item.get("type") or next((kind for kind in CONTENT_TYPES if kind in item), None)
         found = f"type {kind!r} and keys {list(item)}"
-    if kind not in CONTENT_TYPES:
+    if not isinstance(kind, str) or kind not in CONTENT_TYPES:
         raise ValueError(f"Content of {found} cannot be taken: expected a dict of type {', '.join(CONTENT_TYPES)}.")
     if kind == "text" and not isinstance(item.get("text"), str):
         raise ValueError(f"A text item needs a string under 'text'; this one has keys {list(item)}.")
+    if kind == "text" and re.search("[\ud800-\udfff]", item["text"]):
+        raise ValueError("A text must be Unicode; this one has a lone surrogate, half of a character.")
     if kind in AUDIO_TYPES:
         return {**item, "type": "audio"}
     for modality in ("image", "video"):
         address = item.get(f"{modality}_url")
         if kind.startswith(modality) and address is not None:
-            return {"type": modality, "url": address["url"] if isinstance(address, dict) else address}
+            address = address.get("url") if isinstance(address, dict) else address
+            if not isinstance(address, str):
+                raise ValueError(f"An item of type {kind!r} needs a string under {modality}_url or its `url`.")
+            return {"type": modality, "url": address}
     return {**item, "type": kind}
 
 

@@ -108,7 +108,7 @@ class Arguments(TrainingArguments):
             # Dispatching a streamed batch cuts its tensors by rows, but pixels and windows are not one a row.
             self.accelerator_config = {"dispatch_batches": False}
         if self.ddp_find_unused_parameters is None:
-            # A batch without sound does not reach the projector.
+            # A batch without audio does not use the projector.
             self.ddp_find_unused_parameters = self.stage == "lora"
         super().__post_init__()
 
@@ -154,19 +154,19 @@ def load_dataset(source: str, streaming: bool):
     if "messages" not in (rows.features or {}):
         raise ValueError(f"{source} has columns {', '.join(rows.features or {})}; expected `messages`.")
     rows = rows.select_columns(["messages"])
-    if (stored := undecoded(rows.features["messages"])) != rows.features["messages"]:
+    if (stored := without_decoding(rows.features["messages"])) != rows.features["messages"]:
         rows = rows.cast_column("messages", stored)
     return rows
 
 
-def undecoded(feature):
+def without_decoding(feature):
     """The same feature with audio and pictures left as the bytes of their files, which the processor decodes."""
     if isinstance(feature, (datasets.Audio, datasets.Image)):
         return type(feature)(decode=False)
     if isinstance(feature, dict):
-        return {name: undecoded(part) for name, part in feature.items()}
+        return {name: without_decoding(part) for name, part in feature.items()}
     if isinstance(feature, datasets.List):
-        return datasets.List(undecoded(feature.feature))
+        return datasets.List(without_decoding(feature.feature))
     return feature
 
 
@@ -180,7 +180,7 @@ class ChatCollator:
 
     def messages(self, row: dict) -> list[dict]:
         """The messages of a row, checked without opening what they name; local files are found beside the source."""
-        with naming(row["place"]):
+        with prefix_errors(row["place"]):
             found = row.get("messages")
             if row.get("line") is not None:
                 found = json.loads(row["line"])
@@ -218,7 +218,7 @@ class ChatCollator:
     def inputs(self, row: dict) -> dict[str, torch.Tensor]:
         """Model inputs of one row, unpadded, and `labels`: the answers and the ends of their turns, -100 elsewhere."""
         messages = self.messages(row)
-        with naming(row["place"]):
+        with prefix_errors(row["place"]):
             inputs = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
             return {**inputs, "labels": self.labels(inputs["input_ids"])}
 
@@ -255,7 +255,7 @@ class ChatCollator:
 
 
 @contextmanager
-def naming(place: str):
+def prefix_errors(place: str):
     """Puts the place of a row before every error that its content causes."""
     try:
         yield
@@ -283,9 +283,10 @@ def locate(name: str, source, folder: Path):
     return str(folder / source)
 
 
-def map_rows(dataset, function: Callable[[dict], object], workers: int, args: Arguments) -> list:
-    """`function` of every row, in order: rows are shared out among processes, and among `workers` of each."""
+def map_rows(dataset, function: Callable[[dict], object], args: Arguments) -> list:
+    """`function` of every row, in order: rows are shared among processes and their data loader workers."""
     mine = range(args.process_index, len(dataset), args.world_size)
+    workers = args.dataloader_num_workers
     loader = DataLoader(Subset(dataset, mine), batch_size=None, collate_fn=function, num_workers=workers)
     found = gather_object([*zip(mine, loader, strict=True)])
     return [result for _, result in sorted(found, key=lambda pair: pair[0])]
@@ -293,24 +294,24 @@ def map_rows(dataset, function: Callable[[dict], object], workers: int, args: Ar
 
 def select_rows(dataset, collator: ChatCollator, args: Arguments):
     """
-    Refuses bad rows or, with `--skip_bad_rows`, leaves them out; and measures all if they are grouped by length. Only
-    the last two open every clip and picture before training does.
+    Refuses bad rows or, with `--skip_bad_rows`, leaves them out. Adds the length of each row if rows are grouped by
+    length. Clips and pictures are opened only for `--skip_bad_rows` and for the lengths.
 
     Raises:
         ValueError: that counts and names bad rows.
     """
-    whole = args.skip_bad_rows or args.train_sampling_strategy not in ("random", "sequential")
+    opens_files = args.skip_bad_rows or args.train_sampling_strategy not in ("random", "sequential")
 
     def measure(row) -> int | str:
-        """The length of a row, or what is wrong with it."""
+        """The tokens of a row (its messages, if `opens_files` is false), or what is wrong with it."""
         try:
-            return collator.inputs(row)["input_ids"].shape[1] if whole else len(collator.messages(row))
+            return collator.inputs(row)["input_ids"].shape[1] if opens_files else len(collator.messages(row))
         except BadRow as error:
             return str(error)
 
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.filter(SkipBadRows(measure)) if args.skip_bad_rows else dataset  # else training refuses them
-    found = map_rows(dataset, measure, args.dataloader_num_workers, args)
+    found = map_rows(dataset, measure, args)
     bad = [error for error in found if isinstance(error, str)]
     if bad:
         text = f"{len(bad)} of {len(dataset)} rows cannot be used:\n" + "\n".join(bad[:20] + ["..."] * (len(bad) > 20))
@@ -318,7 +319,7 @@ def select_rows(dataset, collator: ChatCollator, args: Arguments):
             raise ValueError(text)
         logger.warning(text)
         dataset = dataset.select([index for index, result in enumerate(found) if not isinstance(result, str)])
-    if whole:
+    if opens_files:
         lengths = [result for result in found if not isinstance(result, str)]
         dataset = dataset.add_column(args.length_column_name, lengths)
     return dataset
@@ -400,7 +401,7 @@ def load_model(args: Arguments) -> PeftModel:
         ),
     )
     for parameter in model.parameters():
-        if parameter.requires_grad:  # steps of 1e-3 are lost in 8 bits of precision
+        if parameter.requires_grad:  # bfloat16 would round away updates of 1e-3
             parameter.data = parameter.data.float()
     return model
 

@@ -5,7 +5,7 @@ Base weights -> repository folder -> Hub.
     upload.py build --checkpoint DIR_OR_ID --output DIR     a trained model: adds code, card and checksums
     upload.py check DIR_OR_ID       does it load and answer, are its files complete and unchanged
     upload.py push DIR REPO         check, then upload in one commit
-    upload.py smoke REPO            for CI: pull from the Hub into an empty cache, and ask one question
+    upload.py smoke REPO            for CI: pull from the Hub into an empty cache, and ask about the examples
 """
 
 import argparse
@@ -191,7 +191,7 @@ def write_checksums(folder: Path, known: dict[str, str]):
     (folder / CHECKSUMS).write_text("".join(f"{checksum}  {name}\n" for name, checksum in sums.items()))
 
 
-class Parts(NamedTuple):
+class BuildParts(NamedTuple):
     """What a folder is made of, before any of it is written."""
 
     origins: dict[str, Origin]
@@ -202,7 +202,7 @@ class Parts(NamedTuple):
     is_trained: bool
 
 
-def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) -> Parts:
+def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) -> BuildParts:
     origins = {"base": resolve(base), "audio encoder": resolve(audio_encoder)}
     if adapter is not None:
         origins["trained checkpoint"] = resolve(adapter)
@@ -224,20 +224,21 @@ def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) ->
             marker_id, init_id = tokenizer.convert_tokens_to_ids([marker, init])
             init_row = slice(init_id, init_id + 1)
             marker_rows[marker_id] = b"".join(read_bytes(plan[EMBEDDINGS], config.dtype, init_row))
-    return Parts(origins, config, processor, plan, marker_rows, is_trained)
+    return BuildParts(origins, config, processor, plan, marker_rows, is_trained)
 
 
-def read_checkpoint(checkpoint: str) -> Parts:
+def read_checkpoint(checkpoint: str) -> BuildParts:
     origin = resolve(checkpoint)
     config_class = get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", ROOT)
     found = json.loads((origin.folder / "config.json").read_text()).get("model_type")
     if found != config_class.model_type:
-        raise ValueError(f"{checkpoint} holds a {found} model; --checkpoint has to be one that was trained from here.")
+        needed = config_class.model_type
+        raise ValueError(f"{checkpoint} holds a {found} model; --checkpoint has to be one of type {needed}.")
     config = config_class.from_pretrained(origin.folder)
     tokenizer = build_tokenizer(origin.folder, config=config)  # without it, its own code would be asked for
     processor = build_processor(origin.folder, origin.folder, tokenizer, config)
     plan = {tensor.name: tensor for tensor in stored_tensors(origin.folder)}
-    return Parts({"trained checkpoint": origin}, config, processor, plan, {}, is_trained=True)
+    return BuildParts({"trained checkpoint": origin}, config, processor, plan, {}, is_trained=True)
 
 
 def build(
@@ -257,8 +258,8 @@ def build(
         base: Qwen2-VL checkpoint, a directory, a Hub id or ID@REVISION; tensors named as published or as now.
         audio_encoder: Whisper checkpoint, likewise.
         output: The folder to make; it must not exist, or be empty. It appears when it is complete.
-        checkpoint: Instead of both, a whole model that was trained and saved: weights, configuration, tokenizer and
-            processor files, perhaps examples of its own. Code, card and checksums are added.
+        checkpoint: Instead of `base` and `audio_encoder`, a whole model that was trained and saved: weights,
+            configuration, tokenizer and processor files, perhaps examples. Code, card and checksums are added.
         projector: What `train.py` wrote: a trained `audio_projector.weight` and perhaps the rows of the two markers,
             in a safetensors or `.pt` file.
         adapter: A trained checkpoint of the whole model, in its present or its first layout; its tensors go before
@@ -305,9 +306,9 @@ def build(
         generation = first if (first / "generation_config.json").is_file() else ROOT
         GenerationConfig.from_pretrained(generation).save_pretrained(unfinished)
         for name, source in ({name: name for name in CODE_FILES} | SHIPPED_FILES).items():
-            brought = checkpoint and name in EXAMPLES and (first / name).is_file()
+            has_own_example = checkpoint and name in EXAMPLES and (first / name).is_file()
             (unfinished / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(first / name if brought else ROOT / source, unfinished / name)
+            shutil.copyfile(first / name if has_own_example else ROOT / source, unfinished / name)
         card = make_card(origins, is_trained, expected, config, processor.feature_extractor)
         card.save(unfinished / "README.md")
         checksums = write_weights(unfinished, expected, plan, marker_rows)
@@ -533,12 +534,12 @@ def smoke(repo: str, revision: str | None = None) -> dict[str, str]:
     Pulls from the Hub into an empty cache, in a fresh process, and asks.
 
     Raises:
-        ValueError: if it does not load or answer, or if a file that came is not the one that was built.
+        ValueError: if it does not load or answer, or if a downloaded file differs from the one that was built.
     """
     with tempfile.TemporaryDirectory() as cache:
         environment = {name: value for name, value in os.environ.items() if not re.fullmatch("HF_.*_CACHE", name)}
         environment["HF_HOME"] = cache
-        if token := get_token():  # it may lie in the home that is left behind
+        if token := get_token():  # the token may be stored in the HF_HOME that is replaced here
             environment["HF_TOKEN"] = token
         found = ask_in_a_fresh_process(repo, revision, environment)
         hub = str(Path(cache) / "hub")
@@ -556,14 +557,14 @@ def main(arguments: list[str] | None = None):
     command = commands.add_parser("build", help="base weights -> repository folder")
     command.add_argument("--base", metavar="DIR_OR_ID", help="Qwen2-VL checkpoint, or ID@REVISION")
     command.add_argument("--audio-encoder", metavar="DIR_OR_ID", help="Whisper checkpoint")
-    command.add_argument("--checkpoint", metavar="DIR_OR_ID", help="instead of both, a trained model of this kind")
+    command.add_argument("--checkpoint", metavar="DIR_OR_ID", help="instead of these, a trained model of this kind")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     command.add_argument("--projector", metavar="FILE", help="trained audio_projector.weight, safetensors or .pt")
     command.add_argument("--adapter", metavar="DIR_OR_ID", help="trained checkpoint of the whole model")
     command.add_argument("--seed", type=int, default=0, help="of an untrained projector (default: 0)")
     for name, help in (
         ("check", "does a folder or Hub id load and answer, are its files complete and unchanged"),
-        ("smoke", "pull from the Hub into an empty cache, and ask one question"),
+        ("smoke", "pull from the Hub into an empty cache, and ask about the examples"),
         ("ask", "what check and smoke run in a fresh process; prints JSON"),
     ):
         command = commands.add_parser(name, help=help)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: times, in turns and of tokens, added memory, and the line that says where it was."""
+"""What the benchmarks share: timing, memory, and a line with date, machine and versions."""
 
 import itertools
 import json
@@ -40,8 +40,8 @@ class Clock(StoppingCriteria):
 
 def in_turns(*functions: Callable, seconds: float = 2.0, rounds: int = 5, take: Callable = statistics.median) -> list:
     """
-    The median (or what `take` makes) of each function's seconds in every round, of as many rounds as fit into `seconds`
-    and `rounds` at least. In a round they take turns of at least a call and 20 ms each, of which the mean counts.
+    Times functions in turns. A round runs each one for at least 20 ms and notes its mean seconds; there are at least
+    `rounds` rounds, and more until `seconds` have passed. Returns the median of each, or `take` of its rounds.
     """
     times, end = [[] for _ in functions], time.perf_counter() + seconds
     for function in functions:
@@ -67,7 +67,7 @@ def decode_step(generate: Callable, inputs: dict, tokens: int, **settings) -> fl
 
 
 def added_memory(function: Callable) -> int:
-    """The most bytes that torch's allocator gives out at once to a second call, beside what is held anyway."""
+    """Peak bytes that a second call allocates, above what was allocated before it."""
     function()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -32,7 +32,7 @@ COUNTS = (1, 2, 4, 8, 16)
 
 
 def make_prefills(model, parts: Parts, **prompt: int) -> tuple[Callable, ...]:
-    """A prefill here, by the parts, and what the encoder and the projector do of it."""
+    """Three functions: a prefill of this model, one of its parts, and encoder and projector alone."""
     inputs, stock = make_prompt(model, **prompt)
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ def make_prefills(model, parts: Parts, **prompt: int) -> tuple[Callable, ...]:
 
 
 def make_steps(model, parts: Parts) -> tuple[Callable, ...]:
-    """Forward and backward for the projector here, by the parts, and of the language model alone."""
+    """Three functions: a training step of this model, one of its parts, and one of the language model alone."""
     inputs, stock = make_prompt(model)
     words = stock["input_ids"]
     model.requires_grad_(False)
@@ -137,7 +137,7 @@ def table_of_costs(model, parts: Parts, seconds: float) -> tuple[list[str], str]
         ("memory of a prefill above the weights", "MB", 1e-6, prefill_memory),
         ("memory of a training step above the weights", "MB", 1e-6, step_memory),
     ):
-        # Of neighbours in time, as the speed of a shared machine wanders.
+        # Ratios are taken within a round, because the speed of a shared machine changes between rounds.
         ratio = statistics.median(map(operator.truediv, ours, theirs))
         medians = (f"{statistics.median(each) * factor:.1f} {unit}" for each in (ours, theirs))
         rows.append(f"| {what} | {' | '.join(medians)} | {ratio:.3f} |")

@@ -7,7 +7,7 @@ from upload import ROOT
 
 
 DROPPED = 146_000  # words of the vocabulary that a small model does without
-MARKS = (
+SPECIAL_TOKEN_IDS = (
     *("audio_token_id", "audio_bos_token_id", "audio_eos_token_id", "image_token_id", "video_token_id"),
     *("vision_start_token_id", "vision_end_token_id"),
 )
@@ -50,7 +50,7 @@ def small_config(window_tokens: int = 1500, layers: int = 8):
         }
     )
     config.vision_config.update({"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 512})
-    for name in MARKS:
+    for name in SPECIAL_TOKEN_IDS:
         setattr(config, name, getattr(config, name) - DROPPED)
     return config
 

@@ -1,6 +1,6 @@
 """
 The ways to serve, side by side on this machine with the demo checkpoint: `generate` in a loop, `handler.py` behind
-HTTP, and vLLM where `make .venv/vllm/.ready` could install it.
+HTTP, and vLLM if `make test-vllm` has installed it.
 
     python -m benchmarks.serving [--readme]
 """

@@ -7,7 +7,7 @@ Trains the demo checkpoint from scratch, on speech and pictures that `demo/world
    model learns all skills, with written words among silence in the place of audio, which is some ten times shorter.
 3. `joint`: all are put together and learn all skills from audio, the encoder with the rest.
 
-What it makes on the way lies in `build/world`. It takes about four hours on two CPU cores, Debian's espeak-ng, flite,
+Intermediate files are in `build/world`. It takes about four hours on two CPU cores, Debian's espeak-ng, flite,
 festival, festvox-kallpc16k, festvox-kdlpc16k and festvox-us-slt-hts, and `demo/requirements.txt`.
 """
 
@@ -158,10 +158,10 @@ class Clips:
             room = size - len(clip)
             start = rng.randint(0, round(min(8000, room) * (1 - rough) + room * rough))
             row[start : start + len(clip)] = clip * rng.uniform(0.2, 1) / clip.abs().max().clamp(min=1e-3)
-        return roughen(rows, rough) if rough else rows
+        return augment_samples(rows, rough) if rough else rows
 
 
-def roughen(rows: torch.Tensor, rough: float) -> torch.Tensor:
+def augment_samples(rows: torch.Tensor, rough: float) -> torch.Tensor:
     """Puts half of the rows into rooms, all of them through some channel, and most into noise."""
     count, size = rows.shape
     length = 2 ** math.ceil(math.log2(size + 4000))
@@ -186,7 +186,7 @@ def roughen(rows: torch.Tensor, rough: float) -> torch.Tensor:
     return rows / rows.abs().amax(1, keepdim=True).clamp(min=1e-3) * torch.empty(count, 1).uniform_(0.1, 0.95)
 
 
-def smear(features: torch.Tensor, rough: float) -> torch.Tensor:
+def augment_features(features: torch.Tensor, rough: float) -> torch.Tensor:
     """Other vocal tracts, by stretching the mel axis, and SpecAugment's masks (https://arxiv.org/abs/1904.08779)."""
     count, bins, _ = features.shape
     stretch = 1 + torch.empty(count, 1).uniform_(-0.14, 0.16) * rough
@@ -203,7 +203,7 @@ def smear(features: torch.Tensor, rough: float) -> torch.Tensor:
     return features
 
 
-class Schedule:
+class TrainingRun:
     """AdamW with warm-up and cosine, gradients clipped, and a line of JSON now and then."""
 
     def __init__(self, name: str, parameters, steps: int, lr: float):
@@ -257,11 +257,11 @@ def train_encoder(steps: int, seed: int, batch: int = 40):
             module.load_state_dict(load_file(path))
     clips, test = training_clips(), held_out_clips()
     clips.rng.seed(seed)
-    run = Schedule("encoder", [*encoder.parameters(), *head.parameters()], steps, 1e-3 if again else 1.5e-3)
+    run = TrainingRun("encoder", [*encoder.parameters(), *head.parameters()], steps, 1e-3 if again else 1.5e-3)
 
     def logits(rows, rough):
         features = log_mel(list(rows), processor.feature_extractor)
-        return head(encoder(smear(features, rough) if rough else features).last_hidden_state)
+        return head(encoder(augment_features(features, rough) if rough else features).last_hidden_state)
 
     def spell(ids) -> str:
         return " ".join(WORDS[i - 1] for i, _ in itertools.groupby(ids.tolist()) if i)
@@ -295,7 +295,7 @@ def train_vision(steps: int, seed: int, batch: int = 64):
     kinds = list(WORLD["words"].values())
     queries = torch.nn.Parameter(torch.randn(len(kinds), model.config.text_config.hidden_size) * STD)
     heads = torch.nn.ModuleList(torch.nn.Linear(queries.shape[1], len(words)) for words in kinds)
-    run = Schedule("vision", [*tower.parameters(), queries, *heads.parameters()], steps, 1e-3)
+    run = TrainingRun("vision", [*tower.parameters(), queries, *heads.parameters()], steps, 1e-3)
 
     def logits(texts):
         pixels = processor.image_processor([draw(text, rng) for text in texts], return_tensors="pt")
@@ -384,7 +384,7 @@ def save(model, name: str):
 SHARES = {"transcribe": 10, "picture": 8, "agree": 14, "question": 10, "compare": 14}
 
 
-def learn(run: Schedule, steps: int, model, examples, test_examples, make_batch):
+def learn(run: TrainingRun, steps: int, model, examples, test_examples, make_batch):
     """All skills in every step."""
     for number in range(1, steps + 1):
         total = 0.0
@@ -430,7 +430,7 @@ def train_language(steps: int, seed: int):
         pictures = [draw(drawn, rng) for _, drawn, _ in made if drawn]
         return prompts.batch(skill, slots, pictures, [answer for *_, answer in made], training and rng.random() < 0.25)
 
-    run = Schedule("language", model.parameters(), steps, 1.5e-3)
+    run = TrainingRun("language", model.parameters(), steps, 1.5e-3)
     learn(run, steps, model, Examples(SEEN, SEEN, seed), Examples(HELD_OUT, PHRASES, 0), make_batch)
     save(model, "language")
 
@@ -467,7 +467,7 @@ def train_joint(steps: int, seed: int):
             batch["input_features"] = log_mel(list(rows.reshape(-1, 16_000 * WINDOW)), processor.feature_extractor)
         return batch
 
-    run = Schedule("joint", model.parameters(), steps, 6e-4 if again else 1e-3)
+    run = TrainingRun("joint", model.parameters(), steps, 6e-4 if again else 1e-3)
     learn(run, steps, model, Examples(SEEN, SEEN, seed), Examples(HELD_OUT, PHRASES, 0), make_batch)
     save(model, "joint")
 
@@ -507,7 +507,7 @@ def ship(examples: int = 4):
     logger.warning(f"{wrong} other examples were answered wrong and left out.")
     (EXAMPLES / "examples.json").write_text(json.dumps(listed, indent=2) + "\n")
 
-    # Those of the card, which `upload.py` takes along: a question and the picture that it is about.
+    # The two examples of the card, which `upload.py build` copies: a question and the picture that it is about.
     (clip,) = say(cast(QUESTIONS[:1], 1, rng, held_out=True))
     with av.open(EXAMPLES / "speech.mp3", "w") as file:
         stream = file.add_stream("mp3", rate=16_000, layout="mono")
@@ -551,7 +551,7 @@ def draw_curves(path: Path):
 
 PARTS = {"encoder": train_encoder, "vision": train_vision, "language": train_language, "joint": train_joint}
 # Part, steps, seed; two processes of one thread each, then one of two. The checkpoint in this folder went through these
-# rounds. The voices of pico and piper, and speakers that were changed, were there from the last three on.
+# rounds. Only the last three rounds had the voices of pico and piper, and changed speakers.
 RECIPE = (
     [[("encoder", 1800, 1), ("encoder", 1400, 2)], [("vision", 1200, 5), ("language", 1000, 2)]],
     [[("encoder", 1000, 3), ("joint", 800, 3), ("encoder", 1600, 11), ("encoder", 1500, 12), ("joint", 700, 21)]],

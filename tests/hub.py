@@ -472,7 +472,7 @@ class LocalHub:
         return Repository(self.folder / repo_id, self.lock)
 
     def sign(self, repo_id: str, oid: str) -> str:
-        """What makes an upload's address as good as a token."""
+        """The signature that allows an upload to this address without a token."""
         return hmac.new(self.token.encode(), f"{repo_id}:{oid}".encode(), "sha256").hexdigest()
 
     def environment(self, cache: Path, token: str | None = None) -> dict[str, str]:

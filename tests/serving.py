@@ -29,7 +29,7 @@ SETTINGS = (
 )
 
 
-def encode(name: str) -> str:
+def read_base64(name: str) -> str:
     return base64.b64encode((EXAMPLES / name).read_bytes()).decode()
 
 
@@ -37,9 +37,9 @@ def short_form(example: dict) -> dict:
     """The handler's `inputs` for an example of the demo checkpoint."""
     inputs = {"text": SKILLS[example["skill"]]["instruction"]}
     if example["audio"]:
-        inputs["audio"] = [encode(name) for name in example["audio"]]
+        inputs["audio"] = [read_base64(name) for name in example["audio"]]
     if example["image"]:
-        inputs["image"] = encode(example["image"])
+        inputs["image"] = read_base64(example["image"])
     return inputs
 
 
@@ -53,11 +53,11 @@ def openai_form(example: dict) -> list[dict]:
 
 
 def sound(name: str) -> dict:
-    return {"type": "input_audio", "input_audio": {"data": encode(name), "format": "wav"}}
+    return {"type": "input_audio", "input_audio": {"data": read_base64(name), "format": "wav"}}
 
 
 def picture(name: str) -> dict:
-    return {"type": "image_url", "image_url": {"url": png(encode(name))}}
+    return {"type": "image_url", "image_url": {"url": png(read_base64(name))}}
 
 
 def png(content: str) -> str:

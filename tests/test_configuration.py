@@ -103,7 +103,7 @@ def test_full_size_model_on_the_meta_device():
     "changes, message",
     [
         ({"vision_config": {"hidden_size": 32}}, "vision_config.hidden_size is 32 but text_config.hidden_size is 64"),
-        ({"audio_config": {"encoder_attention_heads": 3}}, "d_model is 64, which .* 3, does not divide"),
+        ({"audio_config": {"encoder_attention_heads": 3}}, "d_model must be a multiple of .*, got 64 and 3"),
         ({"audio_token_id": 152064}, "audio_token_id is 152064, outside the vocabulary of 152064"),
         ({"audio_eos_token_id": -1}, "audio_eos_token_id is -1, outside the vocabulary"),
         ({"audio_bos_token_id": 151657}, "audio_token_id and audio_bos_token_id are all 151657"),

@@ -141,7 +141,10 @@ def test_new_process_with_an_empty_cache_loads_the_commit(load, commit, demo_rep
 
 def test_the_first_block_of_the_card_runs_as_pasted(hub, commit, tmp_path):
     """The line for the shell, then the lines for Python, in an empty folder with an empty cache."""
-    card = hub.repository(ID).read("README.md").decode() if not REAL else upload.ModelCard.load(ID).content
+    read = "import sys; from huggingface_hub import ModelCard; print(ModelCard.load(sys.argv[1]).content)"
+    environment = hub.environment(tmp_path / "card", hub.token)
+    command = [sys.executable, "-c", read, ID]  # in a process of its own, as the tests run offline
+    card = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     (install, code) = re.search(r"```\n(pip install [^\n]+)\n```\n```python\n(.*?)```", card, re.DOTALL).groups()
     environment = hub.environment(tmp_path / "cache", hub.token)
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PIP_NO_INDEX": "1"}
@@ -174,7 +177,7 @@ def test_a_download_that_is_not_what_was_built(hub, upload_py, commit):
     assert short.returncode == 1 and "does not load or answer" in short.stderr
 
 
-def test_what_is_not_there_is_said(hub, commit, tmp_path):
+def test_missing_repositories_and_commits_are_named(hub, commit, tmp_path):
     """A private repository without a token, an unknown commit and an unknown repository, in one new process."""
     code = """
         import json, os, sys

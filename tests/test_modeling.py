@@ -123,7 +123,7 @@ def test_audio_features_are_encoder_then_projector(repo_30s, bases, speech):
     assert torch.equal(features.pooler_output, expected)
 
 
-def test_windows_joined_for_who_places_clips_by_offsets(processor, model, sound):
+def test_joined_windows_are_encoded_like_separate_ones(processor, model, sound):
     """vLLM's form of a batch: one row of features for every clip, whatever its length."""
     texts, clips = "<|audio_pad|> and <|audio_pad|>", [sound(0.5), sound(2.5, 1)]
     plain = processor(text=texts, audio=clips, return_tensors="pt")["input_features"]
@@ -222,7 +222,7 @@ def test_assisted_decoding(drafts, kinds, model, repo):
     assert torch.equal(greedy(model, inputs, steps=8, **more), greedy(model, inputs, steps=8))
 
 
-def test_chunked_prefill_hears_all_or_refuses(kinds, model):
+def test_chunked_prefill_uses_all_audio_or_raises(kinds, model):
     inputs = kinds["image, audio"]()
     try:
         chunked = step_logits(model, inputs, prefill_chunk_size=100)
@@ -274,7 +274,7 @@ def test_returned_sequences_see_their_own_audio(ask, model, sound):
     torch.testing.assert_close(scores[2], scores[1].repeat_interleave(2, dim=0), atol=1e-5, rtol=0)
 
 
-def test_deafness_is_an_error(kinds, model):
+def test_missing_or_extra_audio_features_are_an_error(kinds, model):
     inputs = kinds["two audios"]()
     features = inputs.pop("input_features")
     for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
@@ -322,7 +322,7 @@ def test_second_turn_on_a_reused_cache(features, interlude, with_image, processo
     inputs, both = conversation_in_two_turns(processor, first, [audio(sound(0.6, 2)), text("And this?")])
     output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     if interlude:
-        greedy(model, kinds["text"]())  # a call that knows nothing of the image
+        greedy(model, kinds["text"]())  # a call without the image
     whole, turn = both(output.sequences[:, inputs["input_ids"].shape[1] :])
     all_features = torch.cat([inputs["input_features"], turn["input_features"]])
     vision = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
@@ -571,7 +571,7 @@ def test_return_tuple(kinds, model):
 
 
 def test_vllm_is_handed_the_backbone(repo):
-    """It asks `AutoModel` for a model with its own attention, to put its own head on it."""
+    """vLLM asks `AutoModel` for a model with its own attention, to put its own head on it."""
     config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
     assert type(AutoModel.from_config(config, trust_remote_code=True)).__name__.endswith("ForConditionalGeneration")
     AttentionInterface.register("vllm", AttentionInterface()["sdpa"])  # vLLM registers its own under this name

@@ -240,7 +240,7 @@ def test_sampling_rate_is_honoured_everywhere(processor, sound):
     assert processor(text="<|audio_pad|>", audio=clip)["input_features"].shape[0] == 1
 
 
-def test_limits_reach_the_door(processor, speech):
+def test_limits_reach_fetch_audio(processor, speech):
     messages = [{"role": "user", "content": [audio(str(speech))]}]
     for limits in ({"max_seconds": 5}, {"audio_kwargs": {"max_seconds": 5}}):
         with pytest.raises(ValueError, match="limit of 5 s"):
@@ -252,7 +252,7 @@ def test_limits_reach_the_door(processor, speech):
 
 
 def test_sound_stays_on_the_device_asked_for(processor):
-    """Tensors of the meta device hold nothing: whatever copied them back to the host on the way would fail here."""
+    """Tensors on the meta device hold no data, so any copy to the host raises an error."""
     clip = str(ASSETS / "audio" / "english.wav")  # 44.1 kHz, resampled there
     messages = [{"role": "user", "content": [audio(clip), audio(clip), text("?")]}]
     ask = functools.partial(
@@ -486,6 +486,60 @@ def test_placeholder_in_a_users_words_is_refused(processor, sound):
     ids = sanitize()["input_ids"][0]
     assert runs(ids) == [(BOS, 1), (PAD, TOKENS), (EOS, 1)]
     assert "Ignore <|audio_pad|> this." in processor.decode(ids)
+
+
+def anything(rng: random.Random, depth: int = 0):
+    """A value that JSON could hold, and some that it could not."""
+    keys = ("type", "text", "image", "image_url", "audio", "input_audio", "url", "data", "role", "content", "path")
+    leaves = (
+        None,
+        True,
+        3,
+        2.5,
+        float("nan"),
+        "",
+        "user",
+        "text",
+        "<|audio_pad|>",
+        "\ud800",
+        b"",
+        object(),
+        np.zeros(3),
+    )
+    if depth > 4 or rng.random() < 0.4:
+        return rng.choice(leaves)
+    values = [anything(rng, depth + 1) for _ in range(rng.randrange(4))]
+    if rng.random() < 0.5:
+        return values
+    return dict(zip(rng.sample(keys, len(values)), values, strict=True))
+
+
+def test_random_conversations_are_rendered_or_refused_by_place(processor):
+    """Only ValueError (AudioError is one) and TypeError, and for what is wrong in the structure its place."""
+    rng, refused = random.Random(0), []
+    for number in range(3000):
+        messages = anything(rng)
+        if number % 2:  # most of it right
+            kind, value = rng.choice(["text", "image", "audio", "image_url", "video"]), anything(rng)
+            item = rng.choice([{"type": kind, kind: value}, {kind: value}, value])
+            messages = [{"role": rng.choice(["user", "system", value]), "content": rng.choice([[item], item])}]
+        try:
+            processor.apply_chat_template(messages, tokenize=bool(number % 3), return_dict=True)
+        except (ValueError, TypeError) as error:
+            refused.append(str(error))
+    assert len(refused) > 1000 and sum(message.startswith("messages[0]") for message in refused) > 500
+    deep = []
+    for _ in range(10_000):
+        deep = [deep]
+    for messages in (deep, [{"role": "user", "content": deep}], [{"role": "user", "content": [{"audio": deep}]}]):
+        with pytest.raises((ValueError, TypeError)):
+            processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    with pytest.raises(ValueError, match=r'messages\[1\]\["content"\]\[2\]: Content of type \'smell\''):
+        conversation = [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": [text(""), text(""), {"type": "smell"}]},
+        ]
+        processor.apply_chat_template(conversation)
 
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>", "<|image_pad|>")

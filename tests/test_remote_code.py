@@ -66,7 +66,7 @@ def test_two_processes_load_into_one_empty_cache_at_once(start):
 
 
 def test_unsupported_release_is_one_clear_sentence(start):
-    """Of a release that is too old, and of one that nobody has seen, whatever is loaded first."""
+    """For a release that is too old and one that is too new, with the processor or the model loaded first."""
     code = """
         import importlib.metadata
         from transformers import AutoModel, AutoProcessor

@@ -159,7 +159,7 @@ def test_bad_rows_are_counted_and_named_before_training(start, tones, tmp_path):
         run(start, tones, tmp_path / "out", data=write(tmp_path / "text.jsonl", [chat(text("hi"))]))
 
 
-def test_unheard_sound_is_an_error_or_left_out_by_name(start, tones, tmp_path):
+def test_undecodable_audio_is_an_error_or_left_out_by_name(start, tones, tmp_path):
     for file in tones.glob("train-*.wav"):
         shutil.copyfile(file, tmp_path / file.name)
     (tmp_path / "train-2.wav").write_bytes(b"this is no sound")
@@ -276,7 +276,7 @@ def test_rows_are_grouped_by_their_length(start, tones, tmp_path):
     assert run(start, tones, tmp_path, train_sampling_strategy="group_by_length", max_steps=2)["steps"] == 2
 
 
-def test_cached_encoder_hears_a_window_once(start, tones, trained, tmp_path, monkeypatch):
+def test_cached_encoder_encodes_a_window_once(start, tones, trained, tmp_path, monkeypatch):
     cache, seen = tmp_path / "cache", []
     forward = train.WhisperEncoder.forward
     monkeypatch.setattr(
