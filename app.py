@@ -17,19 +17,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.image_utils import load_image
 from transformers.utils import logging
+
+from handler import DESCRIBE, IMAGE_FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS, MAX_TEXT, TRANSCRIBE, decode_image
 
 
 logger = logging.get_logger(__name__)
 
 MAX_NEW_TOKENS = 256
-MAX_BYTES = 2**25  # of a file
-MAX_SECONDS = 600.0  # of audio
 QUESTIONS = {
     (True, True): "Answer the spoken question about the photo.",
-    (True, False): "Transcribe the audio.",
-    (False, True): "What is in the photo?",
+    (True, False): TRANSCRIBE,
+    (False, True): DESCRIBE,
 }
 
 
@@ -54,8 +53,13 @@ class DemoModel:
         except ValueError as error:
             raise gr.Error(f"This audio cannot be opened: {error}", title="Audio") from error
         try:
-            return clip, load_image(picture) if picture else None
-        except (OSError, SyntaxError, ValueError) as error:
+            image = Image.open(picture, formats=IMAGE_FORMATS) if picture else None
+            if image is not None and image.width * image.height > MAX_PIXELS:  # by its header, before it is decoded
+                raise gr.Error(f"A picture must have at most {MAX_PIXELS} pixels.", title="Picture")
+            return clip, image and decode_image(image)
+        except gr.Error:
+            raise
+        except Exception as error:  # of many types, in Pillow's parsers of broken files
             raise gr.Error("This picture cannot be opened: the file must be a whole image.", title="Picture") from error
 
     def answer(self, audio: str | None, picture: str | None, question: str | None):
@@ -68,6 +72,10 @@ class DemoModel:
         """
         clip, image = self.open(audio, picture)
         question = question or QUESTIONS.get((clip is not None, image is not None))
+        if len(question or "") > MAX_TEXT:
+            raise gr.Error(
+                f"A question must have at most {MAX_TEXT} characters, got {len(question)}.", title="Question"
+            )
         if not question:
             raise gr.Error("Give audio, a picture or a question.", title="Nothing to answer")
         content = [{"type": "text", "text": question}]
@@ -85,6 +93,13 @@ class DemoModel:
             ).to(self.model.device)
         except ValueError as error:  # such as a prompt that is too long
             raise gr.Error(str(error), title="Question") from error
+        length, positions = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
+        if length + MAX_NEW_TOKENS > positions:
+            raise gr.Error(
+                f"Prompt and answer must fit the model's {positions} positions, but the prompt has {length} tokens and "
+                f"the answer may have {MAX_NEW_TOKENS}.",
+                title="Question",
+            )
         facts = self.describe(inputs, clip)
 
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -183,11 +198,12 @@ def draw_spectrogram(features: torch.Tensor, num_samples: int, feature_extractor
 
 def draw_picture(image: Image.Image, attention: torch.Tensor) -> Figure:
     """A picture under the attention to its tokens, `[rows, columns]`."""
-    figure = Figure(figsize=(4, 4 * image.height / image.width), layout="constrained")
+    height = min(max(image.height / image.width, 0.25), 4.0)  # a strip of a picture is squeezed
+    figure = Figure(figsize=(4, 4 * height), layout="constrained")
     axes = figure.subplots()
     extent = (0, image.width, image.height, 0)
-    axes.imshow(image, extent=extent)
-    axes.imshow(attention, extent=extent, cmap="turbo", alpha=0.45, interpolation="bilinear")
+    axes.imshow(image, extent=extent, aspect="auto")
+    axes.imshow(attention, extent=extent, aspect="auto", cmap="turbo", alpha=0.45, interpolation="bilinear")
     axes.set_axis_off()
     return figure
 
@@ -226,7 +242,7 @@ def main():
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     options = parser.parse_args()
     model = DemoModel(options.repo)
-    page = make_page(model)
+    page = make_page(model).queue(api_open=False)  # nobody skips the queue
     page.launch(server_port=options.port, allowed_paths=[str(model.folder / "examples")], max_file_size=MAX_BYTES)
 
 

@@ -299,11 +299,13 @@ def read_messages(inputs) -> list[dict]:
             raise RequestError(
                 f"Inputs must be messages, or an object of text, image and audio; got {name_keys(inputs)}."
             )
-        content = []
-        for kind in ("image", "audio", "text"):
-            given = inputs.get(kind)
-            given = given if isinstance(given, list) else [] if given is None else [given]
-            content += [{"type": kind, kind: source} for source in given]
+        lists = {
+            kind: given if isinstance(given, list) else [given] for kind, given in inputs.items() if given is not None
+        }
+        check_count(sum(map(len, lists.values())))  # before an item is made of each
+        content = [
+            {"type": kind, kind: source} for kind in ("image", "audio", "text") for source in lists.get(kind, ())
+        ]
         if "text" not in inputs:
             content.append({"type": "text", "text": TRANSCRIBE if "audio" in inputs else DESCRIBE})
         inputs = [{"role": "user", "content": content}]
@@ -320,12 +322,15 @@ def read_messages(inputs) -> list[dict]:
         if not isinstance(message["content"], (str, list)):
             given = type(message["content"]).__name__
             raise RequestError(f"The content of a message must be a text or a list of items, got a {given}.")
-    count = sum(len(message["content"]) for message in inputs if isinstance(message["content"], list))
-    if count > MAX_CONTENT:
-        raise RequestError(f"The request has {count} items; it must have at most {MAX_CONTENT}.")
+    check_count(sum(len(message["content"]) for message in inputs if isinstance(message["content"], list)))
     if inputs[-1]["role"] != "user":
         raise RequestError(f"The last message must be the user's, got one of role {inputs[-1]['role']}.")
     return inputs
+
+
+def check_count(items: int):
+    if items > MAX_CONTENT:
+        raise RequestError(f"The request has {items} items; it must have at most {MAX_CONTENT}.")
 
 
 def name_keys(value) -> str:

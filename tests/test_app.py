@@ -3,8 +3,11 @@
 import re
 import shutil
 import sys
+import time
 
+import httpx
 import pytest
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from serving import free_port, serve_process
 
@@ -109,3 +112,33 @@ def test_bad_file_is_an_error_in_words_and_the_page_goes_on(page, examples, tmp_
     clip = next(example for example in examples if example["skill"] == "transcribe")
     give(page, EXAMPLES / clip["audio"][0])
     expect(page.locator("#answer textarea")).to_have_value(clip["answer"], timeout=TIMEOUT)
+
+
+def test_limits_are_the_handlers_and_others_are_answered(page, address, examples, tmp_path):
+    """A question, a picture and a strip of a picture that would keep everyone else waiting."""
+    start = time.monotonic()
+    for number, (question, size, words) in enumerate(
+        [
+            ("why " * 50_000, None, "at most 100000 characters, got 200000"),
+            ("why " * 20_000, None, "must fit the model's 4096 positions"),
+            ("", (8192, 8193), "at most 67108864 pixels"),
+        ]
+    ):
+        picture = tmp_path / f"{number}.png"
+        if size:
+            Image.new("1", size).save(picture)
+            page.locator("#picture input[type=file]").set_input_files(picture)
+            page.wait_for_timeout(1000)
+        page.fill("#question textarea", question)
+        page.click("#ask")
+        page.get_by_text(words).wait_for()
+        page.reload()
+    strip = tmp_path / "strip.png"
+    Image.new("RGB", (1, 199)).save(strip)
+    give(page, picture=strip)
+    expect(page.locator("#answer textarea")).not_to_have_value("", timeout=TIMEOUT)
+    page.locator("#picture-figure img").wait_for()
+    assert time.monotonic() - start < 60
+    # The queue is the only way in.
+    body = {"data": [None, None, "Hi."], "fn_index": 0, "session_hash": "x"}
+    assert httpx.post(f"{address}/gradio_api/api/answer", json=body, timeout=60).status_code == 404
