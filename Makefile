@@ -29,7 +29,7 @@ test: $(READY)  ## the test suite, or a part of it: make test ONLY=tests/test_hu
 test-releases: $(READY)  ## the core of the suite on the oldest supported transformers and on one in the middle
 	$(VENV)/bin/nox --tags ci
 
-test-endurance: $(READY)  ## 2,000 requests to one process
+test-endurance: $(READY)  ## 3,000 requests to one process
 	$(PYTHON) -m pytest -m endurance -s
 
 test-app: $(READY)  ## the page in Chromium (Debian: apt-get install chromium)

@@ -6,6 +6,7 @@ answered with HTTP 400 and `{"error": "..."}` (https://github.com/huggingface/hu
 """
 
 import inspect
+import os
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,11 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+# Read by oneDNN when it computes for the first time. On a CPU it keeps kernels for every shape in bfloat16, about a
+# megabyte each: 1024 of them by default, which grow into gigabytes with the lengths of prompts.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+CPU_LENGTHS = 64  # on a CPU prompts are padded to a multiple of this, for fewer shapes
 
 TRANSCRIBE = "Transcribe the audio."  # the question about a clip that comes without one
 DESCRIBE = "What is in the photo?"  # the question about a picture that comes without one
@@ -244,7 +250,9 @@ class EndpointHandler:
 
     def _answer(self, batch: list[Request]):
         try:
-            inputs = join_rows([request.inputs for request in batch], self.processor.tokenizer.pad_token_id)
+            multiple = CPU_LENGTHS if self.model.device.type == "cpu" else 1
+            rows, pad_token_id = [request.inputs for request in batch], self.processor.tokenizer.pad_token_id
+            inputs = join_rows(rows, pad_token_id, multiple)
             with torch.inference_mode():
                 output = self.model.generate(**inputs.to(self.model.device), **batch[0].settings)
             new = output[:, inputs["input_ids"].shape[1] :]
@@ -363,9 +371,13 @@ def read_parameters(parameters: dict) -> dict:
     return {"max_new_tokens": 256, "do_sample": bool(sampling), **settings}
 
 
-def join_rows(rows: list[BatchFeature], pad_token_id: int) -> BatchFeature:
-    """One batch of several prompts, padded on the left; pictures and clips follow row after row."""
+def join_rows(rows: list[BatchFeature], pad_token_id: int, multiple: int = 1) -> BatchFeature:
+    """
+    One batch of several prompts, padded on the left to a multiple of some length; pictures and clips follow row after
+    row.
+    """
     length = max(row["input_ids"].shape[1] for row in rows)
+    length = -(-length // multiple) * multiple
     fillers = {"input_ids": pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
     joined = {}
     for name in dict.fromkeys(name for row in rows for name in row):

@@ -296,6 +296,8 @@ def map_rows(dataset, function: Callable[[dict], object], args: Arguments) -> li
     workers = args.dataloader_num_workers
     workers = args.dataloader_num_workers
     workers = args.dataloader_num_workers
+    workers = args.dataloader_num_workers
+    workers = args.dataloader_num_workers
     loader = DataLoader(Subset(dataset, mine), batch_size=None, collate_fn=function, num_workers=workers)
     found = gather_object([*zip(mine, loader, strict=True)])
     return [result for _, result in sorted(found, key=lambda pair: pair[0])]
