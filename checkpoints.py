@@ -1,6 +1,6 @@
 """
 Reads the headers of checkpoints, plans which tensor of the model comes from which file, and writes new safetensors
-files from that plan as a stream, a few megabytes at a time.
+files from that plan as a stream, a few megabytes at a time; and keeps the checksums of a folder.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 PROJECTOR = "model.audio_projector.weight"
 MARKERS = "audio_markers.weight"
+CHECKSUMS = "SHA256SUMS"  # of every other file of a folder, as `sha256sum --check` reads them
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
 MAX_SHARD_SIZE = "5GB"
 CHUNK = 2**22  # bytes in memory at a time
@@ -47,28 +49,41 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """All tensors of a checkpoint, by the headers of its safetensors files alone."""
+    """
+    All tensors of a checkpoint, by the headers of its safetensors files alone.
+
+    Raises:
+        ValueError: if a file is not there or lies elsewhere, or if its header does not describe its bytes.
+    """
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     tensors = []
-    for path in (folder / name for name in sorted(names)):
+    for name in sorted(names):
+        path = folder / name
+        if Path(name).name != name or not is_inside(path, folder):
+            raise ValueError(f"{index} names {name!r}; expected the name of a file beside it.")
         if not path.is_file():
-            raise ValueError(f"{folder} holds no {path.name}; expected model.safetensors, or shards with their index.")
+            raise ValueError(f"{folder} holds no {name}; expected model.safetensors, or shards with their index.")
+        try:
+            with safe_open(path, "pt"):  # refuses offsets that overlap, leave gaps or do not fit shapes and file
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file, or is cut short: {error}") from error
         with path.open("rb") as file:  # https://github.com/huggingface/safetensors#format
             size = int.from_bytes(file.read(8), "little")
-            try:
-                header = json.loads(file.read(min(size, 10**8)))
-            except ValueError as error:
-                raise ValueError(f"{path} is no safetensors file, or is cut short.") from error
+            header = json.loads(file.read(size))
         header.pop("__metadata__", None)
-        for name, entry in header.items():
+        for tensor, entry in header.items():
             start, end = entry["data_offsets"]
-            if 8 + size + end > path.stat().st_size:
-                raise ValueError(f"{path} is cut short: {name} lies past its end.")
-            tensors.append(
-                StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + size + start, end - start)
-            )
+            shape = tuple(entry["shape"])
+            tensors.append(StoredTensor(path, tensor, entry["dtype"], shape, 8 + size + start, end - start))
     return tensors
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path of a folder stays in it; the Hub's cache links its snapshots to the blobs beside them."""
+    real, home = path.resolve(), folder.resolve()
+    return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == home.parents[1] / "blobs")
 
 
 def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
@@ -224,3 +239,31 @@ def write_weights(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text)
     return checksums
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_of(folder: Path) -> list[str]:
+    """The names of all files of a folder; the Hub's client keeps some of its own in `.cache`."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if not name.startswith((".cache/", ".git/")))
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    lines = (folder / CHECKSUMS).read_text().splitlines()
+    return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+
+
+def write_checksums(folder: Path, known: dict[str, str]):
+    sums = {name: known.get(name) or sha256(folder / name) for name in files_of(folder) if name != CHECKSUMS}
+    (folder / CHECKSUMS).write_text("".join(f"{checksum}  {name}\n" for name, checksum in sums.items()))
+
+
+def check_content(folder: Path, checksums: dict[str, str]):
+    """Compares the files that are there with the checksums of the build."""
+    changed = [name for name, sum in checksums.items() if (folder / name).is_file() and sha256(folder / name) != sum]
+    if changed:
+        raise ValueError(f"the content of {', '.join(changed)} is not what {CHECKSUMS} says")

@@ -10,7 +10,7 @@ Base weights -> repository folder -> Hub.
 
 import argparse
 import fnmatch
-import hashlib
+import glob
 import json
 import os
 import re
@@ -50,18 +50,24 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from checkpoints import (
+    CHECKSUMS,
     DTYPES,
     EMBEDDINGS,
     PROJECTOR,
     StoredTensor,
+    check_content,
+    files_of,
     find_problems,
+    is_inside,
     plan_tensors,
     read_bytes,
+    read_checksums,
     read_projector,
     stored_tensors,
+    write_checksums,
     write_weights,
 )
-from configuration_qwen2_audio_vl import CODE_FILES, tokens_per_window
+from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, tokens_per_window
 
 
 ROOT = Path(__file__).resolve().parent
@@ -69,7 +75,6 @@ EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png":
 SHIPPED_FILES = {
     name: name for name in ("LICENSE", "requirements.txt", ".gitattributes", "handler.py", "app.py")
 } | EXAMPLES
-CHECKSUMS = "SHA256SUMS"  # of every other file, as `sha256sum --check` reads them
 KNOWN_FILES = (
     *CODE_FILES,
     *SHIPPED_FILES,
@@ -168,27 +173,6 @@ def meta_state_dict(config) -> dict[str, torch.Tensor]:
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     return tensors
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_of(folder: Path) -> list[str]:
-    """The names of all files of a folder; the Hub's client keeps some of its own in `.cache`."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if not name.startswith((".cache/", ".git/")))
-
-
-def read_checksums(folder: Path) -> dict[str, str]:
-    lines = (folder / CHECKSUMS).read_text().splitlines()
-    return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
-
-
-def write_checksums(folder: Path, known: dict[str, str]):
-    sums = {name: known.get(name) or sha256(folder / name) for name in files_of(folder) if name != CHECKSUMS}
-    (folder / CHECKSUMS).write_text("".join(f"{checksum}  {name}\n" for name, checksum in sums.items()))
 
 
 class BuildParts(NamedTuple):
@@ -296,9 +280,10 @@ def build(
     if size * 1.01 + 10**8 > free:
         raise ValueError(f"{output} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free.")
 
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target)
+    unfinished = Path(tempfile.mkdtemp(f"-{os.getpid()}.unfinished", f".{target.name}.", target.parent))
+    unfinished.chmod(0o777 & ~os.umask(0o022))
     try:
         config.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
@@ -307,17 +292,34 @@ def build(
         GenerationConfig.from_pretrained(generation).save_pretrained(unfinished)
         for name, source in ({name: name for name in CODE_FILES} | SHIPPED_FILES).items():
             has_own_example = checkpoint and name in EXAMPLES and (first / name).is_file()
+            if has_own_example and not is_inside(first / name, first):
+                raise ValueError(f"{first / name} is a link to a file outside of {first}.")
             (unfinished / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(first / name if has_own_example else ROOT / source, unfinished / name)
         card = make_card(origins, is_trained, expected, config, processor.feature_extractor)
         card.save(unfinished / "README.md")
         checksums = write_weights(unfinished, expected, plan, marker_rows)
         write_checksums(unfinished, checksums)
-        unfinished.replace(target)
+        try:
+            unfinished.rename(target)
+        except OSError as error:  # it is there and not empty
+            raise ValueError(f"{output} was made by another build in the meantime.") from error
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return target
+
+
+def remove_abandoned(target: Path):
+    """Removes the unfinished folders of builds of this target that were killed."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.unfinished"):
+        number = folder.name.removesuffix(".unfinished").rpartition("-")[2]
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, PermissionError):  # not of a build, or of another user's
+            continue
 
 
 def make_card(origins: dict[str, Origin], is_trained: bool, tensors, config, feature_extractor) -> ModelCard:
@@ -411,9 +413,12 @@ def ask_in_a_fresh_process(repo: str, revision: str | None, environment: dict[st
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check_files(folder: Path) -> dict[str, str]:
+def check_files(folder: Path, trust_code: bool = False) -> dict[str, str]:
     """Checks the files alone. Returns a row for each topic; a ValueError names what must not be pushed."""
     names = files_of(folder)
+    links = [name for name in names if not is_inside(folder / name, folder)]
+    if links:
+        raise ValueError(f"links to files elsewhere: {', '.join(links)}")
     unexpected = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in KNOWN_FILES)]
     if unexpected:
         raise ValueError(f"unexpected files: {', '.join(unexpected)} (weights are safetensors, never pickle)")
@@ -434,7 +439,15 @@ def check_files(folder: Path) -> dict[str, str]:
         if "src" in widget and widget["src"] not in names:
             raise ValueError(f"README.md shows {widget['src']}, which is not there")
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    settings = json.loads((folder / "config.json").read_text())
+    if settings.get("auto_map") != AUTO_MAP:
+        raise ValueError(f"the auto_map of config.json is {settings.get('auto_map')}, expected {AUTO_MAP}")
+    changed = [name for name in CODE_FILES if (folder / name).read_bytes() != (ROOT / name).read_bytes()]
+    if changed and not trust_code:
+        raise ValueError(f"the code in {', '.join(changed)} is not this checkout's; --trust-code runs it all the same")
+    # By the class of this checkout, so that no code of the folder runs.
+    config_class = get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", ROOT)
+    config = config_class.from_pretrained(folder)
     tensors = {tensor.name: tensor for tensor in stored_tensors(folder)}
     problems = find_problems(tensors, meta_state_dict(config))
     if problems:
@@ -446,13 +459,6 @@ def check_files(folder: Path) -> dict[str, str]:
         "card": f"{card.data.pipeline_tag}, {card.data.license}, base {card.data.to_dict().get('base_model', 'local')}",
         "weights": f"{len(tensors)} tensors, names and shapes are the model's",
     }
-
-
-def check_content(folder: Path, checksums: dict[str, str]):
-    """Compares the files that are there with the checksums of the build."""
-    changed = [name for name, sum in checksums.items() if (folder / name).is_file() and sha256(folder / name) != sum]
-    if changed:
-        raise ValueError(f"the content of {', '.join(changed)} is not what {CHECKSUMS} says")
 
 
 def check_answers(found: dict) -> dict[str, str]:
@@ -470,9 +476,12 @@ def check_answers(found: dict) -> dict[str, str]:
     }
 
 
-def check(repo: str, revision: str | None = None) -> tuple[dict[str, str], dict]:
+def check(repo: str, revision: str | None = None, trust_code: bool = False) -> tuple[dict[str, str], dict]:
     """
-    Checks a folder or a Hub id by its files, and by loading it in a fresh process.
+    Checks a folder or a Hub id by its files, and then by loading it in a fresh process, without the token of the Hub.
+
+    Args:
+        trust_code: Whether code that differs from this checkout's may run.
 
     Returns:
         The table of what was found, and what [`ask`] returned.
@@ -480,17 +489,24 @@ def check(repo: str, revision: str | None = None) -> tuple[dict[str, str], dict]
     Raises:
         ValueError: naming the first thing that is wrong.
     """
-    if Path(repo).is_dir():
-        folder, loaded = Path(repo), (str(Path(repo).absolute()), None)
-    else:
-        folder = Path(snapshot_download(repo, revision=revision))
-        loaded = repo, folder.name  # the commit
-    table = check_files(folder)
-    found = ask_in_a_fresh_process(*loaded, dict(os.environ))
+    folder = Path(repo) if Path(repo).is_dir() else Path(snapshot_download(repo, revision=revision))
+    table = check_files(folder, trust_code)
+    secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+    environment = {name: value for name, value in os.environ.items() if name not in secrets}
+    environment |= {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_HUB_OFFLINE": "1"}
+    found = ask_in_a_fresh_process(str(folder.absolute()), None, environment)
     return table | check_answers(found), found
 
 
-def push(folder: str, repo: str, *, revision: str | None = None, pr: bool = False, public: bool = False) -> CommitInfo:
+def push(
+    folder: str,
+    repo: str,
+    *,
+    revision: str | None = None,
+    pr: bool = False,
+    public: bool = False,
+    trust_code: bool = False,
+) -> CommitInfo:
     """
     Checks a folder, writes the answers of its examples into its card, and uploads it in one commit. What the Hub
     already has of an interrupted push is not sent again.
@@ -501,7 +517,7 @@ def push(folder: str, repo: str, *, revision: str | None = None, pr: bool = Fals
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; `upload.py build` makes one")
-    _, found = check(str(folder))
+    _, found = check(str(folder), trust_code=trust_code)
     card = ModelCard.load(folder / "README.md")
     for widget in getattr(card.data, "widget", None) or []:
         if widget.get("src") in found["answers"]:
@@ -570,11 +586,14 @@ def main(arguments: list[str] | None = None):
         command = commands.add_parser(name, help=help)
         command.add_argument("repo", metavar="REPO")
         command.add_argument("--revision", help="branch, tag or commit of the Hub")
+        if name == "check":
+            command.add_argument("--trust-code", action="store_true", help="run code that is not this checkout's")
     command = commands.add_parser("push", help="check, then upload in one commit")
     command.add_argument("folder", metavar="DIR")
     command.add_argument("repo", metavar="REPO")
     command.add_argument("--revision", help="branch to commit to; made if it is not there")
     command.add_argument("--pr", action="store_true", help="open a pull request instead of committing")
+    command.add_argument("--trust-code", action="store_true", help="push code that is not this checkout's")
     command.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     options = vars(parser.parse_args(arguments))
     name = options.pop("command")
@@ -582,6 +601,8 @@ def main(arguments: list[str] | None = None):
         result = COMMANDS[name](**options)
     except (ValueError, OSError, HfHubHTTPError) as error:
         parser.exit(1, f"upload.py {name}: {error}\n")
+    except Exception as error:  # hostile files run into many others, within the libraries that read them
+        parser.exit(1, f"upload.py {name}: these files cannot be used: {type(error).__name__}: {error}\n")
     if name == "build":
         size = sum((result / file).stat().st_size for file in files_of(result))
         print(f"{options['output']} is ready: {size / 1e9:.2f} GB.")

@@ -219,12 +219,12 @@ def test_a_changed_folder_is_pushed_to_branches_and_pull_requests(hub, folder, c
     assert hub.repository(ID).refs == {"main": commit}
 
     upload.write_checksums(changed, {})
-    branch = upload_py("push", changed, ID, "--revision", "next")
+    branch = upload_py("push", changed, ID, "--revision", "next", "--trust-code")
     assert branch.returncode == 0, branch.stderr
     repository = hub.repository(ID)
     newer = repository.refs["next"]
     assert repository.refs["main"] == commit and repository.history("next")[1]["id"] == commit
-    pull = upload_py("push", changed, ID, "--pr")
+    pull = upload_py("push", changed, ID, "--pr", "--trust-code")
     assert pull.returncode == 0 and f"{ID}/discussions/1" in pull.stdout and "refs/pr/1" in repository.refs
 
     for revision, pins, version in ((commit, (), None), (newer, (), "changed"), (commit, (newer,), "changed")):

@@ -323,7 +323,9 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path
         torch.set_num_threads(1)
         checkpoints.CHUNK = 2**16
         target = Path({str(tmp_path / "out")!r})
-        unfinished = target.parent / ".out.unfinished"
+
+        def unfinished():
+            return any(target.parent.glob(".out.*.unfinished"))
 
         def build():
             upload.build({str(bases["qwen2_vl"])!r}, {str(bases["whisper"])!r}, target)
@@ -345,7 +347,7 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path
                 os._exit(0)
             if number % 2:
                 start = time.monotonic()
-                while not unfinished.exists() and time.monotonic() < start + 10 * took:
+                while not unfinished() and time.monotonic() < start + 10 * took:
                     time.sleep(0.001)
                 time.sleep(generator.uniform(0, took / 10))
             else:
@@ -353,7 +355,7 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             early += not target.exists()
-            writing += unfinished.exists()
+            writing += unfinished()
             if target.exists():
                 assert content() == expected
             else:
@@ -385,6 +387,25 @@ def test_check_refuses_what_must_not_be_published(repo, tmp_path):
 
         return change
 
+    def link(name):
+        def change(folder):
+            (folder / name).unlink()
+            (folder / name).symlink_to("/etc/hostname")
+            upload.write_checksums(folder, {})
+
+        return change
+
+    def map_elsewhere(folder):
+        settings = json.loads((folder / "config.json").read_text())
+        settings["auto_map"]["AutoModel"] = "someone/else--" + settings["auto_map"]["AutoModel"]
+        (folder / "config.json").write_text(json.dumps(settings))
+        upload.write_checksums(folder, {})
+
+    def add_code(folder):
+        with (folder / "audio_utils.py").open("a") as file:
+            file.write("raise RuntimeError('must not run')\n")
+        upload.write_checksums(folder, {})
+
     def lose_a_tensor(folder):
         tensors = load(folder)
         del tensors["model.language_model.norm.weight"]
@@ -406,6 +427,9 @@ def test_check_refuses_what_must_not_be_published(repo, tmp_path):
         (lambda folder: (folder / "LICENSE").unlink(), "differ in LICENSE"),
         (flip("model.safetensors"), "content of model.safetensors is not what SHA256SUMS says"),
         (flip("modeling_qwen2_audio_vl.py"), "content of modeling_qwen2_audio_vl.py"),
+        (link("examples/photo.png"), "links to files elsewhere: examples/photo.png"),
+        (map_elsewhere, "auto_map of config.json"),
+        (add_code, "code in audio_utils.py is not this checkout's"),
         (lose_a_tensor, "missing: model.language_model.norm.weight"),
         (change_card("license: apache-2.0", "licence: apache-2.0"), "README.md has no license"),
         (change_card("examples/photo.png", "examples/other.png"), "shows examples/other.png, which is not there"),
@@ -432,8 +456,75 @@ def test_check_tells_by_its_exit_code(repo, tmp_path, capsys):
     upload.write_checksums(tmp_path / "broken", {})
     assert run_main("check", repo) == 0 and "answer to audio and picture" in capsys.readouterr().out
     assert run_main("check", tmp_path / "broken") == 1
+    assert "code in processing_qwen2_audio_vl.py is not this checkout's" in capsys.readouterr().err
+    assert run_main("check", tmp_path / "broken", "--trust-code") == 1
     errors = capsys.readouterr().err
     assert "does not load or answer" in errors and "broken code" in errors
+
+
+def test_hostile_headers_are_refused(bases, tmp_path):
+    """Offsets that overlap, are negative, twice the same or beyond the file, and an index that leaves its folder."""
+    base = copy_base(bases["qwen2_vl"], tmp_path / "base")
+    content = (base / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    first, second = sorted(
+        (name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"]
+    )[:2]
+    for offsets in (header[first]["data_offsets"], [-8, 8], [8, 0], [0, 2**62], [0.5, 8], ["0", 8], [], None):
+        changed = header | {second: {**header[second], "data_offsets": offsets}}
+        text = json.dumps(changed).encode()
+        (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+        with pytest.raises(ValueError, match="no safetensors file, or is cut short"):
+            upload.build(base, bases["whisper"], tmp_path / "out")
+    for text in (b"[]", b"null", b"[" * 10**6, b"\xff\xfe", b'{"x": 3}'):
+        (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+        with pytest.raises(ValueError, match="no safetensors file, or is cut short"):
+            upload.build(base, bases["whisper"], tmp_path / "out")
+    (base / "model.safetensors").unlink()
+    for name in ("../whisper/model.safetensors", "/etc/hostname", "linked.safetensors"):
+        (base / "linked.safetensors").unlink(missing_ok=True)
+        (base / "linked.safetensors").symlink_to(bases["whisper"] / "model.safetensors")
+        (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(ValueError, match="expected the name of a file beside it"):
+            upload.build(base, bases["whisper"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_hostile_folders_end_in_a_sentence(repo, tmp_path, capsys):
+    for number, (name, content) in enumerate(
+        [
+            ("config.json", b"[]"),
+            ("config.json", b'{"model_type": "qwen2_audio_vl", "text_config": 3}'),
+            ("config.json", b"{" * 10**5),
+            ("config.json", b"\xff\xfe"),
+            ("model.safetensors.index.json", b'{"weight_map": []}'),
+            ("processor_config.json", b"3"),
+            ("tokenizer.json", b"{}"),
+            ("examples/photo.png", None),
+        ]
+    ):
+        folder = Path(shutil.copytree(repo, tmp_path / str(number)))
+        if content is None:
+            (folder / name).unlink()
+            (folder / name).symlink_to("/etc/hostname")
+        else:
+            (folder / name).write_bytes(content)
+        assert run_main("build", "--checkpoint", folder, "--output", tmp_path / "out") == 1, name
+        (line, *more) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("upload.py build: ")]
+        assert line and not more and not (tmp_path / "out").exists()
+
+
+def test_two_builds_into_one_folder(bases, repo, tmp_path):
+    """One of them makes it, whole; the other says so."""
+    command = [sys.executable, upload.ROOT / "upload.py", "build", "--base", bases["qwen2_vl"], "--audio-encoder"]
+    command += [bases["whisper"], "--output", tmp_path / "out"]
+    builds = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [build.communicate(timeout=300)[1] for build in builds]
+    assert sorted(build.returncode for build in builds) == [0, 1]
+    assert sum("was made by another build" in text or "is not empty" in text for text in errors) == 1
+    assert (tmp_path / "out" / "SHA256SUMS").read_bytes() == (repo / "SHA256SUMS").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_wrong_parts_are_refused_before_anything_is_written(bases, tmp_path):
