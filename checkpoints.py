@@ -259,7 +259,9 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 def write_checksums(folder: Path, known: dict[str, str]):
     sums = {name: known.get(name) or sha256(folder / name) for name in files_of(folder) if name != CHECKSUMS}
-    (folder / CHECKSUMS).write_text("".join(f"{checksum}  {name}\n" for name, checksum in sums.items()))
+    unfinished = folder / f"{CHECKSUMS}.unfinished"
+    unfinished.write_text("".join(f"{checksum}  {name}\n" for name, checksum in sums.items()))
+    unfinished.replace(folder / CHECKSUMS)
 
 
 def check_content(folder: Path, checksums: dict[str, str]):

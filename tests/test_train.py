@@ -15,11 +15,13 @@ import pytest
 import soundfile
 import torch
 from accelerate.commands import launch
+from filelock import FileLock
 from helpers import audio, image, text
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+import chat_data
 import checkpoints
 import train
 import upload
@@ -233,6 +235,42 @@ def test_run_that_was_killed_goes_on_to_the_same_bits(start, tones, trained, tmp
     assert losses(output) == losses(trained)
     with pytest.raises(ValueError, match="checkpoints of another run: learning_rate was 0.02, is 0.5"):
         run(start, tones, output, learning_rate=0.5)
+    weights = Path(train.newest_checkpoint(output)) / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="content of adapter_model.safetensors is not what SHA256SUMS says. Remove it"):
+        run(start, tones, output, save_steps=1)
+
+
+def test_one_run_at_a_time_writes_into_a_folder(start, tones, tmp_path, capsys):
+    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit):
+        train.main(arguments(start, tones, tmp_path))
+    assert "is in use by another run" in capsys.readouterr().err
+
+
+def test_files_of_other_editors(start, rows, tones, tmp_path, speech):
+    """A mark of UTF-8, blank lines and Windows' ends of lines are read; what is no UTF-8 or empty is said."""
+    line = json.dumps(chat(audio(str(speech)), text("Tone?")))
+    for number, content in enumerate((f"\ufeff{line}\n", f"\n{line}\r\n\r\n", f"{line}\n \n\n")):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_bytes(content.encode())
+        for streaming in (False, True):
+            (row,) = chat_data.load_rows([str(path)], streaming)
+            assert rows.messages(row)[-1]["content"] == "low"
+            assert row["place"] == f"{path}:{2 if number == 1 else 1}"
+    for content, message in (
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (line.encode("utf-16"), "must be JSON lines in UTF-8"),
+    ):
+        (tmp_path / "bad.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            chat_data.load_rows([str(tmp_path / "bad.jsonl")])
+    (tmp_path / "deep.jsonl").write_text('{"messages": ' + "[" * 10**5 + "]" * 10**5 + "}\n")
+    (row,) = chat_data.load_rows([str(tmp_path / "deep.jsonl")])
+    with pytest.raises(chat_data.BadRow, match="deep.jsonl:1: maximum recursion depth"):
+        rows.messages(row)
 
 
 def test_two_processes_equal_one_with_twice_the_batch(start, tones, trained, tmp_path):

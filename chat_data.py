@@ -1,0 +1,220 @@
+"""Rows of chat messages, from JSON lines or `datasets` -> batches to train on."""
+
+import io
+import json
+import re
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+IGNORED = -100  # label of what is not learned
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on; the message begins with its place."""
+
+
+def load_rows(sources: list[str], streaming: bool = False):
+    """
+    Rows of JSON lines files, of folders that `datasets` saved, and of datasets by their Hub id or folder.
+
+    Returns:
+        [`datasets.Dataset`] or [`datasets.IterableDataset`] with columns `line` (JSON text) or `messages`, and
+        `place`, which names the row in messages.
+
+    Raises:
+        ValueError: if a source has no `messages`.
+    """
+    loaded = []
+    for source in sources:
+        if source.endswith((".jsonl", ".json")):
+            check_lines(source)
+            # As text: Arrow would give every content item the keys of all others, filled with None.
+            rows = datasets.load_dataset("text", data_files=source, split="train", streaming=streaming)
+            rows = rows.rename_column("text", "line")
+        else:
+            rows = load_dataset(source, streaming)
+        if streaming:
+            rows = rows.map(lambda _, index, source=source: {"place": f"{source}:{index + 1}"}, with_indices=True)
+        else:
+            rows = rows.add_column("place", [f"{source}:{index + 1}" for index in range(len(rows))])
+        if rows.column_names is None or "line" in rows.column_names:
+            rows = rows.filter(lambda row: row.get("line") is None or row["line"].strip("\ufeff \t"))  # blank lines
+        loaded.append(rows)
+    return datasets.concatenate_datasets(loaded)
+
+
+def check_lines(source: str):
+    """
+    Raises:
+        ValueError: if a local file of JSON lines is empty or not UTF-8.
+    """
+    if not Path(source).is_file():
+        return
+    with open(source, "rb") as file:
+        start = file.read(2**16)
+    if not start.strip():
+        raise ValueError(f"{source} is empty; expected a JSON object with `messages` on each line.")
+    if b"\0" in start:
+        raise ValueError(f"{source} must be JSON lines in UTF-8; it holds zero bytes, as UTF-16 does.")
+
+
+def load_dataset(source: str, streaming: bool):
+    if (Path(source) / "state.json").is_file():
+        rows = datasets.load_from_disk(source)
+        rows = rows.to_iterable_dataset() if streaming else rows
+    else:
+        name, _, split = source.partition(":")
+        rows = datasets.load_dataset(name, split=split or "train", streaming=streaming)
+    if "messages" not in (rows.features or {}):
+        raise ValueError(f"{source} has columns {', '.join(rows.features or {})}; expected `messages`.")
+    rows = rows.select_columns(["messages"])
+    if (stored := without_decoding(rows.features["messages"])) != rows.features["messages"]:
+        rows = rows.cast_column("messages", stored)
+    return rows
+
+
+def without_decoding(feature):
+    """The same feature with audio and pictures left as the bytes of their files, which the processor decodes."""
+    if isinstance(feature, (datasets.Audio, datasets.Image)):
+        return type(feature)(decode=False)
+    if isinstance(feature, dict):
+        return {name: without_decoding(part) for name, part in feature.items()}
+    if isinstance(feature, datasets.List):
+        return datasets.List(without_decoding(feature.feature))
+    return feature
+
+
+class ChatCollator:
+    """Rows of chat messages -> batches to train on. Bad rows raise [`BadRow`]."""
+
+    def __init__(self, processor, needs_audio: bool):
+        self.processor, self.needs_audio = processor, needs_audio
+        self.answer_start = processor.tokenizer("<|im_start|>assistant\n")["input_ids"]
+        self.answer_end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def messages(self, row: dict) -> list[dict]:
+        """The messages of a row, checked without opening what they name; local files are found beside the source."""
+        with prefix_errors(row["place"]):
+            found = row.get("messages")
+            if row.get("line") is not None:
+                found = json.loads(row["line"].lstrip("\ufeff"))  # of an editor that marks UTF-8
+                found = found.get("messages") if isinstance(found, dict) else None
+            if not isinstance(found, list) or not found:
+                raise ValueError("there is no list of `messages`")
+            folder = Path(row["place"].rpartition(":")[0]).parent
+            messages = [self.message(message, folder) for message in found]
+            if messages[-1]["role"] != "assistant":
+                raise ValueError(f"the last message is from {messages[-1]['role']!r}; expected the assistant's answer")
+            text = self.processor.apply_chat_template(messages, tokenize=False)  # refuses unknown content
+            turns = len(messages) + (messages[0]["role"] != "system")  # the template adds a system prompt
+            if text.count("<|im_start|>") != turns or text.count("<|im_end|>") != turns:
+                raise ValueError("a text contains <|im_start|> or <|im_end|>, which only the chat template may write")
+            if self.needs_audio and self.processor.audio_token not in text:
+                raise ValueError("there is no audio, so the projector learns nothing from it")
+            return messages
+
+    def message(self, message: dict, folder: Path) -> dict:
+        role, content = (message.get(name) if isinstance(message, dict) else None for name in ("role", "content"))
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"a message has role {role!r}; expected system, user or assistant")
+        if role == "assistant" and not answer_text(content).strip():
+            raise ValueError("an answer of the assistant is empty")
+        if isinstance(content, list):
+            content = [self.item(item, folder) for item in content]
+        return {"role": role, "content": content}
+
+    def item(self, item, folder: Path):
+        if not isinstance(item, dict):
+            return item  # which the processor refuses
+        # Arrow fills the keys that an item does not have with None.
+        return {name: locate(name, part, folder) for name, part in item.items() if part is not None}
+
+    def inputs(self, row: dict) -> dict[str, torch.Tensor]:
+        """Model inputs of one row, unpadded, and `labels`: the answers and the ends of their turns, -100 elsewhere."""
+        messages = self.messages(row)
+        with prefix_errors(row["place"]):
+            inputs = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+            return {**inputs, "labels": self.labels(inputs["input_ids"])}
+
+    def labels(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int64 `(1, sequence)`."""
+        labels = torch.full_like(input_ids, IGNORED)
+        ids, start = input_ids[0].tolist(), self.answer_start
+        place = 0
+        while place < len(ids):
+            if ids[place : place + len(start)] != start:
+                place += 1
+                continue
+            place += len(start)
+            end = ids.index(self.answer_end, place) + 1
+            labels[0, place:end] = input_ids[0, place:end]
+            place = end
+        return labels
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Collates rows to a batch."""
+        made = [self.inputs(row) for row in rows]
+        length = max(inputs["input_ids"].shape[1] for inputs in made)
+        fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORED}
+        batch = {}
+        for name in dict.fromkeys(name for inputs in made for name in inputs):
+            parts = [inputs[name] for inputs in made if name in inputs]
+            if name in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"):
+                parts = [
+                    torch.nn.functional.pad(part, (0, length - part.shape[1]), value=fill.get(name, 0))
+                    for part in parts
+                ]
+            batch[name] = torch.cat(parts)
+        return batch
+
+
+@contextmanager
+def prefix_errors(place: str):
+    """Puts the place of a row before every error that its content causes."""
+    try:
+        yield
+    except BadRow:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, OSError, RecursionError) as error:
+        raise BadRow(f"{place}: {str(error) or type(error).__name__}") from error
+
+
+def answer_text(content) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(item.get("text") or "" for item in content or [] if isinstance(item, dict))
+
+
+def locate(name: str, source, folder: Path):
+    """Makes relative paths absolute, and pictures that `datasets` holds as bytes pictures."""
+    if name == "image" and isinstance(source, dict) and source.get("bytes"):
+        return Image.open(io.BytesIO(source["bytes"]))
+    is_path = isinstance(source, str) and not re.match(r"\w+:", source) and len(source) < 1024  # base64 is longer
+    if name not in ("image", "video", "audio", "url", "path") or not is_path:
+        return source
+    if not (folder / source).is_file():
+        raise ValueError(f"there is no file {folder / source}")
+    return str(folder / source)
+
+
+class SkipBadRows:
+    """Tells whether a streamed row can be used; counts and names those that cannot."""
+
+    def __init__(self, measure: Callable[[dict], int | str]):
+        self.measure, self.skipped = measure, 0
+
+    def __call__(self, row: dict) -> bool:
+        found = self.measure(row)
+        if isinstance(found, str):
+            self.skipped += 1
+            logger.warning(f"Left out, {self.skipped} so far: {found}")
+        return not isinstance(found, str)
