@@ -142,8 +142,9 @@ def mix_down(samples: np.ndarray, name: str) -> np.ndarray:
     if samples.dtype.kind != "f" and kind not in FULL_SCALE:
         raise AudioError(f"{name} has samples of type {samples.dtype}; expected float, int16, int32 or uint8.")
     zero, scale = FULL_SCALE.get(kind, (0, 1))
-    scaled = (samples.astype(np.float32) - np.float32(zero)) / np.float32(scale)
-    return scaled.mean(axis=0, dtype=np.float32)
+    with np.errstate(all="ignore"):  # of what is not finite, which `fetch_audio` refuses
+        scaled = (samples.astype(np.float32) - np.float32(zero)) / np.float32(scale)
+        return scaled.mean(axis=0, dtype=np.float32)
 
 
 class DecodingWorker:

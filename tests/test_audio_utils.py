@@ -28,6 +28,7 @@ import soxr
 import torch
 import trustme
 from bombs import BOMBS
+from fuzz import resident
 from sounds import ENCODINGS, RECORDINGS, encode
 from transformers import WhisperFeatureExtractor
 
@@ -454,11 +455,6 @@ def test_untrusted_bombs_are_limited_in_memory_and_time(name, monkeypatch):
         assert worker.process.pid == first and resident(worker) - usual < 300
     assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
     worker.stop()
-
-
-def resident(worker) -> float:
-    """The most MB that a worker held so far."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{worker.process.pid}/status").read_text())[1]) / 1024
 
 
 def test_a_worker_that_died_is_replaced():
