@@ -117,17 +117,6 @@ def map_rows(dataset, function: Callable[[dict], object], args: Arguments) -> li
     """`function` of every row, in order: rows are shared among processes and their data loader workers."""
     mine = range(args.process_index, len(dataset), args.world_size)
     workers = args.dataloader_num_workers
-    workers = args.dataloader_num_workers
-    workers = args.dataloader_num_workers
-    workers = args.dataloader_num_workers
-    workers = args.dataloader_num_workers
-    workers = args.dataloader_num_workers
-    workers = args.dataloader_num_workers
-    workers = args.dataloader_num_workers
-    workers = args.dataloader_num_workers
-    workers = args.dataloader_num_workers
-    workers = args.dataloader_num_workers
-    workers = args.dataloader_num_workers
     loader = DataLoader(Subset(dataset, mine), batch_size=None, collate_fn=function, num_workers=workers)
     found = gather_object([*zip(mine, loader, strict=True)])
     return [result for _, result in sorted(found, key=lambda pair: pair[0])]
