@@ -1,0 +1,345 @@
+"""What untrusted files and addresses may cost: memory, time, and whom a server may be made to ask."""
+
+import contextlib
+import http.server
+import io
+import ipaddress
+import queue
+import re
+import resource
+import socket
+import ssl
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import urllib.parse
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+import trustme
+from bombs import BOMBS
+from fuzz import resident
+from sounds import RECORDINGS
+
+import audio_decoding
+import audio_utils
+from audio_utils import AudioError, fetch_audio
+from demo.bases import ASSETS
+
+
+def silence(codec: str, container: str, rate: int, seconds: int) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=rate, layout="mono")
+        for _ in range(seconds * 50):
+            piece = av.AudioFrame.from_ndarray(np.zeros((1, rate // 50), np.int16), format="s16", layout="mono")
+            piece.sample_rate = rate
+            output.mux(stream.encode(piece))
+        output.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def test_long_silence_in_a_small_file_is_not_decoded_to_its_end():
+    hour = silence("flac", "flac", 8000, seconds=3700)
+    assert len(hour) < 2**20
+    with pytest.raises(AudioError, match="lasts longer than the limit of 3600 s"):
+        fetch_audio(hour)
+    with pytest.raises(AudioError, match="lasts 11 s, past the limit of 10 s"):
+        fetch_audio(np.zeros(176_000, np.float32), max_seconds=10)
+    high = io.BytesIO()
+    soundfile.write(high, np.zeros(192_000 * 2), 192_000, format="wav")
+    with pytest.raises(AudioError, match="limit of 4 s, which is for 48000 Hz; it has 192000"):
+        fetch_audio(high.getvalue(), max_seconds=4)
+
+
+def test_bombs_cost_little_memory(tmp_path, web):
+    """Each in a process of its own, which says how much its peak grew: 10 s at 48 kHz are 2 MB."""
+    (tmp_path / "bomb.flac").write_bytes(silence("flac", "flac", 48_000, seconds=300))
+    (tmp_path / "bomb.opus").write_bytes(silence("libopus", "ogg", 48_000, seconds=300))
+    with (tmp_path / "bomb.wav").open("wb") as file:  # 2**31 samples that the disk does not hold
+        soundfile.write(file, np.zeros(8, np.int16), 48_000, format="wav", subtype="PCM_U8")
+        file.truncate(2**31 + 44)
+        file.seek(40)
+        file.write((2**31).to_bytes(4, "little"))
+    code = """
+        import resource, sys
+        sys.path.insert(0, sys.argv[1])
+        from audio_utils import AudioError, fetch_audio
+        fetch_audio(f"{sys.argv[1]}/assets/audio/english.wav")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            fetch_audio(sys.argv[2], max_seconds=10, max_bytes=10**7)
+        except AudioError as error:
+            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, error)
+    """
+    sources = [str(path) for path in sorted(tmp_path.glob("bomb.*"))] + [f"{web}endless"]
+    arguments = [sys.executable, "-c", textwrap.dedent(code), str(ASSETS.parent)]
+    runs = [subprocess.Popen([*arguments, source], stdout=subprocess.PIPE, text=True) for source in sources]
+    for source, run in zip(sources, runs, strict=True):
+        megabytes, _, message = run.communicate(timeout=100)[0].partition(" ")
+        assert "limit of 10 s" in message or "limit of 10000000 bytes" in message
+        assert int(megabytes) < 40, source
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_untrusted_bombs_are_limited_in_memory_and_time(name, monkeypatch):
+    """Whatever a file says: it is decoded or refused within the limits, and the next good file is decoded."""
+    monkeypatch.setattr(audio_decoding, "WORKER_SECONDS", 2)  # 8 by default
+    worker = audio_decoding.DecodingWorker()
+    monkeypatch.setattr(audio_decoding, "WORKERS", queue.LifoQueue())
+    audio_decoding.WORKERS.put(worker)
+    good = RECORDINGS / "jfk.mp3"
+    assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
+    usual, first = resident(worker), worker.process.pid
+    bomb = BOMBS[name](fetch_audio(good)[:16_000].numpy())
+    assert len(bomb) < 2**22
+    start = time.monotonic()
+    try:
+        assert len(fetch_audio(bomb, max_seconds=600, public_only=True)) == 16_000
+    except AudioError as error:
+        assert re.search("limit of 600 s|limit of 2 s to decode|Cannot allocate memory", str(error))
+    assert time.monotonic() - start < 3
+    if worker.process.poll() is None:
+        assert worker.process.pid == first and resident(worker) - usual < 300
+    assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
+    worker.stop()
+
+
+def test_a_worker_that_died_is_replaced():
+    worker = audio_decoding.DecodingWorker()
+    content = (RECORDINGS / "jfk.mp3").read_bytes()
+    for _ in range(2):
+        samples, rate = worker.decode(content, "clip", 60)
+        expected, expected_rate = audio_decoding.decode(io.BytesIO(content), "clip")
+        assert rate == expected_rate and np.array_equal(samples, expected)
+        worker.process.kill()
+        worker.process.wait()
+    with pytest.raises(AudioError, match="clip cannot be decoded"):
+        worker.decode(b"no audio", "clip", 60)
+    worker.stop()
+
+
+def test_covers_are_not_decoded_in_the_own_process_either():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    clip = fetch_audio(RECORDINGS / "jfk.wav")[:16_000].numpy()
+    assert len(fetch_audio(BOMBS["mp3 with covers"](clip))) == 16_000
+    with pytest.raises(AudioError, match="limit of 600 s"):
+        fetch_audio(BOMBS["matroska with compressed blocks"](clip), max_seconds=600)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 500  # 600 s at 48 kHz are 115 MB
+
+
+def test_a_header_that_lies_about_its_length():
+    """It claims 2**31 samples, or all that 32 bits can say, and 16,000 follow."""
+    header = (RECORDINGS / "jfk.wav").read_bytes()[:78]
+    data = header.index(b"data")
+    for claim in (2**31, 2**32 - 2):
+        lying = header[: data + 4] + claim.to_bytes(4, "little") + bytes(32_000)
+        assert len(fetch_audio(lying)) == 16_000
+
+
+@pytest.fixture
+def serve():
+    """Starts real HTTP servers that behave as their paths say; gives the address of the root."""
+    recording = (RECORDINGS / "english.wav").read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            with contextlib.suppress(OSError):
+                self.answer(self.path[1:])
+
+        def answer(self, path):
+            stopped = self.server.stopped
+            if path == "slow-header":
+                while not stopped.wait(0.2):
+                    self.wfile.write(b"H")
+            elif path == "missing":
+                self.send_error(404)
+            elif path.startswith(("to=", "late-to=")):
+                stopped.wait(path.startswith("late"))  # 1 s
+                self.send_response(302)
+                self.send_header("Location", urllib.parse.unquote(path.partition("=")[2]))
+                self.end_headers()
+            elif path == "loop":
+                self.send_response(302)
+                self.send_header("Location", "/loop")
+                self.end_headers()
+            elif path == "chunked":
+                self.protocol_version = "HTTP/1.1"
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                for start in range(0, len(recording), 50_000):
+                    piece = recording[start : start + 50_000]
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                self.wfile.write(b"0\r\n\r\n")
+            elif path in ("endless", "slow"):
+                self.send_response(200)
+                self.end_headers()
+                while not stopped.wait(0.2 if path == "slow" else 0):
+                    self.wfile.write(bytes(1 if path == "slow" else 2**16))
+            elif path == "partial" or "Range" in self.headers:
+                first, last = 0, 99_999
+                if "Range" in self.headers:
+                    first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"]).groups()
+                piece = recording[int(first) : int(last or len(recording)) + 1]
+                self.send_response(206)
+                self.send_header("Content-Length", str(len(piece)))
+                self.send_header("Content-Range", f"bytes {first}-{int(first) + len(piece) - 1}/{len(recording)}")
+                self.end_headers()
+                self.wfile.write(piece)
+            else:
+                self.send_response(200)
+                self.send_header("Accept-Ranges", "bytes")
+                self.send_header("Content-Length", str(len(recording) + 1000 * (path == "short")))
+                self.end_headers()
+                self.wfile.write(recording)
+
+    def serve(certificate: trustme.LeafCert | None = None) -> str:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.stopped = threading.Event()
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            certificate.configure_cert(context)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http{'s' if certificate else ''}://127.0.0.1:{server.server_address[1]}/"
+
+    servers = []
+    yield serve
+    for server in servers:
+        server.stopped.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def web(serve) -> str:
+    return serve()
+
+
+def test_broken_files_are_decoded_or_refused():
+    """3,000 seeded mutations in processes of their own, so that a crash of the interpreter is seen as one."""
+    script = Path(__file__).with_name("fuzz.py")
+    runs = [
+        subprocess.Popen([sys.executable, script, "1500", "--seed", seed], stdout=subprocess.PIPE, text=True)
+        for seed in "01"
+    ]
+    for run in runs:
+        output, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, output
+        count = {name: float(value) for name, value in re.findall(r"([a-z]+)=([0-9.]+)", output)}
+        assert count["decoded"] > 200 and count["refused"] > 200 and count["decoded"] + count["refused"] == 1500
+        assert count["seconds"] < 5 and count["megabytes"] < 300
+
+
+def test_downloads(web):
+    expected = fetch_audio(RECORDINGS / "english.wav")
+    for path in ("clip.wav", "chunked", f"to={web}clip.wav", "to=/to%3D/chunked"):
+        assert torch.equal(fetch_audio(web + path), expected), path
+
+
+def test_secure_downloads(serve, monkeypatch, tmp_path):
+    """Certificates are checked, also where the address is, and a server that never speaks costs no more than time."""
+    authority = trustme.CA()
+    web, other = serve(authority.issue_cert("127.0.0.1")), serve(authority.issue_cert("elsewhere.example"))
+    expected = fetch_audio(RECORDINGS / "english.wav")
+    monkeypatch.setattr(audio_utils, "is_public", lambda address: True)
+    for limits in ({}, {"public_only": True}):
+        monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+        with pytest.raises(AudioError, match="CERTIFICATE_VERIFY_FAILED"):
+            fetch_audio(f"{web}clip.wav", **limits)
+        authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+        for path in ("clip.wav", "chunked", f"to={web}clip.wav", f"to={serve()}clip.wav"):
+            assert torch.equal(fetch_audio(web + path, **limits), expected)
+        with pytest.raises(AudioError, match="mismatch"):
+            fetch_audio(f"{web}to={other}clip.wav", **limits)
+        for path in ("slow", "slow-header"):
+            with pytest.raises(AudioError, match="took longer than the limit of 1 s"):
+                fetch_audio(web + path, timeout=1, **limits)
+
+
+@pytest.mark.parametrize(
+    "path, limits, message",
+    [
+        ("missing", {}, "cannot be read: HTTP Error 404"),
+        ("short", {}, "ended 1000 bytes early|IncompleteRead"),
+        ("partial", {}, "answered with HTTP status 206 instead of 200"),
+        ("endless", {"max_bytes": 10**6}, "larger than the limit of 1000000 bytes"),
+        ("clip.wav", {"max_bytes": 1000}, "larger than the limit of 1000 bytes"),
+        ("slow", {"timeout": 1}, "took longer than the limit of 1 s"),
+        ("slow-header", {"timeout": 1}, "took longer than the limit of 1 s"),
+        ("loop", {}, "infinite loop"),
+        ("to=file:///etc/hostname", {}, "file:///etc/hostname. is not allowed"),
+        ("to=ftp://127.0.0.1/clip.wav", {}, "which is not on the web"),
+    ],
+)
+def test_downloads_have_limits(path, limits, message, web):
+    start = time.monotonic()
+    with pytest.raises(AudioError, match=message):
+        fetch_audio(web + path, **limits)
+    assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("limits", [{}, {"public_only": True}])
+def test_one_deadline_for_redirects_and_handshakes(limits, web, monkeypatch):
+    """A slow redirect, to a server that accepts connections and sends its TLS handshake a byte at a time."""
+    monkeypatch.setattr(audio_utils, "is_public", lambda address: True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            with contextlib.suppress(OSError), server.accept()[0] as connection:
+                connection.sendall(b"\x16\x03\x03\x40\x00")  # a handshake record of 16 KB
+                while True:
+                    connection.sendall(bytes(1))
+                    time.sleep(0.1)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        start = time.monotonic()
+        with pytest.raises(AudioError, match="took longer than the limit of 1.5 s"):
+            fetch_audio(f"{web}late-to=https://127.0.0.1:{server.getsockname()[1]}/", timeout=1.5, **limits)
+        assert 1.5 <= time.monotonic() - start < 2
+        thread.join()
+
+
+def test_a_server_opens_public_addresses_only(web, monkeypatch):
+    """Loopback, private and link-local addresses, by number, by name, in every spelling and after a redirect."""
+    port = urllib.parse.urlsplit(web).port
+    hosts = ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "10.0.0.1", "192.168.1.1", "169.254.169.254", "2130706433"]
+    hosts += ["[::ffff:127.0.0.1]", "[fe80::1]", "[fd00::1]", "100.64.0.1", "224.0.0.1", "127.1", "[2002:7f00:1::]"]
+    hosts += ["[64:ff9b::7f00:1]", "[64:ff9b:1::1]", "[fec0::1]", "192.0.0.192", "168.63.129.16"]
+    for host in hosts:
+        for scheme in ("http", "https"):
+            with pytest.raises(AudioError, match="not a public address|cannot be read"):
+                fetch_audio(f"{scheme}://{host}:{port}/clip.wav", public_only=True, timeout=5)
+    for source in (str(RECORDINGS / "jfk.wav"), RECORDINGS / "jfk.wav", (RECORDINGS / "jfk.wav").as_uri()):
+        with pytest.raises(AudioError, match="local files are not opened here"):
+            fetch_audio(source, public_only=True)
+
+    # A public server that redirects to this machine, as the resolver and the check see it.
+    checked = []
+
+    def first_is_public(address):
+        checked.append(str(address))
+        return len(checked) == 1
+
+    monkeypatch.setattr(audio_utils, "is_public", first_is_public)
+    with pytest.raises(AudioError, match="'localhost' resolves to is not a public address"):
+        fetch_audio(f"{web}to=http://localhost:{port}/clip.wav", public_only=True)
+    assert checked[0] == "127.0.0.1"
+
+
+def test_public_addresses_pass():
+    for address in ("93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "::ffff:8.8.8.8"):
+        assert audio_utils.is_public(ipaddress.ip_address(address))
