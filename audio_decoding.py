@@ -154,32 +154,32 @@ class DecodingWorker:
     """
 
     process = connection = None
+    is_idle = True
 
     def decode(self, content: bytes, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
         """See [`decode`]. AudioError is also raised if decoding needs more time or memory than the limits."""
         if self.process is None or self.process.poll() is not None:
             self.start()
+        self.is_idle = False
         try:
             self.connection.send((content, name, max_seconds))
             return join_pieces(self.receive(name), name)
-        except AudioError:
-            raise
-        except BaseException as error:
-            self.stop()  # the process may still be sending the old answer
-            if isinstance(error, (EOFError, OSError)):
-                raise AudioError(f"{name} cannot be decoded: the process that decodes it ended.") from error
-            raise
+        except (EOFError, OSError) as error:
+            raise AudioError(f"{name} cannot be decoded: the process that decodes it ended.") from error
+        finally:
+            if not self.is_idle:  # it is dead, out of time, or still sends an answer that nobody waits for
+                self.stop()
 
     def receive(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         deadline = time.monotonic() + WORKER_SECONDS
         while True:
             if not self.connection.poll(max(0.0, deadline - time.monotonic())):
-                self.stop()
                 raise AudioError(f"{name} takes longer than the limit of {WORKER_SECONDS} s to decode.")
             message = self.connection.recv_bytes()
+            rate = int.from_bytes(message[:4], "little")
+            self.is_idle = not rate
             if not message:
                 return
-            rate = int.from_bytes(message[:4], "little")
             if not rate:
                 raise AudioError(message[4:].decode())
             yield rate, np.frombuffer(message, np.float32, offset=4)
