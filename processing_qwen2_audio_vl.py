@@ -233,9 +233,10 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
                 processor_kwargs=processor_kwargs,
                 **kwargs,
             )
-        except (LookupError, AttributeError, RecursionError, TemplateError) as error:
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"The conversation cannot be rendered by the chat template: {reason}") from error
+        except torch.OutOfMemoryError:
+            raise
+        except (LookupError, AttributeError, RuntimeError, TemplateError) as error:  # RecursionError is a RuntimeError
+            raise ValueError(f"The conversation cannot be processed: {str(error) or type(error).__name__}") from error
 
     def _take_audio(self, message: dict, sources: list, load_audio_from_video: bool, joins_texts: bool) -> dict:
         """A copy of a message, with every content item in transformers' form. Audio sources are added to `sources`."""
