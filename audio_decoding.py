@@ -8,7 +8,6 @@ import functools
 import io
 import itertools
 import multiprocessing
-import os
 import queue
 import subprocess
 import sys
@@ -236,6 +235,5 @@ def serve(connection: Connection):
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
     with contextlib.suppress(EOFError):  # whoever asked is gone
         serve(Connection(int(sys.argv[1])))

@@ -35,7 +35,8 @@ def load_rows(sources: list[str], streaming: bool = False):
     """
     loaded = []
     for source in sources:
-        if source.endswith((".jsonl", ".json")):
+        is_lines = source.endswith((".jsonl", ".json"))
+        if is_lines:
             check_lines(source)
             # As text: Arrow would give every content item the keys of all others, filled with None.
             rows = datasets.load_dataset("text", data_files=source, split="train", streaming=streaming)
@@ -46,8 +47,8 @@ def load_rows(sources: list[str], streaming: bool = False):
             rows = rows.map(lambda _, index, source=source: {"place": f"{source}:{index + 1}"}, with_indices=True)
         else:
             rows = rows.add_column("place", [f"{source}:{index + 1}" for index in range(len(rows))])
-        if rows.column_names is None or "line" in rows.column_names:
-            rows = rows.filter(lambda row: row.get("line") is None or row["line"].strip("\ufeff \t"))  # blank lines
+        if is_lines:  # blank ones are left out here, where each row has the number of its line
+            rows = rows.filter(lambda row: row["line"].strip("\ufeff \t"))
         loaded.append(rows)
     return datasets.concatenate_datasets(loaded)
 

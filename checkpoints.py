@@ -3,9 +3,12 @@ Reads the headers of checkpoints, plans which tensor of the model comes from whi
 files from that plan as a stream, a few megabytes at a time; and keeps the checksums of a folder.
 """
 
+import glob
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -269,3 +272,15 @@ def check_content(folder: Path, checksums: dict[str, str]):
     changed = [name for name, sum in checksums.items() if (folder / name).is_file() and sha256(folder / name) != sum]
     if changed:
         raise ValueError(f"the content of {', '.join(changed)} is not what {CHECKSUMS} says")
+
+
+def remove_abandoned(target: Path):
+    """Removes the unfinished folders of builds of this target that were killed."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.unfinished"):
+        number = folder.name.removesuffix(".unfinished").rpartition("-")[2]
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, OverflowError, PermissionError):  # not of a build, or of another user's
+            continue

@@ -259,9 +259,8 @@ class EndpointHandler:
             texts = self.processor.batch_decode(new, skip_special_tokens=True)
         except Exception as error:
             if len(batch) == 1:
-                failure = RuntimeError(
-                    "generate failed"
-                )  # never a ValueError, which `__call__` would report as the request's fault
+                # Never a ValueError, which `__call__` would report as the request's fault.
+                failure = RuntimeError("generate failed")
                 failure.__cause__ = error
                 batch[0].answer.set_exception(failure)
             else:  # each is answered alone, so that only the request that causes the error fails
@@ -307,13 +306,10 @@ def read_messages(inputs) -> list[dict]:
             raise RequestError(
                 f"Inputs must be messages, or an object of text, image and audio; got {name_keys(inputs)}."
             )
-        lists = {
-            kind: given if isinstance(given, list) else [given] for kind, given in inputs.items() if given is not None
-        }
-        check_count(sum(map(len, lists.values())))  # before an item is made of each
-        content = [
-            {"type": kind, kind: source} for kind in ("image", "audio", "text") for source in lists.get(kind, ())
-        ]
+        given = {kind: inputs[kind] for kind in ("image", "audio", "text") if inputs.get(kind) is not None}
+        sources = {kind: value if isinstance(value, list) else [value] for kind, value in given.items()}
+        check_count(sum(map(len, sources.values())))  # before an item is made of each
+        content = [{"type": kind, kind: source} for kind, listed in sources.items() for source in listed]
         if "text" not in inputs:
             content.append({"type": "text", "text": TRANSCRIBE if "audio" in inputs else DESCRIBE})
         inputs = [{"role": "user", "content": content}]

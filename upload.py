@@ -10,7 +10,6 @@ Base weights -> repository folder -> Hub.
 
 import argparse
 import fnmatch
-import glob
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 import torch
 from huggingface_hub import (
@@ -63,6 +63,7 @@ from checkpoints import (
     read_bytes,
     read_checksums,
     read_projector,
+    remove_abandoned,
     stored_tensors,
     write_checksums,
     write_weights,
@@ -106,6 +107,11 @@ def resolve(source: str) -> Origin:
     return Origin(folder, folder.resolve().name, None)
 
 
+def own_class(reference: str) -> type:
+    """A class of this checkout's remote code, loaded as transformers loads it."""
+    return get_class_from_dynamic_module(reference, ROOT)
+
+
 def build_config(base: Path, encoder: Path, tokenizer):
     """Joins the two configurations; contradictions between them are errors."""
     base_config = AutoConfig.from_pretrained(base)
@@ -113,7 +119,7 @@ def build_config(base: Path, encoder: Path, tokenizer):
         raise ValueError(f"{base} holds a {base_config.model_type} model; --base has to be a Qwen2-VL checkpoint.")
     whisper = WhisperConfig.from_pretrained(encoder)
     audio_token_id, audio_bos_token_id, audio_eos_token_id = tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS))
-    config_class = get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", ROOT)
+    config_class = own_class("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
     return config_class(
         text_config=base_config.text_config.to_dict(),
         vision_config=base_config.vision_config.to_dict(),
@@ -139,7 +145,7 @@ def build_config(base: Path, encoder: Path, tokenizer):
 
 
 def build_processor(base: Path, encoder: Path, tokenizer, config):
-    processor_class = get_class_from_dynamic_module("processing_qwen2_audio_vl.Qwen2AudioVLProcessor", ROOT)
+    processor_class = own_class("processing_qwen2_audio_vl.Qwen2AudioVLProcessor")
     processor = processor_class(
         image_processor=AutoImageProcessor.from_pretrained(base),
         tokenizer=tokenizer,
@@ -167,7 +173,7 @@ def random_projector(config, seed: int) -> torch.Tensor:
 
 def meta_state_dict(config) -> dict[str, torch.Tensor]:
     """The model's own tensors, on the meta device: names, shapes and dtypes without memory."""
-    model_class = get_class_from_dynamic_module("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration", ROOT)
+    model_class = own_class("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration")
     with torch.device("meta"):
         tensors = model_class(config).to(config.dtype).state_dict()
     if config.tie_word_embeddings:
@@ -213,7 +219,7 @@ def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) ->
 
 def read_checkpoint(checkpoint: str) -> BuildParts:
     origin = resolve(checkpoint)
-    config_class = get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", ROOT)
+    config_class = own_class("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
     found = json.loads((origin.folder / "config.json").read_text()).get("model_type")
     if found != config_class.model_type:
         needed = config_class.model_type
@@ -280,10 +286,9 @@ def build(
     if size * 1.01 + 10**8 > free:
         raise ValueError(f"{output} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free.")
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target)
-    unfinished = Path(tempfile.mkdtemp(f"-{os.getpid()}.unfinished", f".{target.name}.", target.parent))
-    unfinished.chmod(0o777 & ~os.umask(0o022))
+    unfinished = target.with_name(f".{target.name}.{uuid4().hex}-{os.getpid()}.unfinished")
+    unfinished.mkdir(parents=True)
     try:
         config.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
@@ -308,18 +313,6 @@ def build(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return target
-
-
-def remove_abandoned(target: Path):
-    """Removes the unfinished folders of builds of this target that were killed."""
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.unfinished"):
-        number = folder.name.removesuffix(".unfinished").rpartition("-")[2]
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except (ValueError, PermissionError):  # not of a build, or of another user's
-            continue
 
 
 def make_card(origins: dict[str, Origin], is_trained: bool, tensors, config, feature_extractor) -> ModelCard:
@@ -446,7 +439,7 @@ def check_files(folder: Path, trust_code: bool = False) -> dict[str, str]:
     if changed and not trust_code:
         raise ValueError(f"the code in {', '.join(changed)} is not this checkout's; --trust-code runs it all the same")
     # By the class of this checkout, so that no code of the folder runs.
-    config_class = get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", ROOT)
+    config_class = own_class("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
     config = config_class.from_pretrained(folder)
     tensors = {tensor.name: tensor for tensor in stored_tensors(folder)}
     problems = find_problems(tensors, meta_state_dict(config))
