@@ -93,9 +93,9 @@ class EndpointHandler:
         # From the modules that the processor uses, so that their errors and classes are the same.
         self.fetch_audio = get_class_from_dynamic_module("audio_utils.fetch_audio", path)
         self.read = get_class_from_dynamic_module("audio_utils.read", path)
-        self.normalize_content = get_class_from_dynamic_module("processing_qwen2_audio_vl.normalize_content", path)
-        self.check_conversations = get_class_from_dynamic_module("processing_qwen2_audio_vl.check_conversations", path)
-        self.join_texts = get_class_from_dynamic_module("processing_qwen2_audio_vl.join_texts", path)
+        processing = "processing_qwen2_audio_vl"
+        self.normalize_conversations = get_class_from_dynamic_module(f"{processing}.normalize_conversations", path)
+        self.join_texts = get_class_from_dynamic_module(f"{processing}.join_texts", path)
         self.downloads = threading.BoundedSemaphore(MAX_DOWNLOADS)
         self.waiting: list[Request] = []
         self.executor = ThreadPoolExecutor(1)  # one thread, as each that computes has OpenMP threads of its own
@@ -143,8 +143,8 @@ class EndpointHandler:
 
     def _open_messages(self, messages: list[dict]) -> list[dict]:
         """Copies of messages, with pictures and samples in the place of their addresses."""
-        self.check_conversations(messages)
-        opened = [self._read_message(message) for message in messages]
+        (normalized,), _ = self.normalize_conversations(messages)
+        opened = [self._read_message(message) for message in normalized]
         items = [item for message in opened for item in message["content"]]
         for kind in ("image", "audio"):
             count = sum(item["type"] == kind for item in items)
@@ -165,10 +165,9 @@ class EndpointHandler:
         return opened
 
     def _read_message(self, message: dict) -> dict:
-        """A copy of a message whose content is items in transformers' form, adjacent texts joined."""
+        """A copy of a normalized message whose content is a list of items that are served, adjacent texts joined."""
         content = message["content"]
-        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        items = self.join_texts([self.normalize_content(item) for item in items])
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else self.join_texts(content)
         for item in items:
             if item["type"] not in ("text", "image", "audio"):
                 raise RequestError(

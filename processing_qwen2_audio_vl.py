@@ -218,12 +218,12 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             processor_kwargs[name] = kwargs.pop(name)
         load_audio_from_video = kwargs.pop("load_audio_from_video", False)
         joins_texts = bool(kwargs.get("sanitize_control_tokens"))
-        is_batch = check_conversations(conversation)
-        chat_audio, conversations = [], []
-        for messages in conversation if is_batch else [conversation]:
-            conversations.append(
-                [self._take_audio(message, chat_audio, load_audio_from_video, joins_texts) for message in messages]
-            )
+        normalized, is_batch = normalize_conversations(conversation)
+        chat_audio = []
+        conversations = [
+            [self._take_audio(message, chat_audio, load_audio_from_video, joins_texts) for message in messages]
+            for messages in normalized
+        ]
         if chat_audio and kwargs.get("tokenize"):
             processor_kwargs["chat_audio"] = chat_audio
         try:
@@ -239,12 +239,11 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             raise ValueError(f"The conversation cannot be processed: {str(error) or type(error).__name__}") from error
 
     def _take_audio(self, message: dict, sources: list, load_audio_from_video: bool, joins_texts: bool) -> dict:
-        """A copy of a message, with every content item in transformers' form. Audio sources are added to `sources`."""
-        if not isinstance(message.get("content"), (list, tuple)):
-            return dict(message)
+        """A copy of a normalized message without its audio sources, which are added to `sources`."""
+        if not isinstance(message.get("content"), list):
+            return message
         items = []
-        content = [normalize_content(item) for item in message["content"]]
-        for item, source in iter_audio_sources(content, load_audio_from_video):
+        for item, source in iter_audio_sources(message["content"], load_audio_from_video):
             items.append({"type": "audio"} if item["type"] == "audio" else item)
             if source is not None:
                 sources.append(source)
@@ -304,12 +303,12 @@ def join_windows(features: torch.Tensor, counts: list[int]) -> torch.Tensor:
     return torch.stack([F.pad(row, (0, longest - row.shape[1])) for row in rows])
 
 
-def check_conversations(conversation) -> bool:
+def normalize_conversations(conversation) -> tuple[list[list[dict]], bool]:
     """
     Checks the structure of a conversation, or of a list of conversations, without opening anything.
 
     Returns:
-        Whether it is a list of conversations.
+        A list of conversations, copied, with every content item in transformers' form; and whether a list was given.
 
     Raises:
         ValueError: naming the place of the first fault, such as `messages[2]["content"][1]`.
@@ -317,28 +316,35 @@ def check_conversations(conversation) -> bool:
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise ValueError(f"A conversation must be a list of messages, got {describe_value(conversation)}.")
     is_batch = isinstance(conversation[0], (list, tuple))
+    normalized = []
     for row, messages in enumerate(conversation if is_batch else [conversation]):
         name = f"conversations[{row}]" if is_batch else "messages"
         if not isinstance(messages, (list, tuple)) or not messages:
             raise ValueError(f"{name} must be a list of messages, got {describe_value(messages)}.")
-        for number, message in enumerate(messages):
-            place = f"{name}[{number}]"
-            if not isinstance(message, dict):
-                raise ValueError(f"{place} must be a dict of role and content, got {describe_value(message)}.")
-            if not isinstance(message.get("role"), str):
-                raise ValueError(f'{place}["role"] must be a string, got {describe_value(message.get("role"))}.')
-            content = message.get("content")
-            if content is not None and not isinstance(content, (str, list, tuple)):
-                found = describe_value(content)
-                raise ValueError(f'{place}["content"] must be a string or a list of items, got {found}.')
-            items = enumerate(content) if isinstance(content, (list, tuple)) else [(None, {"text": content or ""})]
-            for index, item in items:
-                try:
-                    normalize_content(item)
-                except ValueError as error:
-                    where = "" if index is None else f"[{index}]"
-                    raise ValueError(f'{place}["content"]{where}: {error}') from error
-    return is_batch
+        normalized.append([normalize_message(message, f"{name}[{i}]") for i, message in enumerate(messages)])
+    return normalized, is_batch
+
+
+def normalize_message(message, place: str) -> dict:
+    if not isinstance(message, dict):
+        raise ValueError(f"{place} must be a dict of role and content, got {describe_value(message)}.")
+    if not isinstance(message.get("role"), str):
+        raise ValueError(f'{place}["role"] must be a string, got {describe_value(message.get("role"))}.')
+    content, place = message.get("content"), f'{place}["content"]'
+    if isinstance(content, (list, tuple)):
+        return {**message, "content": [normalize_item(item, f"{place}[{i}]") for i, item in enumerate(content)]}
+    if isinstance(content, str):
+        normalize_item({"text": content}, place)
+    elif content is not None:
+        raise ValueError(f"{place} must be a string or a list of items, got {describe_value(content)}.")
+    return dict(message)
+
+
+def normalize_item(item, place: str) -> dict:
+    try:
+        return normalize_content(item)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def describe_value(value) -> str:
