@@ -99,8 +99,6 @@ class ChatCollator:
 
     def __init__(self, processor, needs_audio: bool):
         self.processor, self.needs_audio = processor, needs_audio
-        self.answer_start = processor.tokenizer("<|im_start|>assistant\n")["input_ids"]
-        self.answer_end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def messages(self, row: dict) -> list[dict]:
         """The messages of a row, checked without opening what they name; local files are found beside the source."""
@@ -143,23 +141,11 @@ class ChatCollator:
         """Model inputs of one row, unpadded, and `labels`: the answers and the ends of their turns, -100 elsewhere."""
         messages = self.messages(row)
         with prefix_errors(row["place"]):
-            inputs = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-            return {**inputs, "labels": self.labels(inputs["input_ids"])}
-
-    def labels(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """int64 `(1, sequence)`."""
-        labels = torch.full_like(input_ids, IGNORED)
-        ids, start = input_ids[0].tolist(), self.answer_start
-        place = 0
-        while place < len(ids):
-            if ids[place : place + len(start)] != start:
-                place += 1
-                continue
-            place += len(start)
-            end = ids.index(self.answer_end, place) + 1
-            labels[0, place:end] = input_ids[0, place:end]
-            place = end
-        return labels
+            inputs = self.processor.apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+            )
+            is_answer = inputs.pop("assistant_masks")
+            return {**inputs, "labels": inputs["input_ids"].masked_fill(is_answer == 0, IGNORED)}
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Collates rows to a batch."""

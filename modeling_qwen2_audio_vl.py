@@ -8,7 +8,8 @@ from transformers import GenerationMixin, Qwen2VLForConditionalGeneration, Qwen2
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple
+from transformers.utils.versions import require_version
 
 from .configuration_qwen2_audio_vl import HOP_LENGTH, Qwen2AudioVLConfig, count_audio
 
@@ -95,33 +96,6 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def merge_audio(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        input_features: torch.Tensor | None,
-        audio_outputs: BaseModelOutputWithPooling | None,
-    ) -> torch.Tensor:
-        """
-        Puts the embeddings of the audio in the place of the audio tokens.
-
-        Args:
-            input_ids, inputs_embeds: `(batch, sequence)` and `(batch, sequence, hidden size)` of the same tokens.
-            input_features, audio_outputs: Log-mel windows, or what [`get_audio_features`] returned for them.
-
-        Returns:
-            `torch.Tensor` `(batch, sequence, hidden size)`.
-
-        Raises:
-            ValueError: if the audio tokens and the audio embeddings differ in number.
-        """
-        is_audio = self.get_audio_mask(input_ids, inputs_embeds)
-        check_audio(is_audio.sum(), self.count_embeddings(input_features, audio_outputs))
-        if audio_outputs is None:
-            audio_outputs = self.get_audio_features(input_features, return_dict=True)
-        audio_embeds = audio_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(is_audio.unsqueeze(-1).to(inputs_embeds.device), audio_embeds)
-
     def count_embeddings(
         self, input_features: torch.Tensor | None, audio_outputs: BaseModelOutputWithPooling | None
     ) -> int:
@@ -132,9 +106,20 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         return count_audio(num_samples, self.config.audio_config.max_source_positions).tokens
 
     def get_rope_index(self, input_ids, mm_token_type_ids, *args, **kwargs):
-        """As in Qwen2-VL, with audio counted as text: each audio token advances all three axes by one."""
+        """
+        As in Qwen2-VL, with audio counted as text: each audio token advances all three axes by one.
+
+        Raises:
+            ValueError: if there are more images or videos in the tokens than grids.
+        """
         mm_token_type_ids = mm_token_type_ids.masked_fill(mm_token_type_ids == AUDIO_TOKEN_TYPE, 0)
-        return super().get_rope_index(input_ids, mm_token_type_ids, *args, **kwargs)
+        try:
+            return super().get_rope_index(input_ids, mm_token_type_ids, *args, **kwargs)
+        except (StopIteration, TypeError) as error:
+            raise ValueError(
+                "The prompt has placeholders of more images or videos than image_grid_thw and video_grid_thw have "
+                "rows. Every picture needs its row there and its pixels; the processor makes all from one call."
+            ) from error
 
     def compute_3d_position_ids(
         self,
@@ -192,9 +177,17 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         if not is_embedded:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         is_prefill = inputs_embeds.shape[1] > 1
+        mm_encoder_outputs = kwargs.get("mm_encoder_outputs") or {}
         input_features, audio_outputs = take_audio(kwargs)
         if input_features is not None or audio_outputs is not None:
-            inputs_embeds = self.merge_audio(input_ids, inputs_embeds, input_features, audio_outputs)
+            is_audio = self.get_audio_mask(input_ids, inputs_embeds)
+            check_audio(is_audio.sum(), self.count_embeddings(input_features, audio_outputs))
+            if audio_outputs is None:
+                audio_outputs = self.get_audio_features(input_features, return_dict=True)
+            if "audio" in mm_encoder_outputs:  # the caller's place for it, filled as upstream fills those of pictures
+                mm_encoder_outputs["audio"] = audio_outputs
+            audio_embeds = audio_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(is_audio.unsqueeze(-1).to(inputs_embeds.device), audio_embeds)
         elif is_prefill and not is_embedded:  # a decode step must not wait for the device
             check_audio(self.get_audio_mask(input_ids, None).sum(), 0)
 
@@ -217,8 +210,10 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
             **{CACHE: cache},
             **kwargs,
         )
+        if audio_outputs is not None and hasattr(outputs, "audio_outputs"):  # since transformers 5.24
+            outputs["audio_outputs"] = audio_outputs
         cache, offset = getattr(outputs, CACHE), None
-        if is_prefill and cache is not None:
+        if is_prefill and isinstance(cache, Cache):  # not the paged cache of `generate_batch`, which takes text alone
             if position_ids is not None:
                 last = position_ids[-1] if position_ids.ndim == 3 else position_ids
                 offset = last[:, -1:] + 1 - cache.get_seq_length()
@@ -226,7 +221,8 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         return outputs
 
 
-class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditionalGeneration):
+# transformers makes a new class of remote code at every loading unless GenerationMixin is among its own bases.
+class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditionalGeneration, GenerationMixin):
     """Qwen2-VL with audio: images, video, audio and text in, text out."""
 
     config: Qwen2AudioVLConfig
@@ -250,6 +246,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         """See [`Qwen2AudioVLModel.get_audio_features`]."""
         return self.model.get_audio_features(input_features, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -289,11 +286,11 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         Raises:
             ValueError: if the audio tokens and the audio features differ in number, in either direction.
         """
-        if mm_encoder_outputs:
-            kwargs["mm_encoder_outputs"] = mm_encoder_outputs  # no argument of upstream's forward before 5.18
+        mm_encoder_outputs = {"audio": None, **(mm_encoder_outputs or {})}
+        kwargs["mm_encoder_outputs"] = mm_encoder_outputs  # no argument of upstream's forward before 5.18
         # All arguments are named here and passed on by name, because transformers reads this signature: `generate` and
         # `Trainer` keep what it names, and refuse or drop the rest.
-        return super().forward(
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -309,7 +306,30 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             input_features=input_features,
             **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
+            return_dict=True,
         )
+        if mm_encoder_outputs["audio"] is not None and hasattr(outputs, "audio_outputs"):  # since transformers 5.24
+            outputs["audio_outputs"] = mm_encoder_outputs["audio"]
+        return outputs
+
+    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
+        """
+        [`GenerationMixin.generate_batch`], continuous batching of prompts of text.
+
+        Raises:
+            ValueError: if a prompt has tokens of audio, images or video: this engine takes ids alone.
+            ImportError: before transformers 5.24, whose Qwen2-VL is the first that its engine can run.
+        """
+        require_version("transformers>=5.24", "generate_batch needs it.")
+        config = self.config
+        placeholders = {config.audio_token_id, config.image_token_id, config.video_token_id}
+        held = [index for index, ids in enumerate(inputs) if not placeholders.isdisjoint(ids)]
+        if held:
+            raise ValueError(
+                f"generate_batch takes text alone, but prompts {held[:10]} have tokens of audio, images or video. Use "
+                "generate, or a server such as vLLM."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         # Overridden because Qwen2-VL's version keeps `rope_deltas` on the model, and this model keeps no state.
@@ -417,15 +437,17 @@ def take_audio(kwargs: dict) -> tuple[torch.Tensor | None, BaseModelOutputWithPo
     return input_features, audio_outputs
 
 
-def check_audio(num_tokens, num_embeddings: int):
-    torch_compilable_check(
-        num_tokens == num_embeddings,
-        lambda: (
+def check_audio(num_tokens: int | torch.Tensor, num_embeddings: int):
+    is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or is_captured:
+        # A graph cannot ask for the number. This check stays in it, and fails on the device without the numbers.
+        torch._assert_async(num_tokens == num_embeddings, "Audio tokens and audio features do not match.")
+    elif num_tokens != num_embeddings:
+        raise ValueError(
             f"Audio tokens and audio features do not match: the prompt has {int(num_tokens)} audio tokens, but "
             f"{num_embeddings} audio embeddings were given. Every audio token in input_ids needs its embedding from "
             "input_features, and every window in input_features its tokens; the processor makes both from one call."
-        ),
-    )
+        )
 
 
 Qwen2AudioVLForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -7,10 +7,12 @@ from transformers.utils.versions import require_version
 # because a processor is loaded without the configuration.
 require_version("transformers>=5.16.1,<6", "Install one with: pip install 'transformers>=5.16.1,<6'")
 
+import dataclasses
 import difflib
 import functools
 import inspect
 import re
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -18,11 +20,15 @@ from jinja2 import TemplateError
 from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
+from transformers.utils import logging
 from transformers.video_utils import load_video, make_batched_videos
 
 from .audio_utils import AUDIO_TYPES, fetch_audio, iter_audio_sources, log_mel, split_windows
 from .configuration_qwen2_audio_vl import count_audio, tokens_per_window
 
+
+logger = logging.get_logger(__name__)
 
 CONTENT_TYPES = ("text", "image", "image_url", "video", "video_url", *AUDIO_TYPES)
 MODALITIES = {
@@ -32,8 +38,11 @@ MODALITIES = {
     "audio_kwargs": "feature_extractor",
 }
 FETCH_LIMITS = ("max_bytes", "max_seconds", "timeout", "public_only")  # see `fetch_audio`
+OWN_KWARGS = (*FETCH_LIMITS, "load_audio_backend")  # taken here, and not passed on to transformers
 # A clip is never padded, truncated or resized: it becomes whole windows.
-AUDIO_KWARGS = ("sampling_rate", "device", *FETCH_LIMITS)
+AUDIO_KWARGS = ("sampling_rate", "device", *OWN_KWARGS)
+TRANSCRIBE = "Transcribe the audio."
+ANSWER_START = "<|im_start|>assistant\n"
 
 
 class Qwen2AudioVLProcessor(Qwen2VLProcessor):
@@ -106,6 +115,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             device (`str` or `torch.device`, *optional*): Where features are made, and where they lie.
             max_bytes, max_seconds, timeout, public_only: Limits on what is opened, see `audio_utils.fetch_audio`. Like
                 the two above they may be given in `audio_kwargs`.
+            load_audio_backend: Taken as other processors take it, and without effect: PyAV decodes.
             kwargs: Of the tokenizer, the image processor and the video processor, flat or in `text_kwargs`,
                 `images_kwargs`, `videos_kwargs`.
 
@@ -121,12 +131,13 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         """
         self._refuse_unknown(kwargs)
         audio = chat_audio if audio is None else audio
-        # transformers does not know the limits of `fetch_audio`, so they are taken out of the arguments here.
         audio_kwargs = {**kwargs, **kwargs.get("audio_kwargs", {})}
         limits = {name: audio_kwargs[name] for name in FETCH_LIMITS if name in audio_kwargs}
-        kwargs = {name: value for name, value in kwargs.items() if name not in FETCH_LIMITS}
+        if audio_kwargs.get("load_audio_backend") not in (None, "auto"):
+            logger.warning_once("load_audio_backend has no effect: this processor decodes audio with PyAV.")
+        kwargs = {name: value for name, value in kwargs.items() if name not in OWN_KWARGS}
         if "audio_kwargs" in kwargs:
-            kwargs["audio_kwargs"] = {n: v for n, v in kwargs["audio_kwargs"].items() if n not in FETCH_LIMITS}
+            kwargs["audio_kwargs"] = {n: v for n, v in kwargs["audio_kwargs"].items() if n not in OWN_KWARGS}
 
         clips = audio if isinstance(audio, list) else [] if audio is None else [audio]
         if text is not None and not kwargs.get("sanitize_control_tokens"):
@@ -139,8 +150,9 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         inputs = super().__call__(images=images, text=text, videos=videos, audio=audio if clips else None, **kwargs)
         if clips and text is not None:
             self._check_prompts(inputs["input_ids"])
-        if clips and kwargs.get("return_text_replacement_offsets"):
-            # vLLM places clips by these offsets, and takes one row of the features to be one clip.
+        if clips and kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping"):
+            # vLLM places clips by these offsets, and takes one row of the features to be one clip. With both offsets
+            # transformers masks the answers, and the features stay as the model takes them.
             num_windows = [count_audio(len(samples), self.tokens_per_window).windows for samples in audio]
             inputs["input_features"] = join_windows(inputs["input_features"], num_windows)
         return inputs
@@ -196,6 +208,13 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         num_tokens = audio_inputs["tokens_per_clip"][audio_idx]
         return self.audio_bos_token + self.audio_token * num_tokens + self.audio_eos_token
 
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, audio_lengths=None, **kwargs):
+        """As in [`Qwen2VLProcessor`]; `audio_lengths` are samples at 16 kHz, and their tokens do not count markers."""
+        counted = super()._get_num_multimodal_tokens(image_sizes=image_sizes, video_sizes=video_sizes, **kwargs)
+        if audio_lengths is not None:
+            counted.num_audio_tokens = [count_audio(n, self.tokens_per_window).tokens for n in audio_lengths]
+        return counted
+
     @property
     def unused_input_names(self) -> list[str]:
         return [*super().unused_input_names, "tokens_per_clip"]
@@ -203,13 +222,15 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     def apply_chat_template(self, conversation, chat_template=None, *, processor_kwargs=None, **kwargs):
         """
         As in [`ProcessorMixin`], with audio: content items of type `audio` (source under `audio`, `url`, `path`,
-        `base64`, `bytes` or `array`, and its `sampling_rate`), `audio_url` and OpenAI's `input_audio`. With
+        `base64`, `bytes` or `array`, and its `sampling_rate`), `audio_url` and OpenAI's `input_audio`. A message may
+        be a dict, another mapping, or an object with `model_dump`, such as OpenAI's `ChatCompletionMessage`. With
         `load_audio_from_video=True` the audio track of each video follows it. With `sanitize_control_tokens=True`
         (transformers 5.23 and later) control tokens in texts are encoded as text, also those that adjacent text items
         spell together. The messages are not changed.
 
         Raises:
             TypeError: on arguments that neither the template nor any part knows.
+            ImportError: on `return_assistant_tokens_mask` before transformers 5.18.
             ValueError: on content that the model cannot take, naming it.
         """
         processor_kwargs = dict(processor_kwargs or {})
@@ -217,6 +238,8 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         for name in [name for name in kwargs if name in self._known_kwargs() and name not in own_parameters]:
             processor_kwargs[name] = kwargs.pop(name)
         load_audio_from_video = kwargs.pop("load_audio_from_video", False)
+        if kwargs.get("return_assistant_tokens_mask"):
+            require_version("transformers>=5.18", "return_assistant_tokens_mask needs it, as it marks others before.")
         joins_texts = bool(kwargs.get("sanitize_control_tokens"))
         normalized, is_batch = normalize_conversations(conversation)
         chat_audio = []
@@ -237,6 +260,65 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             raise
         except (LookupError, AttributeError, RuntimeError, TemplateError) as error:  # RecursionError is a RuntimeError
             raise ValueError(f"The conversation cannot be processed: {str(error) or type(error).__name__}") from error
+
+    def apply_transcription_request(self, audio, language=None, prompt=None, tokenize: bool = True, **kwargs):
+        """
+        The chat that asks for the words of a clip, ready for `generate`. What is generated after the prompt is the
+        transcript: `processor.decode(output, return_format="transcription_only")`.
+
+        Args:
+            audio: A clip, anything that `audio_utils.fetch_audio` takes, or a list of clips, which makes a batch.
+            language (`str` or list, *optional*): The language of the clip, as Whisper's code ("en") or name
+                ("English"); one for all clips, or one (or None) for each.
+            prompt (`str` or list, *optional*): The instruction, instead of "Transcribe the audio."; likewise.
+            tokenize: False returns the prompts as text, for `processor(text=prompts, audio=audio)`.
+            kwargs: Of [`apply_chat_template`].
+
+        Raises:
+            ValueError: if there is no clip, if lists differ in length, if the language is unknown; and what
+                [`apply_chat_template`] raises.
+        """
+        clips = list(audio) if isinstance(audio, list) else [audio]
+        if not clips:
+            raise ValueError("There is no clip to transcribe: audio is an empty list.")
+        given = {"language": language, "prompt": prompt}
+        for name, value in given.items():
+            given[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(clips)
+            if len(given[name]) != len(clips):
+                raise ValueError(f"{name} has {len(given[name])} entries for {len(clips)} clips; give one for each.")
+        conversations = []
+        for clip, code, instruction in zip(clips, given["language"], given["prompt"], strict=True):
+            words = instruction or TRANSCRIBE
+            if code is not None:
+                words += f" The language is {name_language(code)}."
+            content = [{"type": "audio", "audio": clip}, {"type": "text", "text": words}]
+            conversations.append([{"role": "user", "content": content}])
+        settings = {"add_generation_prompt": True, "tokenize": tokenize, "return_dict": True}
+        if tokenize:
+            settings["return_tensors"] = "pt"
+            kwargs["processor_kwargs"] = {"padding": True, **(kwargs.get("processor_kwargs") or {})}
+        return self.apply_chat_template(conversations, **{**settings, **kwargs})
+
+    def decode(self, *args, return_format: str = "raw", **kwargs):
+        """
+        As in [`ProcessorMixin`], for ids of one answer or of a batch.
+
+        Args:
+            return_format: "raw", or "transcription_only": the answer alone, without its prompt, if the ids have it,
+                and without control tokens.
+
+        Raises:
+            ValueError: if return_format is another.
+        """
+        if return_format not in ("raw", "transcription_only"):
+            raise ValueError(f'return_format must be "raw" or "transcription_only", got {return_format!r}.')
+        if return_format == "raw":
+            return super().decode(*args, **kwargs)
+        decoded = super().decode(*args, **{**kwargs, "skip_special_tokens": False})
+        answers = [text.rpartition(ANSWER_START)[2] for text in ([decoded] if isinstance(decoded, str) else decoded)]
+        ends = "|".join(map(re.escape, self.tokenizer.all_special_tokens))
+        answers = [re.split(ends, text, maxsplit=1)[0].strip() for text in answers]
+        return answers[0] if isinstance(decoded, str) else answers
 
     def _take_audio(self, message: dict, sources: list, load_audio_from_video: bool, joins_texts: bool) -> dict:
         """A copy of a normalized message without its audio sources, which are added to `sources`."""
@@ -326,8 +408,12 @@ def normalize_conversations(conversation) -> tuple[list[list[dict]], bool]:
 
 
 def normalize_message(message, place: str) -> dict:
-    if not isinstance(message, dict):
+    message = read_object(message)
+    if not isinstance(message, Mapping):
         raise ValueError(f"{place} must be a dict of role and content, got {describe_value(message)}.")
+    message = {name: value for name, value in message.items() if value is not None}  # as newer releases do
+    if message.get("tool_calls") or message.get("function_call"):
+        raise ValueError(f"{place} calls a tool, but this model calls none; leave the message out.")
     if not isinstance(message.get("role"), str):
         raise ValueError(f'{place}["role"] must be a string, got {describe_value(message.get("role"))}.')
     content, place = message.get("content"), f'{place}["content"]'
@@ -337,7 +423,26 @@ def normalize_message(message, place: str) -> dict:
         normalize_item({"text": content}, place)
     elif content is not None:
         raise ValueError(f"{place} must be a string or a list of items, got {describe_value(content)}.")
-    return dict(message)
+    return message
+
+
+def read_object(value):
+    """The fields of a pydantic model, such as a message of the OpenAI client, or of a dataclass; else `value`."""
+    if callable(getattr(value, "model_dump", None)):
+        return value.model_dump()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value
+
+
+def name_language(language: str) -> str:
+    """The English name of a language, from one that Whisper knows or its code."""
+    name = LANGUAGES.get(language.lower(), language.lower()) if isinstance(language, str) else None
+    if name not in LANGUAGES.values():
+        raise ValueError(
+            f"language must be a code or name that Whisper knows, such as en or English; got {language!r}."
+        )
+    return name.title()
 
 
 def normalize_item(item, place: str) -> dict:
@@ -367,8 +472,8 @@ def join_texts(items: list[dict]) -> list[dict]:
 
 def normalize_content(item) -> dict:
     """A content item in transformers' form: its `type` is text, image, video or audio, OpenAI's addresses are `url`."""
-    found, kind = f"Python type {type(item).__name__}", None
-    if isinstance(item, dict):
+    found, kind, item = f"Python type {type(item).__name__}", None, read_object(item)
+    if isinstance(item, Mapping):
         kind = item.get("type") or next((kind for kind in CONTENT_TYPES if kind in item), None)
         found = f"type {kind!r} and keys {list(item)}"
     if not isinstance(kind, str) or kind not in CONTENT_TYPES:
@@ -377,6 +482,7 @@ def normalize_content(item) -> dict:
         raise ValueError(f"A text item needs a string under 'text'; this one has keys {list(item)}.")
     if kind == "text" and re.search("[\ud800-\udfff]", item["text"]):
         raise ValueError("A text must be Unicode; this one has a lone surrogate, half of a character.")
+    item = dict(item)
     if kind in AUDIO_TYPES:
         return {**item, "type": "audio"}
     for modality in ("image", "video"):
