@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import audio, text
 from torch import nn
-from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, CompileConfig, DynamicCache
+from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, CompileConfig, DynamicCache, TorchAoConfig
 
 from demo.ask import EXAMPLES, content_of, prepare
 from demo.world import SKILLS
@@ -116,6 +116,17 @@ def test_quantized_language_model(bits, load, prompts, expected):
         assert {type(module) for module in part.modules() if isinstance(module, nn.Linear)} <= {nn.Linear}
     stored = {type(module).__name__ for module in model.model.language_model.modules() if isinstance(module, nn.Linear)}
     assert stored == {f"Linear{bits}bit" + "Lt" * (bits == 8)}
+    assert answers(model, prompts) == expected
+
+
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="torchao 0.18 is made for torch 2.11 and newer")
+def test_language_model_quantized_by_torchao(load, prompts, expected):
+    quantization = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig(), modules_to_not_convert=KEPT)
+    model = load(quantization_config=config)
+    stored = {name for name, weight in model.named_parameters() if type(weight) is quantization.Int8Tensor}
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert stored == {name for name in linear if not name.startswith(tuple(KEPT))}
     assert answers(model, prompts) == expected
 
 

@@ -198,6 +198,13 @@ def test_forward_compiles_as_one_graph(kind, learns, ask, fresh_model, sound):
             compiled(**inputs)
 
 
+def test_what_does_not_work_says_so(repo):
+    with pytest.raises(ValueError, match="does not support an attention implementation through torch's flex_attention"):
+        AutoModel.from_pretrained(repo, trust_remote_code=True, attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match="Could not load model"):
+        transformers.pipeline("automatic-speech-recognition", model=str(repo), trust_remote_code=True)
+
+
 def test_continuous_batching(ask, model, sound, picture):
     prompts = [ask(text(words)) for words in ("Who?", "What is this, and why is it here?", "Hm")]
     ids = [inputs["input_ids"][0].tolist() for inputs in prompts]
