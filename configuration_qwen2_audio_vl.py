@@ -7,13 +7,26 @@ from transformers.utils.versions import require_version
 # because a processor is loaded without the configuration.
 require_version("transformers>=5.16.1,<6", "Install one with: pip install 'transformers>=5.16.1,<6'")
 
+import importlib.metadata
 import shutil
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict
+from packaging.version import Version
 from transformers import PreTrainedConfig, Qwen2VLConfig, WhisperConfig
+from transformers.utils import logging
 
+
+NEWEST_PROVED = "5.24.0"  # the newest transformers on which the test suite passed
+
+installed = importlib.metadata.version("transformers")
+if Version(installed) > Version(NEWEST_PROVED):
+    # By the logger of transformers: this file is run anew for every folder that is loaded, with a logger of its own.
+    logging.get_logger().warning_once(
+        f"transformers {installed} is newer than {NEWEST_PROVED}, the newest release on which qwen2-audio-vl was "
+        f"tested. If something fails, try `pip install transformers=={NEWEST_PROVED}`."
+    )
 
 MODELING = "modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration"
 

@@ -2,11 +2,14 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import textwrap
 
 import pytest
 from helpers import answer, start_python
+
+from configuration_qwen2_audio_vl import NEWEST_PROVED
 
 
 USE = """
@@ -84,6 +87,36 @@ def test_unsupported_release_is_one_clear_sentence(start):
         print("TOKENS none")
     """
     assert answer(start(code)) == "TOKENS none"
+
+
+def test_release_newer_than_the_newest_tested_is_one_warning(start, repo, tmp_path):
+    """However many folders are loaded, each of which runs the code anew, with the processor or the model first."""
+    for name in ("one", "other"):
+        shutil.copytree(repo, tmp_path / name)
+    code = """
+        import importlib.metadata, logging
+        from transformers import AutoModel, AutoProcessor
+        from transformers.utils.logging import add_handler
+        version, warnings = importlib.metadata.version, []
+
+        class Keep(logging.Handler):
+            def emit(self, record):
+                warnings.append(record.getMessage())
+
+        def load(folder, release, autos):
+            importlib.metadata.version = lambda name: release if name == "transformers" else version(name)
+            for auto in autos:
+                auto.from_pretrained(folder, trust_remote_code=True)
+            return [warning for warning in warnings if "newer than" in warning]
+
+        add_handler(Keep())
+        assert load(REPO, NEWEST, [AutoProcessor, AutoModel]) == []
+        (warning,) = load("one", "5.99.0.dev0", [AutoProcessor, AutoModel])
+        assert warning.startswith(f"transformers 5.99.0.dev0 is newer than {NEWEST}, "), warning
+        assert load("other", "5.99.0.dev0", [AutoModel, AutoProcessor]) == [warning]
+        print("TOKENS none")
+    """
+    assert answer(start(f"NEWEST = {NEWEST_PROVED!r}\n" + textwrap.dedent(code))) == "TOKENS none"
 
 
 def test_model_needs_no_audio_library(start):
