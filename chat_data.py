@@ -95,21 +95,28 @@ def without_decoding(feature):
 
 
 class ChatCollator:
-    """Rows of chat messages -> batches to train on. Bad rows raise [`BadRow`]."""
+    """
+    Rows of chat messages -> batches to train on: a `data_collator` for transformers' Trainer and for TRL's SFTTrainer.
+    A row has `messages`, or `line` (JSON text), and may have `place`, its file and line. Bad rows raise [`BadRow`].
 
-    def __init__(self, processor, needs_audio: bool):
+    Args:
+        processor: [`Qwen2AudioVLProcessor`].
+        needs_audio: Whether a row without audio is a bad one.
+    """
+
+    def __init__(self, processor, needs_audio: bool = False):
         self.processor, self.needs_audio = processor, needs_audio
 
     def messages(self, row: dict) -> list[dict]:
         """The messages of a row, checked without opening what they name; local files are found beside the source."""
-        with prefix_errors(row["place"]):
+        with prefix_errors(place_of(row)):
             found = row.get("messages")
             if row.get("line") is not None:
                 found = json.loads(row["line"].lstrip("\ufeff"))  # of an editor that marks UTF-8
                 found = found.get("messages") if isinstance(found, dict) else None
             if not isinstance(found, list) or not found:
                 raise ValueError("there is no list of `messages`")
-            folder = Path(row["place"].rpartition(":")[0]).parent
+            folder = Path(place_of(row).rpartition(":")[0]).parent
             messages = [self.message(message, folder) for message in found]
             if messages[-1]["role"] != "assistant":
                 raise ValueError(f"the last message is from {messages[-1]['role']!r}; expected the assistant's answer")
@@ -140,7 +147,7 @@ class ChatCollator:
     def inputs(self, row: dict) -> dict[str, torch.Tensor]:
         """Model inputs of one row, unpadded, and `labels`: the answers and the ends of their turns, -100 elsewhere."""
         messages = self.messages(row)
-        with prefix_errors(row["place"]):
+        with prefix_errors(place_of(row)):
             inputs = self.processor.apply_chat_template(
                 messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
             )
@@ -162,6 +169,11 @@ class ChatCollator:
                 ]
             batch[name] = torch.cat(parts)
         return batch
+
+
+def place_of(row: dict) -> str:
+    """`FILE:LINE` of a row that [`load_rows`] read. The paths of other rows start from the working directory."""
+    return row.get("place") or "a row"
 
 
 @contextmanager

@@ -46,6 +46,7 @@ def test_folder_holds_all_that_a_user_loads(repo):
         "app.py",
         "audio_decoding.py",
         "audio_utils.py",
+        "chat_data.py",
         "chat_template.jinja",
         "config.json",
         "configuration_qwen2_audio_vl.py",
