@@ -6,6 +6,8 @@ recorded, to be compared by `python -m benchmarks.releases`.
     nox -s "core(5.18.0)"    one release of transformers, with the torch that `make` installs
     nox -s torch             the oldest and the newest torch, in environments of their own
     nox --tags ci            what CI runs beside `make test`, which is on the newest
+    nox -s upcoming          transformers' main branch with the newest releases of what it works with
+    nox -s upcoming -- transformers==5.24.0    the same with another transformers
 """
 
 from pathlib import Path
@@ -33,9 +35,14 @@ TORCHES = {  # with the transformers that take them
     "2.15.0": ("torchvision==0.29.2", "transformers==5.24.0"),
 }
 CI = ("5.16.1", "5.20.2")
+WORKERS = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile")
 PARTS = ["configuration", "conversations", "processing", "modeling", "ecosystem"]
 PARTS += ["remote_code", "serving", "accelerated"]
 CORE = [f"tests/test_{part}.py" for part in PARTS]
+MAIN = "transformers @ git+https://github.com/huggingface/transformers"
+# What transformers works with: pip installs the newest release of each that all others take.
+COMPANIONS = ("huggingface_hub", "tokenizers", "safetensors", "accelerate", "peft", "datasets", "bitsandbytes")
+COMPANIONS += ("numpy", "pillow", "av")
 
 
 @nox.session(venv_backend="none")
@@ -52,13 +59,24 @@ def core(session: nox.Session, release: str):
 @nox.parametrize("version", list(TORCHES), ids=list(TORCHES))
 def torch(session: nox.Session, version: str):
     """Without torchaudio and torchcodec: each of their releases is built for one torch."""
-    replaced = ("torch", "transformers", "huggingface_hub", "#")
-    kept = [requirement for requirement in REQUIREMENTS if not requirement.startswith(replaced)]
+    kept = requirements_without("torch", "transformers", "huggingface_hub")
     session.install("--quiet", f"torch=={version}", *TORCHES[version], *kept)
     test_and_record(session, "python")
 
 
+@nox.session(venv_backend="venv", default=False)
+def upcoming(session: nox.Session):
+    """With training as well, because peft and datasets are new too. Torch stays, so that a failure is not of torch."""
+    kept = requirements_without("transformers", *COMPANIONS)
+    session.install("--quiet", "--upgrade", *(session.posargs or [MAIN]), *COMPANIONS, *kept)
+    session.run("python", "-m", "pip", "list", "--format", "freeze")
+    session.run("python", "-m", "pytest", *WORKERS, *CORE, "tests/test_train.py")
+
+
+def requirements_without(*names: str) -> list[str]:
+    return [requirement for requirement in REQUIREMENTS if not requirement.startswith((*names, "#"))]
+
+
 def test_and_record(session: nox.Session, python: str, **environment: str):
-    workers = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile")
-    session.run(python, "-m", "pytest", *workers, *CORE, env=environment)
+    session.run(python, "-m", "pytest", *WORKERS, *CORE, env=environment)
     session.run(python, "-m", "benchmarks.releases", "--record", env=environment)
