@@ -1,15 +1,19 @@
 """Documents: the files, commands, links and figures that they name are there, in the checkout and in a built folder."""
 
 import dataclasses
+import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
+import yaml
 from transformers import AutoConfig
 
 import train
-from configuration_qwen2_audio_vl import count_audio
+from configuration_qwen2_audio_vl import NEWEST_PROVED, count_audio
 from upload import ROOT
 
 
@@ -139,3 +143,61 @@ def test_the_install_line_is_what_the_folder_requires():
     assert set(names) - {re.split(r"[<>=]", package)[0] for package in line[2:]} == {
         *("huggingface_hub", "safetensors", "numpy", "pillow"),
     }
+
+
+WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+
+
+def steps_of(name: str) -> list[dict]:
+    return [step for job in WORKFLOWS[name]["jobs"].values() for step in job["steps"]]
+
+
+def nox_sessions(name: str) -> list[dict]:
+    """Of this name, one for each set of parameters; an error if there is none."""
+    command = [sys.executable, "-m", "nox", "--list", "--json", "--session", name]
+    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
+def test_workflows_run_what_there_is():
+    run = "\n".join(step.get("run", "") for name in WORKFLOWS for step in steps_of(name))
+    for target in re.findall(r"\bmake (\S+)", run):
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    assert {"lint", "test"} <= set(re.findall(r"^make (\S+)$", run, re.MULTILINE))
+    (session,) = re.findall(r"\bnox -s (\S+)", run)
+    assert len(nox_sessions(session)) == 1
+    for name, workflow in WORKFLOWS.items():
+        issues = {"issues": "write"} if name == "early-warning" else {}
+        assert workflow["permissions"] == {"contents": "read", **issues}
+
+
+GH = """#!/bin/sh
+case "$2" in
+list) cat issues.txt ;;
+create) echo "$4" >> issues.txt ;;
+esac
+"""
+
+
+def test_early_warning_opens_one_issue_for_the_first_failing_test(tmp_path):
+    (report,) = (step for step in steps_of("early-warning") if step.get("if") == "failure()")
+    (tmp_path / "gh").write_text(GH)
+    (tmp_path / "gh").chmod(0o755)
+    (tmp_path / "issues.txt").write_text("Something else\n")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRANSFORMERS": "transformers", "RUN": "https://run"}
+    summary = "FAILED tests/test_a.py::test_b[two clips] - assert 1 - 1 == 2\nFAILED tests/test_c.py::test_d\n"
+    for output in (f"ERROR    root:log.py:1 a log\n{summary}1 failed\n", summary, "ERROR: pip found no version\n"):
+        (tmp_path / "report.txt").write_text(output)
+        command = ["bash", "-eo", "pipefail", "-c", report["run"]]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "issues.txt").read_text().splitlines() == [
+        "Something else",
+        "tests/test_a.py::test_b[two clips] fails with transformers",
+        "The run fails with transformers",
+    ]
+    assert (tmp_path / "body.md").read_text() == "https://run\n\n    ERROR: pip found no version\n"
+
+
+def test_newest_release_is_the_same_everywhere():
+    assert f"transformers=={NEWEST_PROVED}" in read("requirements-dev.txt").splitlines()
+    assert nox_sessions("core")[-1]["call_spec"]["release"] == NEWEST_PROVED
+    assert f"; {NEWEST_PROVED.rpartition('.')[0]} is the newest release that was tested" in read("README.md")
