@@ -4,13 +4,15 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 VLLM := $(VENV)/vllm
+TRL_VERSION := 1.16.0
+TRL := $(VENV)/trl-$(TRL_VERSION)
 
 # Nothing that runs from here asks the Hub, and the cache of remote code is the checkout's own.
 export HF_HOME := $(CURDIR)/build/huggingface
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-releases test-endurance test-app test-vllm releases bench held-out lint format clean
+.PHONY: help demo app test test-releases test-endurance test-app test-vllm test-trl releases bench held-out lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +40,9 @@ test-app: $(READY)  ## the page in Chromium (Debian: apt-get install chromium)
 test-vllm: $(READY)  ## the folder behind vLLM; skipped where vLLM cannot be installed
 	-$(MAKE) $(VLLM)/.ready
 	$(PYTHON) -m pytest -m vllm
+
+test-trl: $(READY) $(TRL)  ## TRL's SFTTrainer with the collator of the folder
+	PYTHONPATH=$(TRL) $(PYTHON) -m pytest -m trl
 
 releases: $(READY)  ## the core suite on every supported transformers and torch, and the table of the results
 	rm -rf build/releases
@@ -79,3 +84,7 @@ $(VLLM)/.ready: requirements-vllm.txt
 		&& sed -i '/^    _meta_registrations,$$/d' torchvision/__init__.py && mkdir -p vllm-0.32.0+cpu.dist-info \
 		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
+
+# Beside .venv's packages and not among them: TRL alone, because all that it needs is there.
+$(TRL): | $(READY)
+	$(PYTHON) -m pip install --quiet --target $@ --no-deps trl==$(TRL_VERSION)
