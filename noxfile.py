@@ -39,7 +39,7 @@ WORKERS = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile"
 PARTS = ["configuration", "conversations", "processing", "modeling", "ecosystem"]
 PARTS += ["remote_code", "serving", "accelerated"]
 CORE = [f"tests/test_{part}.py" for part in PARTS]
-MAIN = "transformers @ git+https://github.com/huggingface/transformers"
+MAIN = "git+https://github.com/huggingface/transformers"
 # What transformers works with: pip installs the newest release of each that all others take.
 COMPANIONS = ("huggingface_hub", "tokenizers", "safetensors", "accelerate", "peft", "datasets", "bitsandbytes")
 COMPANIONS += ("numpy", "pillow", "av")
