@@ -31,7 +31,7 @@ test: $(READY)  ## the test suite, or a part of it: make test ONLY=tests/test_hu
 	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ONLY)
 
 test-common: $(READY) $(SOURCE)/.ready  ## transformers' own tests of models and processors, on ours and on stock Qwen2-VL
-	$(PYTHON) -m pytest -o addopts= -m common -rfEx --numprocesses auto --maxprocesses 8 --dist load tests/test_common.py
+	$(PYTHON) -m pytest -m common -rfEx --numprocesses auto --maxprocesses 8 --dist load tests/test_common.py
 
 test-releases: $(READY)  ## the core of the suite on the oldest supported transformers and on one in the middle
 	$(VENV)/bin/nox --tags ci
