@@ -7,6 +7,7 @@ answered with HTTP 400 and `{"error": "..."}` (https://github.com/huggingface/hu
 
 import inspect
 import os
+import re
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,8 @@ CPU_LENGTHS = 64  # on a CPU prompts are padded to a multiple of this, for fewer
 
 TRANSCRIBE = "Transcribe the audio."  # the question about a clip that comes without one
 DESCRIBE = "What is in the photo?"  # the question about a picture that comes without one
+# Base64, too long to be a word: how `InferenceClient.automatic_speech_recognition` sends a clip beside parameters.
+FILE = re.compile(r"[A-Za-z0-9+/]{1000,}={0,2}")
 ROLES = ("system", "user", "assistant")
 MAX_MESSAGES = 64
 MAX_ITEMS = 8  # pictures in a request, and clips likewise
@@ -107,7 +110,7 @@ class EndpointHandler:
                 - chat messages, `[{"role", "content"}, ...]` or `{"messages": [...]}`, with content items of
                   transformers or OpenAI;
                 - `{"text", "image", "audio"}`: each of the latter an address, base64, or a list of these;
-                - the bytes of an audio file, or a [`PIL.Image.Image`].
+                - the bytes of an audio file, or their base64; or a [`PIL.Image.Image`].
                 `parameters`, as in `PARAMETERS`, is optional. The default is greedy, of at most 256 tokens.
 
         Returns:
@@ -297,7 +300,7 @@ def read_messages(inputs) -> list[dict]:
     elif isinstance(inputs, Image.Image):
         inputs = {"image": inputs, "text": DESCRIBE}
     elif isinstance(inputs, str):
-        inputs = {"text": inputs}
+        inputs = {"audio": inputs, "text": TRANSCRIBE} if FILE.fullmatch(inputs) else {"text": inputs}
     if isinstance(inputs, dict) and set(inputs) == {"messages"}:
         inputs = inputs["messages"]
     if isinstance(inputs, dict):

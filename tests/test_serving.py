@@ -27,6 +27,7 @@ from demo.world import SKILLS
 
 
 SHORT = {"max_new_tokens": 12}
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ BAD = {
         "one source",
     ),
     "nine clips": ({"inputs": {"audio": [read_base64("speech.mp3")] * 9}}, "9 items of type audio"),
-    "too much text": ({"inputs": "a" * 100_001}, "characters"),
+    "too much text": ({"inputs": "a " * 50_001}, "characters"),
     "too many tokens": ({"inputs": "a b " * 2_000}, "positions"),
     "too long an answer": (
         {"inputs": "Hi.", "parameters": {"max_new_tokens": 100_000}},
@@ -176,7 +177,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_requests_are_short_errors(name, address):
     body, words = BAD[name]
-    response = httpx.post(address, content=json.dumps(body), timeout=60)
+    response = httpx.post(address, content=json.dumps(body), headers=JSON, timeout=60)
     error = response.json()["error"]
     assert response.status_code == 400 and set(response.json()) == {"error"}
     assert words in error and len(error) <= 400 and "Traceback" not in error and "\n" not in error
@@ -319,7 +320,7 @@ def test_two_hundred_requests_at_once(address, examples):
     def send(job):
         body, status, expected = job
         start.wait()
-        response = httpx.post(address, content=body, timeout=300)
+        response = httpx.post(address, content=body, headers=JSON, timeout=300)
         given = response.json()
         right = given == {"text": expected} if status == 200 else expected in given.get("error", "")
         return None if right and response.status_code == status else (expected, given)
