@@ -74,7 +74,8 @@ from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, tokens_per_window
 ROOT = Path(__file__).resolve().parent
 EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png": "assets/images/chelsea.png"}
 SHIPPED_FILES = {
-    name: name for name in ("LICENSE", "requirements.txt", ".gitattributes", "handler.py", "app.py", "chat_data.py")
+    name: name
+    for name in ("LICENSE", "requirements.txt", ".gitattributes", "handler.py", "app.py", "serve.py", "chat_data.py")
 } | EXAMPLES
 KNOWN_FILES = (
     *CODE_FILES,

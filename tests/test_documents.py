@@ -17,7 +17,14 @@ from configuration_qwen2_audio_vl import NEWEST_PROVED, count_audio
 from upload import ROOT
 
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/training.md", "benchmarks/README.md", "demo/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/training.md",
+    "docs/serving.md",
+    "benchmarks/README.md",
+    "demo/README.md",
+)
 ENDINGS = "py|md|jinja|jsonl?|txt|ya?ml|png|jpg|mp3|flac|safetensors"
 FILE = re.compile(rf"(?<![\w/.:*-])(?:[\w.-]+/)*[\w-][\w.-]*\.(?:{ENDINGS})\b")
 # What the commands of the documents are given or make.

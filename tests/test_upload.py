@@ -59,6 +59,7 @@ def test_folder_holds_all_that_a_user_loads(repo):
         "processing_qwen2_audio_vl.py",
         "processor_config.json",
         "requirements.txt",
+        "serve.py",
         "tokenizer.json",
         "tokenizer_config.json",
     }
