@@ -6,12 +6,15 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import httpx
+import openai
 import uvicorn
+from huggingface_hub import InferenceClient
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
@@ -27,6 +30,13 @@ SETTINGS = (
     *("--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
     *("--limit-mm-per-prompt", '{"image":2,"audio":2,"video":0}', "--host", "127.0.0.1", "--served-model-name", "demo"),
 )
+# Of huggingface-inference-toolkit at 833b5a2, without pictures; what else is sent is refused.
+CONTENT_TYPES = {
+    *("application/json", "application/json; charset=UTF-8"),
+    *("audio/x-flac", "audio/flac", "audio/mpeg", "audio/x-mpeg-3", "audio/wave", "audio/wav", "audio/x-wav"),
+    *("audio/ogg", "audio/x-audio", "audio/webm", "audio/webm;codecs=opus", "audio/AMR", "audio/amr"),
+    *("audio/AMR-WB", "audio/AMR-WB+", "audio/m4a", "audio/x-m4a"),
+}
 
 
 def read_base64(name: str) -> str:
@@ -74,14 +84,16 @@ def make_endpoint(handler) -> Starlette:
     """What an Inference Endpoint does around a handler, without its limit of one request at a time."""
 
     async def predict(request):
-        body = await request.body()
         try:
-            is_sound = request.headers.get("content-type", "").startswith("audio/")
-            return JSONResponse(await run_in_threadpool(handler, {"inputs": body} if is_sound else json.loads(body)))
+            body, kind = await request.body(), request.headers.get("content-type")
+            if kind not in CONTENT_TYPES:
+                raise ValueError(f"Content type {kind} not supported.")
+            body = {"inputs": body} if kind.startswith("audio/") else json.loads(body)
+            return JSONResponse(await run_in_threadpool(handler, body))
         except Exception as error:
             return JSONResponse({"error": str(error)}, status_code=400)
 
-    return Starlette(routes=[Route("/", predict, methods=["POST"])])
+    return Starlette(routes=[Route(path, predict, methods=["POST"]) for path in ("/", "/predict")])
 
 
 @contextlib.contextmanager
@@ -133,3 +145,34 @@ def serve_vllm(repo: Path, folder: Path, *settings: str, **environment: str):
     command += ["--port", str(port)]
     with serve_process(command, f"{address}/health", log, timeout=300, **environment):
         yield address
+
+
+@contextlib.contextmanager
+def serve_transformers(repo: Path, folder: Path):
+    """Yields the address of `serve.py`, which calls the model by the path of the folder; its log lies in `folder`."""
+    port = free_port()
+    address, command = f"http://127.0.0.1:{port}", [sys.executable, str(repo / "serve.py"), str(repo)]
+    with serve_process([*command, "--port", str(port)], f"{address}/health", folder / "log.txt", timeout=300):
+        yield address
+
+
+def answers_by_client(address: str, model: str, messages: list[dict]) -> dict[str, str]:
+    """The greedy answers that other people's clients get from a server with OpenAI's API, streamed and not."""
+    clients = {
+        "openai": openai.OpenAI(base_url=f"{address}/v1", api_key="none").chat.completions.create,
+        "huggingface_hub": InferenceClient(base_url=address).chat_completion,
+    }
+    settings, answers = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 12}, {}
+    for name, create in clients.items():
+        answers[name] = create(**settings).choices[0].message.content
+        chunks = [chunk for chunk in create(**settings, stream=True) if chunk.choices]
+        answers[f"{name}, streamed"] = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert len(chunks) > 1
+    return answers
+
+
+def run_curl_lines(folder: Path, variable: str, **environment: str) -> list[dict]:
+    """Runs the lines of the card in a folder that ask `$variable`, as they stand, and returns what is answered."""
+    lines = [line for line in (folder / "README.md").read_text().splitlines() if f"curl ${variable}" in line]
+    settings = {"cwd": folder, "env": {**os.environ, **environment}, "capture_output": True, "check": True}
+    return [json.loads(subprocess.run(["bash", "-c", line], **settings).stdout) for line in lines]

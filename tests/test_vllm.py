@@ -10,10 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import av
 import httpx
 import numpy as np
+import openai
 import pytest
 import torch
 from helpers import text
-from serving import VLLM, openai_form, picture, png, serve_vllm, sound
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import BadRequestError
+from serving import VLLM, answers_by_client, openai_form, picture, png, run_curl_lines, serve_vllm, sound
 from transformers import AutoModel, AutoProcessor
 
 from audio_utils import fetch_audio
@@ -156,6 +159,31 @@ def test_bad_requests_are_400_and_the_engine_lives(what, address, names, example
     assert "Traceback" not in response.text
     example = next(example for example in examples if example["skill"] == "transcribe")
     assert post(address, openai_form(example)).json()["choices"][0]["message"]["content"] == example["answer"]
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """`InferenceClient` asks no server at all, this machine's neither, while the Hub is switched off."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+def test_other_clients_get_the_same_answers(address, online, demo_repo, examples):
+    for example in examples[: len(SKILLS)]:
+        answers = answers_by_client(address, "demo", openai_form(example))
+        assert set(answers.values()) == {example["answer"]}, (example, answers)
+    (answer,) = run_curl_lines(demo_repo, "SERVER", SERVER=address, REPO="demo")
+    assert answer["choices"][0]["message"]["content"] == "how many are there"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_are_those_of_the_clients(stream, address, online):
+    garbage = base64.b64encode(b"this is no file").decode()
+    content = [{"type": "input_audio", "input_audio": {"data": garbage, "format": "wav"}}]
+    request = {"model": "demo", "messages": user(*content), "stream": stream}
+    with pytest.raises(openai.BadRequestError, match="audio"):
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none").chat.completions.create(**request)
+    with pytest.raises(BadRequestError, match="audio"):
+        InferenceClient(base_url=address).chat_completion(**request)
 
 
 def test_64_requests_at_once(address, examples):
