@@ -3,13 +3,14 @@ Serves a repository with OpenAI's chat API, by `transformers serve`:
 
     python serve.py REPO [options of transformers serve]      needs: pip install "transformers[serving]"
 
-REPO is a folder, a Hub id or ID@REVISION, and the name of the model in requests. `transformers serve` looks models up
-among the classes of transformers, so those of REPO are registered there. The code of other repositories does not run,
-whatever a request names: --trust-remote-code is neither needed nor set.
+REPO is a folder, a Hub id or ID@REVISION, and the name of the model in requests. `transformers serve` looks for models
+among the classes of transformers, so those of REPO are registered there. It does not run the code of other repositories
+that a request may name, as --trust-remote-code is neither needed nor set.
 """
 
 import os
 import sys
+from functools import partial
 
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 from transformers.cli.transformers import app
@@ -18,17 +19,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 
 
 def register(repo: str):
+    """Makes the classes of a repository known to transformers."""
     name, _, revision = (repo, "", "") if os.path.isdir(repo) else repo.partition("@")
-    config_class, processor_class, model_class = (
-        get_class_from_dynamic_module(reference, name, revision=revision or None)
-        for reference in (
-            "configuration_qwen2_audio_vl.Qwen2AudioVLConfig",
-            "processing_qwen2_audio_vl.Qwen2AudioVLProcessor",
-            "modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration",
-        )
-    )
+    load = partial(get_class_from_dynamic_module, pretrained_model_name_or_path=name, revision=revision or None)
+    config_class = load("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
+    model_class = load("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration")
     AutoConfig.register(config_class.model_type, config_class)
-    AutoProcessor.register(config_class, processor_class)
+    AutoProcessor.register(config_class, load("processing_qwen2_audio_vl.Qwen2AudioVLProcessor"))
     AutoModelForMultimodalLM.register(config_class, model_class)
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__  # what the server looks up
 
