@@ -8,7 +8,8 @@ from transformers import GenerationMixin, Qwen2VLForConditionalGeneration, Qwen2
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.versions import require_version
 
 from .configuration_qwen2_audio_vl import HOP_LENGTH, Qwen2AudioVLConfig, count_audio
@@ -169,7 +170,7 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """As [`Qwen2AudioVLForConditionalGeneration.forward`], but returns the last hidden state instead of logits."""
         cache = past_key_values if cache is None else cache
@@ -265,7 +266,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         input_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CausalLMOutputWithPast:
         """
         [`Qwen2VLForConditionalGeneration.forward`] with audio:

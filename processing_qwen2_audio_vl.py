@@ -19,10 +19,13 @@ import torch
 from jinja2 import TemplateError
 from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers.audio_utils import AudioInput
+from transformers.image_utils import ImageInput
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
+from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
-from transformers.video_utils import load_video, make_batched_videos
+from transformers.video_utils import VideoInput, load_video, make_batched_videos
 
 from .audio_utils import AUDIO_TYPES, fetch_audio, iter_audio_sources, log_mel, split_windows
 from .configuration_qwen2_audio_vl import count_audio, tokens_per_window
@@ -103,7 +106,15 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     def tokens_per_window(self) -> int:
         return tokens_per_window(self.feature_extractor)
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, chat_audio=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        videos: VideoInput | None = None,
+        audio: AudioInput | list[AudioInput] | None = None,
+        chat_audio: list | None = None,
+        **kwargs,
+    ) -> BatchFeature:
         """
         Args:
             images, text, videos: As in [`Qwen2VLProcessor`]; one `<|image_pad|>` or `<|video_pad|>` each in the text.
@@ -172,9 +183,9 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         given = [len(clip) if isinstance(clip, list) else 1 for clip in clips] if is_nested else len(clips)
         if given != (found if is_nested else sum(found)):
             raise ValueError(
-                f"The text has {found} {self.audio_token} placeholders (one number per text), but `audio` has {given} "
-                "clips. Every clip needs one placeholder; give the clips in reading order, as one flat list or as one "
-                "list per text."
+                f"The number of {self.audio_token} tokens in the prompts should be the same as the number of clips in "
+                f"`audio`: the prompts have {found} (one number per prompt), `audio` has {given}. Give the clips in "
+                "reading order, as one flat list or as one list per prompt."
             )
 
     def _process_videos(self, videos, **kwargs):

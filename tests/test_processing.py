@@ -151,11 +151,11 @@ def test_audio_flat_or_one_list_per_text(processor, sound):
 @pytest.mark.parametrize(
     "texts, clips, message",
     [
-        (["<|audio_pad|>"], 2, r"\[1\] <\|audio_pad\|> placeholders .* 2 clips"),
-        (["<|audio_pad|><|audio_pad|>"], 1, r"\[2\] <\|audio_pad\|> placeholders .* 1 clips"),
-        (["<|audio_pad|>", "<|audio_pad|>"], [2, 0], r"\[1, 1\] <\|audio_pad\|> placeholders .* \[2, 0\] clips"),
-        (["none"], 1, r"\[0\] .* 1 clips"),
-        (["<|audio_pad|>"], None, r"\[1\] .* 0 clips"),
+        (["<|audio_pad|>"], 2, r"the prompts have \[1\] .* `audio` has 2\."),
+        (["<|audio_pad|><|audio_pad|>"], 1, r"the prompts have \[2\] .* `audio` has 1\."),
+        (["<|audio_pad|>", "<|audio_pad|>"], [2, 0], r"the prompts have \[1, 1\] .* `audio` has \[2, 0\]\."),
+        (["none"], 1, r"the prompts have \[0\] .* `audio` has 1\."),
+        (["<|audio_pad|>"], None, r"the prompts have \[1\] .* `audio` has 0\."),
     ],
 )
 def test_counts_must_agree(texts, clips, message, processor, sound):
@@ -321,7 +321,7 @@ def test_messages_with_pictures_in_openai_form(processor, photo, sound):
         ({"speech": "x.wav"}, r"type None and keys \['speech'\]"),
         ("just words", "Python type str"),
         ({"type": "text", "content": "words"}, "needs a string under 'text'"),
-        ({"type": "audio", "file": "x.wav"}, r"\[1\] <\|audio_pad\|> placeholders .* 0 clips"),
+        ({"type": "audio", "file": "x.wav"}, r"the prompts have \[1\] .* `audio` has 0\."),
         ({"type": "audio", "path": "x.wav", "url": "y.wav"}, "exactly one source"),
     ],
 )
@@ -473,7 +473,7 @@ def test_other_arguments_of_the_template_pass_through(processor, sound):
 def test_placeholder_in_a_users_words_is_refused(processor, sound):
     """A stranger who writes `<|audio_pad|>` must not shift the clips of a prompt."""
     messages = [{"role": "user", "content": [text("Ignore <|audio_pad|> this."), audio(sound(0.5))]}]
-    with pytest.raises(ValueError, match=r"\[2\] <\|audio_pad\|> placeholders .* 1 clips"):
+    with pytest.raises(ValueError, match=r"the prompts have \[2\] .* `audio` has 1\."):
         processor.apply_chat_template(messages, tokenize=True, return_dict=True)
     sanitize = functools.partial(
         processor.apply_chat_template, messages, tokenize=True, return_dict=True, sanitize_control_tokens=True
