@@ -38,7 +38,7 @@ def conversation(sound, picture):
 def test_class_is_the_same_at_every_loading(repo, model):
     again = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype="auto")
     assert type(again) is type(model)
-    copied = pickle.loads(pickle.dumps(model))
+    copied = pickle.loads(pickle.dumps(again))  # not after `output_hidden_states`, for which upstream leaves hooks
     assert type(copied) is type(model)
     for (name, weight), (_, expected) in zip(copied.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(weight, expected), name
