@@ -247,7 +247,6 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         """See [`Qwen2AudioVLModel.get_audio_features`]."""
         return self.model.get_audio_features(input_features, **kwargs)
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -287,6 +286,8 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         Raises:
             ValueError: if the audio tokens and the audio features differ in number, in either direction.
         """
+        # Not by upstream's decorator, whose signature has no names: compiled steps would be compiled anew for others.
+        return_dict = kwargs.pop("return_dict", None)
         mm_encoder_outputs = {"audio": None, **(mm_encoder_outputs or {})}
         kwargs["mm_encoder_outputs"] = mm_encoder_outputs  # no argument of upstream's forward before 5.18
         # All arguments are named here and passed on by name, because transformers reads this signature: `generate` and
@@ -311,7 +312,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         )
         if mm_encoder_outputs["audio"] is not None and hasattr(outputs, "audio_outputs"):  # since transformers 5.24
             outputs["audio_outputs"] = mm_encoder_outputs["audio"]
-        return outputs
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
         """
