@@ -50,6 +50,7 @@ CODE_FILES = (
 
 HOP_LENGTH = 160  # samples at 16 kHz from one log-mel frame to the next
 ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
+AUDIO_TOKENS = ("fixed", "trimmed")  # how many audio tokens stand for a clip, see `count_audio`
 
 QWEN2_VL_7B = {
     "hidden_size": 3584,
@@ -80,20 +81,28 @@ def tokens_per_window(feature_extractor) -> int:
     return feature_extractor.nb_max_frames // ENCODER_STRIDE
 
 
-def count_audio(num_samples: int, window_tokens: int) -> AudioCount:
+def count_audio(num_samples: int, window_tokens: int, audio_tokens: str = "fixed") -> AudioCount:
     """
     Samples -> windows -> tokens. The processor, the model's check and the documents count with this function alone.
 
     Args:
-        num_samples: Length of a clip at 16 kHz, or of several that each fill whole windows.
+        num_samples: Length of a clip at 16 kHz.
         window_tokens: Audio tokens of one window: `audio_config.max_source_positions`, 1500 in Whisper's own sizes.
+        audio_tokens: "fixed": the last window, which is padded to its full length, costs as many tokens as any other.
+            "trimmed": one token for each 320 samples of the clip, and none for the padding.
 
     Returns:
         The windows that the encoder is given, of 480,000 samples (30 s) in Whisper's own sizes, and the audio tokens
-        that stand for them. The last window is padded to its full length, and costs as many tokens as any other.
+        that stand for the clip.
+
+    Raises:
+        ValueError: if audio_tokens is another.
     """
-    num_windows = -(-num_samples // (HOP_LENGTH * ENCODER_STRIDE * window_tokens))  # rounded up
-    return AudioCount(num_windows, num_windows * window_tokens)
+    if audio_tokens not in AUDIO_TOKENS:
+        raise ValueError(f"audio_tokens must be {' or '.join(AUDIO_TOKENS)}, got {audio_tokens!r}.")
+    num_tokens = max(1, -(-num_samples // (HOP_LENGTH * ENCODER_STRIDE)))  # rounded up
+    num_windows = -(-num_tokens // window_tokens)
+    return AudioCount(num_windows, num_tokens if audio_tokens == "trimmed" else num_windows * window_tokens)
 
 
 @strict
@@ -189,4 +198,4 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
 
 Qwen2AudioVLConfig.register_for_auto_class()
 
-__all__ = ["AUTO_MAP", "CODE_FILES", "Qwen2AudioVLConfig", "count_audio", "tokens_per_window"]
+__all__ = ["AUDIO_TOKENS", "AUTO_MAP", "CODE_FILES", "Qwen2AudioVLConfig", "count_audio", "tokens_per_window"]

@@ -4,6 +4,7 @@ import inspect
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import GenerationMixin, Qwen2VLForConditionalGeneration, Qwen2VLModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -12,7 +13,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.versions import require_version
 
-from .configuration_qwen2_audio_vl import HOP_LENGTH, Qwen2AudioVLConfig, count_audio
+from .configuration_qwen2_audio_vl import ENCODER_STRIDE, HOP_LENGTH, Qwen2AudioVLConfig, count_audio
 
 
 AUDIO_TOKEN_TYPE = 3  # in `mm_token_type_ids`, beside 0 text, 1 image, 2 video
@@ -55,7 +56,9 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         return self
 
     @can_return_tuple
-    def get_audio_features(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_audio_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """
         Encodes and projects log-mel windows.
 
@@ -63,14 +66,18 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
             input_features (`torch.Tensor` of shape `(windows, mel bins, frames)`):
                 Log-mel spectrograms of any float dtype, from the processor. Several windows may also follow each other
                 along the frames; they are taken apart, row after row.
+            input_features_mask (`torch.Tensor` of the shape `(windows, frames)` of the features, *optional*):
+                Not 0 where a frame belongs to a clip. Rows of other frames are neither projected nor returned, and
+                windows without such a frame are not encoded.
             kwargs: [`WhisperEncoder`]'s, such as `output_hidden_states`.
 
         Returns:
             `last_hidden_state` `(windows, tokens, d_model)` of the encoder, and `pooler_output` `(windows, tokens,
-            hidden size)`: what takes the place of the audio tokens, 1500 per window in Whisper's own sizes.
+            hidden size)`: what takes the place of the audio tokens, 1500 per window in Whisper's own sizes; with a
+            mask `(1, tokens of all windows, hidden size)`.
 
         Raises:
-            ValueError: if the mel bins or the frames are not those of the encoder.
+            ValueError: if the mel bins or frames are not those of the encoder, or the mask is not that of the features.
         """
         encoder, bins = self.audio_encoder, self.config.audio_config.num_mel_bins
         frames = self.config.audio_config.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
@@ -81,26 +88,115 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
                 f"input_features has shape {tuple(input_features.shape)}, but the audio encoder takes (windows, {bins} "
                 f"mel bins, {frames} frames): the feature extractor belongs to another encoder."
             )
+        kept = None
+        if input_features_mask is not None:
+            if input_features_mask.numel() != len(input_features) * frames:
+                raise ValueError(
+                    f"input_features_mask has shape {tuple(input_features_mask.shape)}, but the features are "
+                    f"{len(input_features)} windows of {frames} frames."
+                )
+            kept = input_features_mask.reshape(-1, frames)[:, ::ENCODER_STRIDE].bool()
+            input_features, kept = input_features[kept.any(1)], kept[kept.any(1)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.audio_encoder_learns):
             outputs = encoder(match_weight(input_features, encoder.conv1.weight), return_dict=True, **kwargs)
+        rows = outputs.last_hidden_state if kept is None else outputs.last_hidden_state[kept].unsqueeze(0)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.audio_projector(match_weight(outputs.last_hidden_state, self.audio_projector.weight)),
+            pooler_output=self.audio_projector(match_weight(rows, self.audio_projector.weight)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def get_audio_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Where the audio tokens stand: bool `(batch, sequence)`, from ids or, where there are none, embeddings."""
+    def find_tokens(
+        self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Where a token stands: bool `(batch, sequence)`, from ids or, where there are none, embeddings."""
         if input_ids is not None and input_ids.numel():
-            return input_ids == self.config.audio_token_id
-        token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
+            return input_ids == token_id
+        token = torch.tensor(token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def get_audio_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where the audio tokens stand, as [`find_tokens`] tells."""
+        return self.find_tokens(self.config.audio_token_id, input_ids, inputs_embeds)
+
+    def place_audio(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, num_embeddings: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Which of the embeddings each audio token takes: all of them in their order; or, where there are fewer tokens,
+        each run of tokens between the two markers is a clip, which takes the first embeddings of its windows.
+
+        Args:
+            input_ids, inputs_embeds: `(batch, sequence)` and `(batch, sequence, hidden size)` of the same tokens.
+            num_embeddings: Those of all windows, or of what `get_audio_features` kept.
+
+        Returns:
+            Where the audio tokens stand, bool `(batch, sequence)`, and the number of the embedding that each of them
+            takes, int64 `(batch, sequence)`.
+
+        Raises:
+            ValueError: if there are too few or too many embeddings for the tokens.
+        """
+        is_audio = self.get_audio_mask(input_ids, inputs_embeds)
+        num_tokens, per_window = is_audio.sum(), self.config.audio_config.max_source_positions
+        numbers = (is_audio.flatten().cumsum(0) - 1).view_as(is_audio)
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and num_tokens == num_embeddings:
+            return is_audio, numbers
+
+        place = torch.arange(is_audio.shape[1], device=is_audio.device).expand_as(is_audio)
+        is_first, is_last = is_audio & ~F.pad(is_audio, (1, -1)), is_audio & ~F.pad(is_audio, (-1, 1))
+        row = (place - torch.where(is_first, place, 0).cummax(1).values) % per_window
+        opens_window = is_audio & (row == 0)
+        clip_numbers = (opens_window.flatten().cumsum(0) - 1).view_as(is_audio) * per_window + row
+        bos = self.find_tokens(self.config.audio_bos_token_id, input_ids, inputs_embeds)
+        eos = self.find_tokens(self.config.audio_eos_token_id, input_ids, inputs_embeds)
+        is_marked = ~((is_first & ~F.pad(bos, (1, -1))) | (is_last & ~F.pad(eos, (-1, 1)))).any()
+        needed = opens_window.sum()
+        fits = is_marked & (needed * per_window == num_embeddings)
+        if is_compiling:  # a graph cannot ask for numbers: what it checks fails on the device, without them
+            is_all = num_tokens == num_embeddings
+            torch._assert_async(is_all | fits, "Audio tokens and audio features do not match.")
+            return is_audio, torch.where(is_all, numbers, clip_numbers)
+        if not fits:
+            what = f"take {int(needed)} windows, but {num_embeddings // per_window} were given"
+            raise ValueError(
+                f"Audio tokens and audio features do not match: the prompt has {int(num_tokens)} audio tokens, but "
+                f"{num_embeddings} audio embeddings were given. Where they differ in number, each run of audio tokens "
+                f"between the two markers must be a clip, with a window for every {per_window} tokens; these runs "
+                f"{what if is_marked else 'lack markers'}. The processor makes both from one call."
+            )
+        return is_audio, clip_numbers
+
+    def embed_audio(
+        self,
+        is_audio: torch.Tensor,
+        numbers: torch.Tensor,
+        input_features: torch.Tensor | None,
+        audio_outputs: BaseModelOutputWithPooling | None,
+    ) -> BaseModelOutputWithPooling:
+        """
+        The embeddings of some of the audio tokens that [`place_audio`] placed, and of no others.
+
+        Args:
+            is_audio, numbers: Of [`place_audio`]; `is_audio` may leave tokens out.
+            input_features, audio_outputs: Log-mel windows, or what [`get_audio_features`] returned for them.
+        """
+        taken = numbers[is_audio]
+        if len(taken) == self.count_embeddings(input_features, audio_outputs):
+            return self.get_audio_features(input_features, return_dict=True) if audio_outputs is None else audio_outputs
+        if audio_outputs is not None:
+            embeddings = audio_outputs.pooler_output.flatten(0, -2)[taken]
+            return BaseModelOutputWithPooling(pooler_output=embeddings.unsqueeze(0))
+        frames = input_features.new_zeros(len(input_features), input_features.shape[-1], dtype=torch.bool)
+        frames.view(-1, ENCODER_STRIDE)[taken.to(frames.device)] = True
+        return self.get_audio_features(input_features, frames, return_dict=True)
 
     def count_embeddings(
         self, input_features: torch.Tensor | None, audio_outputs: BaseModelOutputWithPooling | None
     ) -> int:
-        """The audio embeddings that were given, or that log-mel windows `(windows, mel bins, frames)` will become."""
+        """The audio embeddings that were given, or that whole windows `(windows, mel bins, frames)` would become."""
         if audio_outputs is not None:
             return audio_outputs.pooler_output[..., 0].numel()
         num_samples = len(input_features) * input_features.shape[-1] * HOP_LENGTH
@@ -181,14 +277,21 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         mm_encoder_outputs = kwargs.get("mm_encoder_outputs") or {}
         input_features, audio_outputs = take_audio(kwargs)
         if input_features is not None or audio_outputs is not None:
-            is_audio = self.get_audio_mask(input_ids, inputs_embeds)
-            check_audio(is_audio.sum(), self.count_embeddings(input_features, audio_outputs))
-            if audio_outputs is None:
+            num_embeddings = self.count_embeddings(input_features, audio_outputs)
+            is_audio, numbers = self.place_audio(input_ids, inputs_embeds, num_embeddings)
+            if not torch.compiler.is_compiling():
+                audio_outputs = self.embed_audio(is_audio, numbers, input_features, audio_outputs)
+            elif audio_outputs is None:  # a graph projects all rows, as it does not know how many are taken
                 audio_outputs = self.get_audio_features(input_features, return_dict=True)
             if "audio" in mm_encoder_outputs:  # the caller's place for it, filled as upstream fills those of pictures
                 mm_encoder_outputs["audio"] = audio_outputs
             audio_embeds = audio_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(is_audio.unsqueeze(-1).to(inputs_embeds.device), audio_embeds)
+            is_audio = is_audio.unsqueeze(-1).to(inputs_embeds.device)
+            if torch.compiler.is_compiling():
+                audio_embeds = audio_embeds.flatten(0, -2)[numbers.clamp(0, num_embeddings - 1)]
+                inputs_embeds = torch.where(is_audio, audio_embeds, inputs_embeds)
+            else:
+                inputs_embeds = inputs_embeds.masked_scatter(is_audio, audio_embeds)
         elif is_prefill and not is_embedded:  # a decode step must not wait for the device
             check_audio(self.get_audio_mask(input_ids, None).sum(), 0)
 
@@ -375,36 +478,35 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         return input_ids, model_kwargs
 
     def _prepare_audio(self, input_ids, model_kwargs: dict, expand_size: int) -> BaseModelOutputWithPooling | None:
-        """Takes the audio out of `model_kwargs`; returns the embeddings of the windows that the cache does not hold."""
+        """Takes the audio out of `model_kwargs`; returns the embeddings of the tokens that the cache does not hold."""
         input_features, audio = take_audio(model_kwargs)
-        given = input_features if audio is None else audio.pooler_output  # [windows, ...]
-
         inputs_embeds, past_length = model_kwargs.get("inputs_embeds"), cached_length(model_kwargs.get(CACHE))
-        is_audio = self.model.get_audio_mask(input_ids, inputs_embeds)
-        is_new = is_audio[:, past_length - model_kwargs["position_ids"].shape[-1] :]
-        all_tokens, new_tokens = is_audio.sum(-1).tolist(), is_new.sum(-1).tolist()
-        if given is None:
+        first_new = past_length - model_kwargs["position_ids"].shape[-1]  # counted from the end
+        if input_features is None and audio is None:
             if inputs_embeds is None:
-                check_audio(sum(new_tokens), 0)
+                check_audio(self.model.get_audio_mask(input_ids[:, first_new:], None).sum(), 0)
             return None
 
         # The processor was given either the whole conversation or only its new turn; what is in the cache is left out.
         num_embeddings = self.model.count_embeddings(input_features, audio)
-        tokens = all_tokens if num_embeddings == sum(all_tokens) else new_tokens
-        check_audio(sum(tokens), num_embeddings)
-        per_window = self.config.audio_config.max_source_positions
-        kept, end = [], 0  # indices of windows, row by row
-        for row_tokens, row_new in zip(tokens, new_tokens, strict=True):
-            end += row_tokens // per_window
-            kept.append(list(range(end - row_new // per_window, end)))
-        if not any(kept):
+        try:
+            is_audio, numbers = self.model.place_audio(input_ids, inputs_embeds, num_embeddings)
+        except ValueError:
+            if not past_length:
+                raise
+            new_ids, new_embeds = (
+                None if given is None else given[:, first_new:] for given in (input_ids, inputs_embeds)
+            )
+            is_audio, numbers = self.model.place_audio(new_ids, new_embeds, num_embeddings)
+        is_new, numbers = is_audio[:, first_new:], numbers[:, first_new:]
+        tokens = is_new.sum(1).tolist()
+        if not any(tokens):
             return None
-        if audio is None:
-            new = [window for row in kept for window in row]
-            given = self.get_audio_features(input_features[new], return_dict=True).pooler_output
-            kept = [[new.index(window) for window in row] for row in kept]
-        expanded = [window for row in kept for _ in range(expand_size) for window in row]
-        return BaseModelOutputWithPooling(pooler_output=given[expanded])
+        audio = self.model.embed_audio(is_new, numbers, input_features, audio)
+        rows = audio.pooler_output.flatten(0, -2).split(tokens)
+        return BaseModelOutputWithPooling(
+            pooler_output=torch.cat([row for row in rows for _ in range(expand_size)])[None]
+        )
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         cache = kwargs.get(CACHE)

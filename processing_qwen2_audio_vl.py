@@ -23,12 +23,13 @@ from transformers.audio_utils import AudioInput
 from transformers.image_utils import ImageInput
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
+from transformers.processing_utils import AudioKwargs
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 from transformers.video_utils import VideoInput, load_video, make_batched_videos
 
 from .audio_utils import AUDIO_TYPES, fetch_audio, iter_audio_sources, log_mel, split_windows
-from .configuration_qwen2_audio_vl import count_audio, tokens_per_window
+from .configuration_qwen2_audio_vl import AUDIO_TOKENS, ENCODER_STRIDE, AudioCount, count_audio, tokens_per_window
 
 
 logger = logging.get_logger(__name__)
@@ -43,9 +44,18 @@ MODALITIES = {
 FETCH_LIMITS = ("max_bytes", "max_seconds", "timeout", "public_only")  # see `fetch_audio`
 OWN_KWARGS = (*FETCH_LIMITS, "load_audio_backend")  # taken here, and not passed on to transformers
 # A clip is never padded, truncated or resized: it becomes whole windows.
-AUDIO_KWARGS = ("sampling_rate", "device", *OWN_KWARGS)
+AUDIO_KWARGS = ("sampling_rate", "device", "audio_tokens", *OWN_KWARGS)
 TRANSCRIBE = "Transcribe the audio."
 ANSWER_START = "<|im_start|>assistant\n"
+
+
+class Qwen2AudioVLAudioKwargs(AudioKwargs, total=False):
+    audio_tokens: str
+
+
+class Qwen2AudioVLProcessorKwargs(Qwen2VLProcessor.valid_processor_kwargs, total=False):
+    audio_kwargs: Qwen2AudioVLAudioKwargs
+    _defaults = getattr(Qwen2VLProcessor.valid_processor_kwargs, "_defaults", {})  # of releases before 5.24
 
 
 class Qwen2AudioVLProcessor(Qwen2VLProcessor):
@@ -53,12 +63,38 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     Image processor, video processor, tokenizer and [`WhisperFeatureExtractor`] in one.
 
     One `<|audio_pad|>` in the text stands for one clip, and becomes `<|audio_bos|>`, 1500 x `<|audio_pad|>` for every
-    window of 30 s, and `<|audio_eos|>` (numbers of Whisper's own sizes; they follow from the feature extractor).
+    window of 30 s, and `<|audio_eos|>` (numbers of Whisper's own sizes; they follow from the feature extractor); or,
+    with trimmed audio tokens, as many `<|audio_pad|>` as the clip has fiftieths of a second.
+
+    Args:
+        audio_tokens (`str`, defaults to "fixed"):
+            How many tokens a clip becomes where a call does not say it: "fixed" or "trimmed", see `count_audio`.
+        trained_audio_tokens (`str`, *optional*):
+            What the model was trained with: "fixed", "trimmed" or "both". Nothing is known if it is not given.
+
+    Raises:
+        ValueError: if the tokenizer lacks a token, or if one of the two arguments is another.
     """
 
+    valid_processor_kwargs = Qwen2AudioVLProcessorKwargs
+
     def __init__(
-        self, image_processor=None, tokenizer=None, video_processor=None, feature_extractor=None, chat_template=None
+        self,
+        image_processor=None,
+        tokenizer=None,
+        video_processor=None,
+        feature_extractor=None,
+        chat_template=None,
+        audio_tokens: str = "fixed",
+        trained_audio_tokens: str | None = None,
     ):
+        for name, value, known in (
+            ("audio_tokens", audio_tokens, AUDIO_TOKENS),
+            ("trained_audio_tokens", trained_audio_tokens, (*AUDIO_TOKENS, "both", None)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be {' or '.join(map(str, known))}, got {value!r}.")
+        self.audio_tokens, self.trained_audio_tokens = audio_tokens, trained_audio_tokens
         # Qwen2VLProcessor's `__init__` is skipped: it passes three parts by position and has no place for the fourth.
         ProcessorMixin.__init__(
             self, image_processor, tokenizer, video_processor, feature_extractor, chat_template=chat_template
@@ -124,8 +160,10 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             sampling_rate (`int`, *optional*): Rate in Hz of clips that are bare samples. The default is the feature
                 extractor's; clips that carry a rate, and files, are resampled from their own.
             device (`str` or `torch.device`, *optional*): Where features are made, and where they lie.
+            audio_tokens (`str`, *optional*): "fixed" or "trimmed" tokens for each clip, see `count_audio`. The default
+                is the processor's.
             max_bytes, max_seconds, timeout, public_only: Limits on what is opened, see `audio_utils.fetch_audio`. Like
-                the two above they may be given in `audio_kwargs`.
+                the three above they may be given in `audio_kwargs`.
             load_audio_backend: Taken as other processors take it, and without effect: PyAV decodes.
             kwargs: Of the tokenizer, the image processor and the video processor, flat or in `text_kwargs`,
                 `images_kwargs`, `videos_kwargs`.
@@ -154,6 +192,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         if text is not None and not kwargs.get("sanitize_control_tokens"):
             self._check_counts([text] if isinstance(text, str) else text, clips)
         clips = [clip for row in clips for clip in (row if isinstance(row, list) else [row])]
+        self._check_audio_tokens(audio_kwargs.get("audio_tokens"), bool(clips))
         if clips:
             limits["sampling_rate"] = audio_kwargs.get("sampling_rate")
             sr, device = self.feature_extractor.sampling_rate, audio_kwargs.get("device")
@@ -164,9 +203,24 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         if clips and kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping"):
             # vLLM places clips by these offsets, and takes one row of the features to be one clip. With both offsets
             # transformers masks the answers, and the features stay as the model takes them.
-            num_windows = [count_audio(len(samples), self.tokens_per_window).windows for samples in audio]
-            inputs["input_features"] = join_windows(inputs["input_features"], num_windows)
+            counts = [self._count(len(samples), audio_kwargs.get("audio_tokens")) for samples in audio]
+            inputs["input_features"] = join_windows(inputs["input_features"], [count.windows for count in counts])
+            frames = torch.arange(inputs["input_features"].shape[2])
+            ends = torch.tensor([[ENCODER_STRIDE * count.tokens] for count in counts])
+            inputs["input_features_mask"] = (frames < ends).to(inputs["input_features"])
         return inputs
+
+    def _count(self, num_samples: int, audio_tokens: str | None) -> AudioCount:
+        return count_audio(num_samples, self.tokens_per_window, audio_tokens or self.audio_tokens)
+
+    def _check_audio_tokens(self, audio_tokens: str | None, has_audio: bool):
+        asked = audio_tokens or self.audio_tokens
+        count_audio(0, self.tokens_per_window, asked)  # refuses others, before a clip is opened
+        if has_audio and self.trained_audio_tokens not in (None, "both", asked):
+            logger.warning_once(
+                f"This model was trained with {self.trained_audio_tokens} audio tokens; with {asked} ones it may not "
+                "understand most of the audio. `train.py --audio_tokens both` adapts it."
+            )
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         images, text, videos, _ = super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
@@ -208,7 +262,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         return super()._process_videos(frames, **{**kwargs, "do_sample_frames": False, "video_metadata": metadata})
 
     def _process_audio(self, audio, **kwargs):
-        tokens = [count_audio(len(samples), self.tokens_per_window).tokens for samples in audio]
+        tokens = [self._count(len(samples), kwargs.get("audio_tokens")).tokens for samples in audio]
         for num_tokens in tokens:  # checked before the spectrogram is computed
             self._check_length(num_tokens)
         windows = [window for samples in audio for window in split_windows(samples, self.feature_extractor)]
@@ -223,7 +277,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         """As in [`Qwen2VLProcessor`]; `audio_lengths` are samples at 16 kHz, and their tokens do not count markers."""
         counted = super()._get_num_multimodal_tokens(image_sizes=image_sizes, video_sizes=video_sizes, **kwargs)
         if audio_lengths is not None:
-            counted.num_audio_tokens = [count_audio(n, self.tokens_per_window).tokens for n in audio_lengths]
+            counted.num_audio_tokens = [self._count(n, kwargs.get("audio_tokens")).tokens for n in audio_lengths]
         return counted
 
     @property

@@ -1,6 +1,7 @@
 """Content items for messages, code in processes of its own, and the sum of the parts that this model has to equal."""
 
 import copy
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -81,7 +82,9 @@ class SumOfParts(Parts):
             is_audio = ids == self.config.audio_token_id
             if is_audio.any():
                 per_window = self.config.audio_config.max_source_positions
-                embeds[is_audio] = torch.cat([next(windows) for _ in range(int(is_audio.sum()) // per_window)])
+                runs = [len(list(run)) for is_clip, run in itertools.groupby(is_audio.tolist()) if is_clip]
+                clips = [torch.cat([next(windows) for _ in range(-(-run // per_window))])[:run] for run in runs]
+                embeds[is_audio] = torch.cat(clips)
             own_grids = {"image": [], "video": []}
             for name, token_id in (("image", self.config.image_token_id), ("video", self.config.video_token_id)):
                 missing = int((ids == token_id).sum())
