@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,10 +103,13 @@ class ChatCollator:
     Args:
         processor: [`Qwen2AudioVLProcessor`].
         needs_audio: Whether a row without audio is a bad one.
+        audio_tokens: "fixed", "trimmed", or "both", which draws one of them for each batch. The default is the
+            processor's.
     """
 
-    def __init__(self, processor, needs_audio: bool = False):
+    def __init__(self, processor, needs_audio: bool = False, audio_tokens: str | None = None):
         self.processor, self.needs_audio = processor, needs_audio
+        self.audio_tokens = audio_tokens or processor.audio_tokens
 
     def messages(self, row: dict) -> list[dict]:
         """The messages of a row, checked without opening what they name; local files are found beside the source."""
@@ -144,19 +148,29 @@ class ChatCollator:
         # Arrow fills the keys that an item does not have with None.
         return {name: locate(name, part, folder) for name, part in item.items() if part is not None}
 
-    def inputs(self, row: dict) -> dict[str, torch.Tensor]:
+    def inputs(self, row: dict, audio_tokens: str | None = None) -> dict[str, torch.Tensor]:
         """Model inputs of one row, unpadded, and `labels`: the answers and the ends of their turns, -100 elsewhere."""
         messages = self.messages(row)
         with prefix_errors(place_of(row)):
             inputs = self.processor.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+                messages,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                return_assistant_tokens_mask=True,
+                audio_tokens=audio_tokens,
             )
             is_answer = inputs.pop("assistant_masks")
             return {**inputs, "labels": inputs["input_ids"].masked_fill(is_answer == 0, IGNORED)}
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Collates rows to a batch."""
-        made = [self.inputs(row) for row in rows]
+        audio_tokens = self.audio_tokens
+        if audio_tokens == "both":  # by the rows, so that a run that goes on draws as one that was never interrupted
+            places = "".join(row.get("place") or "" for row in rows)
+            drawn = zlib.crc32(places.encode()) if places else int(torch.randint(2, (1,)))
+            audio_tokens = ("fixed", "trimmed")[drawn % 2]
+        made = [self.inputs(row, audio_tokens) for row in rows]
         length = max(inputs["input_ids"].shape[1] for inputs in made)
         fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORED}
         batch = {}

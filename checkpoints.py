@@ -95,6 +95,19 @@ def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
+def read_audio_tokens(path: Path) -> tuple[str, str]:
+    """
+    What a `processor_config.json`, or the projector that `train.py` wrote, says of the audio tokens that its model
+    uses, and of those that it was trained with: fixed, where it says nothing.
+    """
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            trained = (file.metadata() or {}).get("audio_tokens", "fixed")
+        return ("fixed" if trained == "both" else trained), trained
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" and path.is_file() else {}
+    return stored.get("audio_tokens", "fixed"), stored.get("trained_audio_tokens") or "fixed"
+
+
 def read_projector(path: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
     What `train.py` wrote, in a safetensors or `.pt` file.

@@ -50,7 +50,7 @@ CODE_FILES = (
 
 HOP_LENGTH = 160  # samples at 16 kHz from one log-mel frame to the next
 ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
-AUDIO_TOKENS = ("fixed", "trimmed")  # how many audio tokens stand for a clip, see `count_audio`
+AUDIO_TOKEN_COUNTS = ("fixed", "trimmed")  # how many audio tokens stand for a clip, see `count_audio`
 
 QWEN2_VL_7B = {
     "hidden_size": 3584,
@@ -81,6 +81,15 @@ def tokens_per_window(feature_extractor) -> int:
     return feature_extractor.nb_max_frames // ENCODER_STRIDE
 
 
+def check_audio_tokens(audio_tokens: str, known: tuple = AUDIO_TOKEN_COUNTS):
+    """
+    Raises:
+        ValueError: if it is none of those that are known.
+    """
+    if audio_tokens not in known:
+        raise ValueError(f"audio_tokens must be {', '.join(known[:-1])} or {known[-1]}, got {audio_tokens!r}.")
+
+
 def count_audio(num_samples: int, window_tokens: int, audio_tokens: str = "fixed") -> AudioCount:
     """
     Samples -> windows -> tokens. The processor, the model's check and the documents count with this function alone.
@@ -98,8 +107,7 @@ def count_audio(num_samples: int, window_tokens: int, audio_tokens: str = "fixed
     Raises:
         ValueError: if audio_tokens is another.
     """
-    if audio_tokens not in AUDIO_TOKENS:
-        raise ValueError(f"audio_tokens must be {' or '.join(AUDIO_TOKENS)}, got {audio_tokens!r}.")
+    check_audio_tokens(audio_tokens)
     num_tokens = max(1, -(-num_samples // (HOP_LENGTH * ENCODER_STRIDE)))  # rounded up
     num_windows = -(-num_tokens // window_tokens)
     return AudioCount(num_windows, num_tokens if audio_tokens == "trimmed" else num_windows * window_tokens)
@@ -198,4 +206,4 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
 
 Qwen2AudioVLConfig.register_for_auto_class()
 
-__all__ = ["AUDIO_TOKENS", "AUTO_MAP", "CODE_FILES", "Qwen2AudioVLConfig", "count_audio", "tokens_per_window"]
+__all__ = ["AUDIO_TOKEN_COUNTS", "AUTO_MAP", "CODE_FILES", "Qwen2AudioVLConfig", "count_audio", "tokens_per_window"]

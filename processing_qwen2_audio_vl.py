@@ -29,7 +29,14 @@ from transformers.utils import logging
 from transformers.video_utils import VideoInput, load_video, make_batched_videos
 
 from .audio_utils import AUDIO_TYPES, fetch_audio, iter_audio_sources, log_mel, split_windows
-from .configuration_qwen2_audio_vl import AUDIO_TOKENS, ENCODER_STRIDE, AudioCount, count_audio, tokens_per_window
+from .configuration_qwen2_audio_vl import (
+    AUDIO_TOKEN_COUNTS,
+    ENCODER_STRIDE,
+    AudioCount,
+    check_audio_tokens,
+    count_audio,
+    tokens_per_window,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -88,12 +95,9 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         audio_tokens: str = "fixed",
         trained_audio_tokens: str | None = None,
     ):
-        for name, value, known in (
-            ("audio_tokens", audio_tokens, AUDIO_TOKENS),
-            ("trained_audio_tokens", trained_audio_tokens, (*AUDIO_TOKENS, "both", None)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be {' or '.join(map(str, known))}, got {value!r}.")
+        check_audio_tokens(audio_tokens)
+        if trained_audio_tokens is not None:
+            check_audio_tokens(trained_audio_tokens, (*AUDIO_TOKEN_COUNTS, "both"))
         self.audio_tokens, self.trained_audio_tokens = audio_tokens, trained_audio_tokens
         # Qwen2VLProcessor's `__init__` is skipped: it passes three parts by position and has no place for the fourth.
         ProcessorMixin.__init__(
@@ -215,7 +219,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
 
     def _check_audio_tokens(self, audio_tokens: str | None, has_audio: bool):
         asked = audio_tokens or self.audio_tokens
-        count_audio(0, self.tokens_per_window, asked)  # refuses others, before a clip is opened
+        check_audio_tokens(asked)
         if has_audio and self.trained_audio_tokens not in (None, "both", asked):
             logger.warning_once(
                 f"This model was trained with {self.trained_audio_tokens} audio tokens; with {asked} ones it may not "

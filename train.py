@@ -44,6 +44,7 @@ from transformers.utils import logging
 
 from chat_data import BadRow, ChatCollator, SkipBadRows, answer_text, load_rows
 from checkpoints import CHECKSUMS, check_content, read_checksums, write_checksums
+from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, check_audio_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -72,6 +73,10 @@ class Arguments(TrainingArguments):
     eval: list[str] | None = field(default=None, metadata={"help": "the same, for loss, word and character error rate"})
     streaming: bool = field(default=False, metadata={"help": "read --data as it is needed; set --max_steps as well"})
     skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, naming them"})
+    audio_tokens: str | None = field(
+        default=None,
+        metadata={"help": "fixed, trimmed, or both, which draws one for each batch (default: the model's)"},
+    )
     train_markers: bool = field(default=False, metadata={"help": "<|audio_bos|> and <|audio_eos|> learn as well"})
     lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})
     lora_alpha: int = field(default=32, metadata={"help": "scale of LoRA, over its rank"})
@@ -98,6 +103,8 @@ class Arguments(TrainingArguments):
                 raise ValueError(f"--{name} is missing.")
         if self.stage not in LEARNING_RATES:
             raise ValueError(f"--stage is {self.stage!r}, expected one of {', '.join(LEARNING_RATES)}.")
+        if self.audio_tokens is not None:
+            check_audio_tokens(self.audio_tokens, (*AUDIO_TOKEN_COUNTS, "both"))
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.stage]
         if self.save_total_limit == 1:
@@ -285,8 +292,8 @@ def newest_checkpoint(output_dir: str) -> str | None:
 
 def refuse_another_run(args: Arguments):
     """An interrupted run continues only with the arguments that it was started with."""
-    own = ("model", "stage", "data", "train_markers", "lora_r", "lora_alpha", "learning_rate", "seed", "max_steps")
-    own = {name: getattr(args, name) for name in (*own, "num_train_epochs")}
+    own = ("model", "stage", "data", "audio_tokens", "train_markers", "lora_r", "lora_alpha", "learning_rate", "seed")
+    own = {name: getattr(args, name) for name in (*own, "max_steps", "num_train_epochs")}
     path = Path(args.output_dir) / "arguments.json"
     if path.is_file() and newest_checkpoint(args.output_dir):
         then = json.loads(path.read_text())
@@ -326,7 +333,7 @@ def only_run(args: Arguments):
         raise ValueError(f"--output_dir {args.output_dir} is in use by another run; name a new folder.") from error
 
 
-def write_projector(adapter: Path, path: Path):
+def write_projector(adapter: Path, path: Path, audio_tokens: str):
     """What `upload.py build --projector` reads: the projector and, if they learned, the rows of the two markers."""
     tensors = {}
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
@@ -334,7 +341,7 @@ def write_projector(adapter: Path, path: Path):
             tensors["audio_projector.weight"] = tensor
         elif name.endswith("trainable_tokens_delta"):
             tensors["audio_markers.weight"] = tensor
-    save_file(tensors, path)
+    save_file(tensors, path, {"audio_tokens": audio_tokens})
 
 
 def export(args: Arguments, processor, adapter: Path):
@@ -373,7 +380,11 @@ def train(args: Arguments) -> dict:
         refuse_another_run(args)
     set_seed(args.seed)
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-    collator = ChatCollator(processor, needs_audio=args.stage == "projector")
+    # In what is written, and now, as the answers to --eval would warn otherwise.
+    processor.trained_audio_tokens = args.audio_tokens or processor.audio_tokens
+    if args.audio_tokens in AUDIO_TOKEN_COUNTS:
+        processor.audio_tokens = args.audio_tokens
+    collator = ChatCollator(processor, args.stage == "projector", processor.trained_audio_tokens)
     with args.main_process_first(desc="reading the data"):
         dataset = load_rows(args.data, args.streaming)
         eval_dataset = load_rows(args.eval) if args.eval else None
@@ -408,7 +419,7 @@ def train(args: Arguments) -> dict:
         summary["peak memory of the GPU in GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     if args.should_save:
         if args.stage == "projector":
-            write_projector(output / "adapter", output / PROJECTOR_FILE)
+            write_projector(output / "adapter", output / PROJECTOR_FILE, processor.trained_audio_tokens)
         if args.export:
             export(args, processor, output / "adapter")
         draw_losses(trainer.state.log_history, output / "loss.png")

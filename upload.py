@@ -60,6 +60,7 @@ from checkpoints import (
     find_problems,
     is_inside,
     plan_tensors,
+    read_audio_tokens,
     read_bytes,
     read_checksums,
     read_projector,
@@ -68,7 +69,7 @@ from checkpoints import (
     write_checksums,
     write_weights,
 )
-from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, tokens_per_window
+from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, check_audio_tokens, tokens_per_window
 
 
 ROOT = Path(__file__).resolve().parent
@@ -145,7 +146,8 @@ def build_config(base: Path, encoder: Path, tokenizer):
     )
 
 
-def build_processor(base: Path, encoder: Path, tokenizer, config):
+def build_processor(base: Path, encoder: Path, tokenizer, config, trained: Path | None = None):
+    audio_tokens = read_audio_tokens(trained / "processor_config.json") if trained else ("fixed", None)
     processor_class = own_class("processing_qwen2_audio_vl.Qwen2AudioVLProcessor")
     processor = processor_class(
         image_processor=AutoImageProcessor.from_pretrained(base),
@@ -153,6 +155,8 @@ def build_processor(base: Path, encoder: Path, tokenizer, config):
         video_processor=AutoVideoProcessor.from_pretrained(base),
         feature_extractor=WhisperFeatureExtractor.from_pretrained(encoder),
         chat_template=(ROOT / "chat_template.jinja").read_text(encoding="utf-8"),
+        audio_tokens=audio_tokens[0],
+        trained_audio_tokens=audio_tokens[1],
     )
     processor.check_config(config.to_dict())
     return processor
@@ -201,7 +205,7 @@ def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) ->
     tokenizer = build_tokenizer(folders[0])
     config = build_config(*folders[:2], tokenizer)
     tokenizer.model_max_length = config.text_config.max_position_embeddings
-    processor = build_processor(*folders[:2], tokenizer, config)
+    processor = build_processor(*folders[:2], tokenizer, config, folders[2] if adapter else None)
     plan = plan_tensors(*folders[:2], folders[2] if adapter else None, config)
     is_trained = PROJECTOR in plan
     if adapter is None:
@@ -227,7 +231,7 @@ def read_checkpoint(checkpoint: str) -> BuildParts:
         raise ValueError(f"{checkpoint} holds a {found} model; --checkpoint has to be one of type {needed}.")
     config = config_class.from_pretrained(origin.folder)
     tokenizer = build_tokenizer(origin.folder, config=config)  # without it, its own code would be asked for
-    processor = build_processor(origin.folder, origin.folder, tokenizer, config)
+    processor = build_processor(origin.folder, origin.folder, tokenizer, config, origin.folder)
     plan = {tensor.name: tensor for tensor in stored_tensors(origin.folder)}
     return BuildParts({"trained checkpoint": origin}, config, processor, plan, {}, is_trained=True)
 
@@ -240,6 +244,7 @@ def build(
     checkpoint: str | None = None,
     projector: str | None = None,
     adapter: str | None = None,
+    audio_tokens: str | None = None,
     seed: int = 0,
 ) -> Path:
     """
@@ -255,6 +260,7 @@ def build(
             in a safetensors or `.pt` file.
         adapter: A trained checkpoint of the whole model, in its present or its first layout; its tensors go before
             those of the bases, and decide the dtype.
+        audio_tokens: "fixed" or "trimmed". The default is what was trained, as far as that tells, or fixed.
         seed: Of an untrained projector, which starts as a normal with the base's `initializer_range`.
 
     Raises:
@@ -262,6 +268,7 @@ def build(
     """
     if output is None:
         raise ValueError("--output is missing: name the folder to make.")
+    check_audio_tokens(audio_tokens or "fixed")
     is_from_bases = checkpoint is None and base is not None and audio_encoder is not None
     is_from_checkpoint = checkpoint is not None and base is None and audio_encoder is None and adapter is None
     if not (is_from_bases or is_from_checkpoint):
@@ -274,10 +281,12 @@ def build(
     if projector is not None:
         is_trained = True
         plan[PROJECTOR], markers = read_projector(Path(projector))
+        processor.audio_tokens, processor.trained_audio_tokens = read_audio_tokens(Path(projector))
         if markers:
             for marker, row in zip(MARKER_INIT, markers, strict=True):
                 marker_id = processor.tokenizer.convert_tokens_to_ids(marker)
                 marker_rows[marker_id] = b"".join(read_bytes(row, config.dtype))
+    processor.audio_tokens = audio_tokens or processor.audio_tokens
     expected = meta_state_dict(config)
     if problems := find_problems(plan, expected):
         raise ValueError("The checkpoints do not make this model:\n" + "\n".join(problems))
@@ -571,6 +580,7 @@ def main(arguments: list[str] | None = None):
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     command.add_argument("--projector", metavar="FILE", help="trained audio_projector.weight, safetensors or .pt")
     command.add_argument("--adapter", metavar="DIR_OR_ID", help="trained checkpoint of the whole model")
+    command.add_argument("--audio-tokens", help="fixed or trimmed (default: what the model was trained with, or fixed)")
     command.add_argument("--seed", type=int, default=0, help="of an untrained projector (default: 0)")
     for name, help in (
         ("check", "does a folder or Hub id load and answer, are its files complete and unchanged"),

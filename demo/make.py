@@ -6,6 +6,7 @@ Trains the demo checkpoint from scratch, on speech and pictures that `demo/world
 2. `vision`: at the same time the vision tower alone learns number, colour and shape. `language`: then the language
    model learns all skills, with written words among silence in the place of audio, which is some ten times shorter.
 3. `joint`: all are put together and learn all skills from audio, the encoder with the rest.
+4. `both`: the checkpoint in `demo/`, which knew fixed audio tokens, learns trimmed ones as well.
 
 Intermediate files are in `build/world`. It takes about four hours on two CPU cores, Debian's espeak-ng, flite,
 festival, festvox-kallpc16k, festvox-kdlpc16k and festvox-us-slt-hts, and `demo/requirements.txt`.
@@ -29,6 +30,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -42,6 +44,7 @@ from transformers.utils import logging
 
 import upload
 from audio_utils import log_mel
+from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, count_audio
 from demo.ask import DEMO, EXAMPLES, ask
 from demo.bases import ASSETS, write_feature_extractor
 from demo.world import (
@@ -141,13 +144,16 @@ class Clips:
             self.by_text[speech.text].setdefault(speech.engine, []).append(clip)
         self.rng = random.Random(seed)
 
-    def windows(self, texts: list[str], rough: float, num_windows: int = 1) -> torch.Tensor:
+    def windows(
+        self, texts: list[str], rough: float, num_windows: int = 1, ends: list[int] | None = None
+    ) -> torch.Tensor:
         """
         float32 `[texts, samples of the windows]`, each text by any voice that says it; `rough` from 0, as it was
-        synthesized, to 1, at another pace, anywhere in its windows, in a room, through a channel, in noise.
+        synthesized, to 1, at another pace, anywhere in its windows, in a room, through a channel, in noise. With `ends`
+        each recording ends somewhere behind its words, and zeros follow; the list is given the samples of each.
         """
         rng, size = self.rng, num_windows * 16_000 * WINDOW
-        rows = torch.zeros(len(texts), size)
+        rows, said = torch.zeros(len(texts), size), []
         for row, text in zip(rows, texts, strict=True):
             engines = self.by_text[text]
             clip = rng.choice(engines[rng.choices(list(engines), [TRAINING_SHARES[engine] for engine in engines])[0]])
@@ -158,7 +164,13 @@ class Clips:
             room = size - len(clip)
             start = rng.randint(0, round(min(8000, room) * (1 - rough) + room * rough))
             row[start : start + len(clip)] = clip * rng.uniform(0.2, 1) / clip.abs().max().clamp(min=1e-3)
-        return augment_samples(rows, rough) if rough else rows
+            said.append(start + len(clip))
+        rows = augment_samples(rows, rough) if rough else rows
+        if ends is not None:
+            ends += [end + round((size - end) * rough * rng.random() ** 4) for end in said]
+            for row, end in zip(rows, ends, strict=True):
+                row[end:] = 0
+        return rows
 
 
 def augment_samples(rows: torch.Tensor, rough: float) -> torch.Tensor:
@@ -321,7 +333,7 @@ def train_vision(steps: int, seed: int, batch: int = 64):
 
 
 class Prompts:
-    """Token ids of whole batches of one skill; a batch has one layout, so nothing is padded but answers."""
+    """Token ids of whole batches of one skill and one order of audio, picture and text."""
 
     def __init__(self, processor, model):
         self.processor, self.model, self.tokenizer = processor, model.model, processor.tokenizer
@@ -359,14 +371,14 @@ class Prompts:
             padding = longest - len(end)
             rows.append([*row, *end, *[self.pad] * padding])
             labels.append([-100] * len(row) + end + [-100] * padding)
-        batch = {"input_ids": torch.tensor(rows), "labels": torch.tensor(labels)}
+        batch = {
+            "input_ids": pad_sequence(list(map(torch.tensor, rows)), True, self.pad),  # on the right: nothing sees it
+            "labels": pad_sequence(list(map(torch.tensor, labels)), True, -100),
+        }
         if pictures:
             batch |= self.processor.image_processor(pictures, return_tensors="pt")
-        first = batch["input_ids"][:1]
-        types = (first == config.image_token_id).int()
-        grid = batch["image_grid_thw"][:1] if pictures else None
-        positions, _ = self.model.get_rope_index(first, types, grid)
-        batch["position_ids"] = positions.expand(3, len(rows), -1)
+        types = (batch["input_ids"] == config.image_token_id).int()
+        batch["position_ids"], _ = self.model.get_rope_index(batch["input_ids"], types, batch.get("image_grid_thw"))
         return batch
 
 
@@ -384,13 +396,13 @@ def save(model, name: str):
 SHARES = {"transcribe": 10, "picture": 8, "agree": 14, "question": 10, "compare": 14}
 
 
-def learn(run: TrainingRun, steps: int, model, examples, test_examples, make_batch):
-    """All skills in every step."""
+def learn(run: TrainingRun, steps: int, model, examples, test_examples, make_batch, kinds: tuple = ("fixed",)):
+    """All skills in every step; kinds of audio tokens by turns."""
     for number in range(1, steps + 1):
         total = 0.0
         for skill, share in SHARES.items():
             made = [examples.make(skill) for _ in range(share)]
-            batch = make_batch(skill, made, True)
+            batch = make_batch(skill, made, True, kinds[number % len(kinds)])
             loss = model(**batch, use_cache=False).loss
             (loss * share / sum(SHARES.values())).backward()
             total += loss.item() * share / sum(SHARES.values())
@@ -398,10 +410,10 @@ def learn(run: TrainingRun, steps: int, model, examples, test_examples, make_bat
         if number % 100 == 0:
             scores = {}
             with torch.no_grad():
-                for skill in SHARES:
-                    batch = make_batch(skill, [test_examples.make(skill) for _ in range(100)], False)
+                for kind, skill in itertools.product(kinds, SHARES):
+                    batch = make_batch(skill, [test_examples.make(skill) for _ in range(100)], False, kind)
                     right = right_answers(model(**batch, use_cache=False).logits, batch["labels"])
-                    scores[skill] = right.float().mean().item()
+                    scores[skill if kind == kinds[0] else f"{skill}, {kind}"] = right.float().mean().item()
             run.log(number, **scores)
             save(model, f"{run.name}-unfinished")
 
@@ -424,7 +436,7 @@ def train_language(steps: int, seed: int):
             slot[place] = i
         return slot
 
-    def make_batch(skill, made, training):
+    def make_batch(skill, made, training, _):
         length = round(math.exp(rng.uniform(math.log(6), math.log(50)))) if training else 20
         slots = [[write(text, length) for text in said] for said, _, _ in made]
         pictures = [draw(drawn, rng) for _, drawn, _ in made if drawn]
@@ -435,6 +447,16 @@ def train_language(steps: int, seed: int):
     save(model, "language")
 
 
+def train_both(steps: int, seed: int):
+    """Part 4: from the checkpoint in `demo/`; half of the steps with fixed audio tokens, half with trimmed ones."""
+    repo = BUILD / "shipped"
+    if not repo.exists():
+        upload.build(checkpoint=DEMO, output=repo)
+    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=torch.float32)
+    train_with_audio("both", processor, model, steps, seed, 4e-4)
+
+
 def train_joint(steps: int, seed: int):
     """Part 3; a second call goes on from the first, with a new start of the schedule."""
     processor, model = load_untrained()
@@ -442,6 +464,10 @@ def train_joint(steps: int, seed: int):
     model.load_state_dict(load_file(BUILD / ("joint.safetensors" if again else "language.safetensors")))
     if not again or (BUILD / "encoder.safetensors").stat().st_mtime > (BUILD / "joint.safetensors").stat().st_mtime:
         model.model.audio_encoder.load_state_dict(load_file(BUILD / "encoder.safetensors"))
+    train_with_audio("joint", processor, model, steps, seed, 6e-4 if again else 1e-3)
+
+
+def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: float):
     model.model.audio_encoder.requires_grad_(True)
     model.train()
     torch.manual_seed(seed)
@@ -449,27 +475,32 @@ def train_joint(steps: int, seed: int):
     clips, test = training_clips(), held_out_clips()
     clips.rng.seed(seed)
 
-    def make_batch(skill, made, training):
+    def make_batch(skill, made, training, audio_tokens="fixed"):
         source = clips if training else test
         num_windows = 2 if training and skill != "compare" and rng.random() < 0.1 else 1
         texts = [text for said, _, _ in made for text in said]
         pictures = [draw(drawn, rng) for _, drawn, _ in made if drawn]
-        slot = [model.config.audio_token_id] * (50 * WINDOW * num_windows)
-        batch = prompts.batch(
-            skill,
-            [[slot] * len(said) for said, _, _ in made],
-            pictures,
-            [a for *_, a in made],
-            training and rng.random() < 0.25,
-        )
+        ends = [] if audio_tokens == "trimmed" else None
+        rows = source.windows(texts, rng.random() if training else 0, num_windows, ends) if texts else None
+        lengths = iter(ends or [16_000 * WINDOW * num_windows] * len(texts))
+        slots = [
+            [[model.config.audio_token_id] * count_audio(next(lengths), 50 * WINDOW, audio_tokens).tokens for _ in said]
+            for said, _, _ in made
+        ]
+        odd = training and rng.random() < 0.25
+        batch = prompts.batch(skill, slots, pictures, [answer for *_, answer in made], odd)
         if texts:
-            rows = source.windows(texts, rng.random() if training else 0, num_windows)
-            batch["input_features"] = log_mel(list(rows.reshape(-1, 16_000 * WINDOW)), processor.feature_extractor)
+            windows = list(rows.reshape(-1, 16_000 * WINDOW))
+            if ends is not None:  # only those that a clip reaches
+                counts = [count_audio(end, 50 * WINDOW).windows for end in ends]
+                windows = [w for row, n in zip(rows, counts, strict=True) for w in row.split(16_000 * WINDOW)[:n]]
+            batch["input_features"] = log_mel(windows, processor.feature_extractor)
         return batch
 
-    run = TrainingRun("joint", model.parameters(), steps, 6e-4 if again else 1e-3)
-    learn(run, steps, model, Examples(SEEN, SEEN, seed), Examples(HELD_OUT, PHRASES, 0), make_batch)
-    save(model, "joint")
+    kinds = AUDIO_TOKEN_COUNTS if name == "both" else AUDIO_TOKEN_COUNTS[:1]
+    run = TrainingRun(name, model.parameters(), steps, lr)
+    learn(run, steps, model, Examples(SEEN, SEEN, seed), Examples(HELD_OUT, PHRASES, 0), make_batch, kinds)
+    save(model, name)
 
 
 def ship(examples: int = 4):
@@ -549,7 +580,8 @@ def draw_curves(path: Path):
     figure.savefig(path, dpi=90)
 
 
-PARTS = {"encoder": train_encoder, "vision": train_vision, "language": train_language, "joint": train_joint}
+PARTS = {"encoder": train_encoder, "vision": train_vision, "language": train_language}
+PARTS |= {"joint": train_joint, "both": train_both}
 # Part, steps, seed; two processes of one thread each, then one of two. The checkpoint in this folder went through these
 # rounds. Only the last three rounds had the voices of pico and piper, and changed speakers.
 RECIPE = (
