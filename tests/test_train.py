@@ -416,3 +416,33 @@ def test_fsdp_settings_are_those_of_accelerate(start, name, processes):
     model = AutoModel.from_pretrained(start, trust_remote_code=True)
     classes = {type(module).__name__ for module in model.modules()}
     assert classes >= set(args.fsdp_transformer_layer_cls_to_wrap.split(","))
+
+
+def test_kinds_of_audio_tokens(start, tones, tmp_path, sound):
+    """`both` draws one for each batch, the same for the same rows; what was trained is written down, and built on."""
+    processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
+    rows = [{**row, "place": f"x:{number}"} for number, row in enumerate([chat(audio(sound(1)))] * 8)]
+    lengths = {"fixed": 150, "trimmed": 50}
+    for kind, length in lengths.items():
+        batch = train.ChatCollator(processor, audio_tokens=kind)(rows[:2])
+        assert (batch["input_ids"] == processor.audio_token_id).sum(1).tolist() == [length] * 2
+    counts = [
+        (train.ChatCollator(processor, audio_tokens="both")([row])["input_ids"] == processor.audio_token_id).sum()
+        for row in rows + rows
+    ]
+    assert set(map(int, counts)) == set(lengths.values()) and counts[:8] == counts[8:]
+
+    run(start, tones, tmp_path / "run", audio_tokens="both", max_steps=2, export=tmp_path / "export")
+    exported = AutoProcessor.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    assert (exported.audio_tokens, exported.trained_audio_tokens) == ("fixed", "both")
+    learned = tmp_path / "run" / "audio_projector.safetensors"
+    assert checkpoints.read_audio_tokens(learned) == ("fixed", "both")
+    trimmed = upload.build(checkpoint=start, projector=learned, output=tmp_path / "trimmed", audio_tokens="trimmed")
+    built = AutoProcessor.from_pretrained(trimmed, trust_remote_code=True)
+    assert (built.audio_tokens, built.trained_audio_tokens) == ("trimmed", "both")
+    again = AutoProcessor.from_pretrained(
+        upload.build(checkpoint=trimmed, output=tmp_path / "again"), trust_remote_code=True
+    )
+    assert (again.audio_tokens, again.trained_audio_tokens) == ("trimmed", "both")
+    with pytest.raises(ValueError, match="audio_tokens must be fixed, trimmed or both, got 'half'"):
+        run(start, tones, tmp_path / "half", audio_tokens="half")

@@ -1,0 +1,154 @@
+"""
+Audio tokens in proportion to the clip. Tests of test_modeling.py run here once more, with a `processor` that trims.
+"""
+
+import json
+import sys
+
+import pytest
+import torch
+from helpers import TOKENS, audio, text
+from test_modeling import (  # noqa: F401
+    frames,
+    greedy,
+    kinds,
+    parts,
+    test_assisted_decoding,
+    test_audio_with_inputs_embeds,
+    test_batch_equals_its_rows,
+    test_beams_keep_two_audios_in_order,
+    test_cache_changes_nothing,
+    test_chunked_prefill_uses_all_audio_or_raises,
+    test_encoder_runs_once_per_generate,
+    test_equals_sum_of_parts,
+    test_precomputed_audio_features,
+    test_returned_sequences_see_their_own_audio,
+    test_second_turn_may_bring_an_image,
+    test_second_turn_on_a_reused_cache,
+    test_static_cache,
+    thumbnail,
+)
+from transformers import AutoProcessor
+
+import upload
+from configuration_qwen2_audio_vl import count_audio
+
+
+@pytest.fixture(scope="module")
+def processor(repo):
+    return AutoProcessor.from_pretrained(repo, trust_remote_code=True, audio_tokens="trimmed")
+
+
+@pytest.mark.parametrize(
+    "samples, tokens, windows",
+    [(0, 1, 1), (1, 1, 1), (320, 1, 1), (321, 2, 1), (48_000, 150, 1), (480_000, 1500, 1), (480_001, 1501, 2)],
+)
+def test_tokens_of_a_clip(samples, tokens, windows):
+    assert count_audio(samples, 1500, "trimmed") == (windows, tokens)
+    assert count_audio(samples, 1500) == count_audio(samples, 1500, "fixed") == (windows, 1500 * windows)
+    with pytest.raises(ValueError, match="audio_tokens must be fixed or trimmed, got 'half'"):
+        count_audio(samples, 1500, "half")
+
+
+def test_where_the_choice_is_made(repo, processor, sound, tmp_path):
+    """In a call, at loading, in a saved processor and at building."""
+    clip, fixed = sound(0.7), AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+    messages = [{"role": "user", "content": [audio(clip), text("Who?"), audio(sound(1.25, 1))]}]
+    chat = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    trimmed = processor.apply_chat_template(messages, **chat)
+    plain = fixed.apply_chat_template(messages, **chat)
+    count = [(inputs["input_ids"] == fixed.audio_token_id).sum() for inputs in (trimmed, plain)]
+    assert count == [35 + 63, TOKENS + 2 * TOKENS]
+    assert torch.equal(trimmed["input_features"], plain["input_features"])
+    processor.save_pretrained(tmp_path / "saved")
+    built = upload.build(checkpoint=repo, output=tmp_path / "built", audio_tokens="trimmed")
+    for folder in (tmp_path / "saved", built):
+        loaded = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        assert loaded.audio_tokens == "trimmed"
+        assert torch.equal(loaded.apply_chat_template(messages, **chat)["input_ids"], trimmed["input_ids"])
+    for call in (
+        lambda **kwargs: fixed.apply_chat_template(messages, **chat, **kwargs),
+        lambda **kwargs: fixed.apply_chat_template(messages, **chat, processor_kwargs={"audio_kwargs": kwargs}),
+        lambda **kwargs: fixed(
+            text=["<|im_start|>user\n<|audio_pad|>Who?<|audio_pad|>"], audio=[clip, sound(1.25, 1)], **kwargs
+        ),
+    ):
+        ids = torch.as_tensor(call(audio_tokens="trimmed")["input_ids"])
+        assert (ids == fixed.audio_token_id).sum() == count[0]
+        with pytest.raises(ValueError, match="audio_tokens must be fixed or trimmed, got 'half'"):
+            call(audio_tokens="half")
+    assert fixed._get_num_multimodal_tokens([], audio_lengths=[1], audio_tokens="trimmed")["num_audio_tokens"] == [1]
+    for make in (
+        lambda: AutoProcessor.from_pretrained(repo, trust_remote_code=True, audio_tokens="half"),
+        lambda: upload.build(checkpoint=repo, output=tmp_path / "half", audio_tokens="half"),
+    ):
+        with pytest.raises(ValueError, match="audio_tokens must be fixed or trimmed, got 'half'"):
+            make()
+    assert not (tmp_path / "half").exists()
+
+
+def test_a_model_is_asked_as_it_was_trained_or_warns(repo, sound, tmp_path, monkeypatch):
+    messages = [{"role": "user", "content": [audio(sound(0.7))]}]
+    path = tmp_path / "processor_config.json"
+    for trained, asked, warns in (
+        (None, "trimmed", False),
+        ("fixed", "fixed", False),
+        ("both", "trimmed", False),
+        ("trimmed", "fixed", True),
+        ("fixed", "trimmed", True),
+    ):
+        processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True, trained_audio_tokens=trained)
+        processor.save_pretrained(tmp_path)
+        assert json.loads(path.read_text()).get("trained_audio_tokens") == trained
+        processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+        found = []
+        monkeypatch.setattr(sys.modules[type(processor).__module__].logger, "warning_once", found.append)
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True, audio_tokens=asked)
+        assert len(found) == warns and all(f"trained with {trained} audio tokens" in words for words in found)
+
+
+def test_wrong_numbers_are_errors_that_name_both(ask, model, sound, processor):
+    inputs = ask(audio(sound(0.7, 1)), audio(sound(1.9, 2)), text("Which?"))
+    features, ids, audio_id = inputs["input_features"], inputs["input_ids"], processor.audio_token_id
+    one_more = ids.clone()
+    one_more[0, (ids[0] == processor.audio_eos_token_id).nonzero()[-1]] = audio_id
+    unmarked = ids.masked_fill(ids == processor.audio_eos_token_id, 5)
+    for changes, message in (
+        ({"input_features": features[:2]}, r"130 audio tokens, but 100 .* take 3 windows, but 2 were given"),
+        (
+            {"input_features": features.repeat(2, 1, 1)},
+            r"130 audio tokens, but 300 .* take 3 windows, but 6 were given",
+        ),
+        ({"input_features": None}, r"130 audio tokens, but 0 audio embeddings"),
+        ({"input_ids": one_more}, r"131 audio tokens, but 150 .* lack markers"),
+        ({"input_ids": unmarked}, r"130 audio tokens, but 150 .* lack markers"),
+    ):
+        for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
+            with pytest.raises(ValueError, match=message):
+                call(**{**inputs, **changes})
+    with pytest.raises(ValueError, match="input_features_mask has shape"):
+        model.get_audio_features(features, input_features_mask=torch.ones(3, 50))
+
+
+def test_projector_works_on_kept_rows_only(ask, fresh_model, sound):
+    """In a pass, in training and in `generate`; the encoder is given whole windows."""
+    inputs = ask(audio(sound(0.7, 1)), audio(sound(1.9, 2)), text("Which?"))
+    projected, encoded = [], []
+    model = fresh_model.model
+    model.audio_projector.register_forward_hook(lambda _, args, __: projected.append(args[0][..., 0].numel()))
+    model.audio_encoder.register_forward_hook(lambda _, args, __: encoded.append(len(args[0])))
+    fresh_model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    fresh_model.eval().generate(**inputs, max_new_tokens=2)
+    assert projected == [35 + 95] * 2 and encoded == [3] * 2
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 cannot trace transformers' own decorators")
+def test_forward_compiles_as_one_graph(ask, fresh_model, sound):
+    torch.compiler.reset()
+    compiled = torch.compile(fresh_model.forward, fullgraph=True, backend="aot_eager")
+    for clips in ([0.7, 1.9], [1.5]):
+        inputs = ask(*[audio(sound(seconds, number)) for number, seconds in enumerate(clips)], text("Which?"))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs).logits, fresh_model(**inputs).logits)
+            with pytest.raises(RuntimeError, match="Audio tokens and audio features do not match"):
+                compiled(**{**inputs, "input_features": inputs["input_features"][1:]})
