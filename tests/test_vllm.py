@@ -19,6 +19,7 @@ from huggingface_hub.errors import BadRequestError
 from serving import VLLM, answers_by_client, openai_form, picture, png, run_curl_lines, serve_vllm, sound
 from transformers import AutoModel, AutoProcessor
 
+import upload
 from audio_utils import fetch_audio
 from demo.ask import EXAMPLES
 from demo.world import SKILLS
@@ -193,6 +194,25 @@ def test_64_requests_at_once(address, examples):
     assert [response.json()["choices"][0]["message"]["content"] for response in responses] == [
         example["answer"] for example in crowd
     ]
+
+
+def test_trimmed_audio_tokens(repo_30s, tmp_path):
+    """Windows of 30 s, random weights: clips of a part of a window, of one, and of some, alone and together."""
+    folder = upload.build(checkpoint=repo_30s, output=tmp_path / "trimmed", audio_tokens="trimmed")
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    loaded = processor, AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    rng = np.random.default_rng(0)
+
+    def clip(seconds: float) -> dict:
+        return wav(rng.normal(0, 0.1, (1, round(seconds * 16_000))).astype(np.float32), 16_000)
+
+    with serve_vllm(folder, tmp_path, "--max-num-batched-tokens", "4096") as address:
+        for lengths in ((0.3,), (3,), (29.99,), (30,), (30.01,), (70,), (0.3, 31), (31, 3)):
+            messages = user(*[clip(seconds) for seconds in lengths], text("What is said?"))
+            tokens = sum(-(-round(seconds * 16_000) // 320) for seconds in lengths)
+            usage = post(address, messages).json()["usage"]
+            assert tokens < usage["prompt_tokens"] < tokens + 100, lengths
+            assert served_ids(address, messages) == generated_ids(loaded, messages), lengths
 
 
 def test_tensor_parallel_on_two_ranks(demo_repo, loaded, examples, tmp_path):
