@@ -66,7 +66,7 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
             input_features (`torch.Tensor` of shape `(windows, mel bins, frames)`):
                 Log-mel spectrograms of any float dtype, from the processor. Several windows may also follow each other
                 along the frames; they are taken apart, row after row.
-            input_features_mask (`torch.Tensor` of the shape `(windows, frames)` of the features, *optional*):
+            input_features_mask (`torch.Tensor` or list of the shape `(windows, frames)` of the features, *optional*):
                 Not 0 where a frame belongs to a clip. Rows of other frames are neither projected nor returned, and
                 windows without such a frame are not encoded.
             kwargs: [`WhisperEncoder`]'s, such as `output_hidden_states`.
@@ -90,6 +90,8 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
             )
         kept = None
         if input_features_mask is not None:
+            if isinstance(input_features_mask, list):  # as vLLM gives it
+                input_features_mask = torch.stack(input_features_mask)
             if input_features_mask.numel() != len(input_features) * frames:
                 raise ValueError(
                     f"input_features_mask has shape {tuple(input_features_mask.shape)}, but the features are "

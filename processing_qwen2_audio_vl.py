@@ -17,7 +17,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.audio_utils import AudioInput
 from transformers.image_utils import ImageInput
@@ -205,13 +204,15 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         if clips and text is not None:
             self._check_prompts(inputs["input_ids"])
         if clips and kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping"):
-            # vLLM places clips by these offsets, and takes one row of the features to be one clip. With both offsets
-            # transformers masks the answers, and the features stay as the model takes them.
+            # vLLM places clips by these offsets. It takes each entry of the features to be one clip, and would pad or
+            # cut those of a tensor. With both offsets transformers masks the answers; the features stay as they are.
             counts = [self._count(len(samples), audio_kwargs.get("audio_tokens")) for samples in audio]
-            inputs["input_features"] = join_windows(inputs["input_features"], [count.windows for count in counts])
-            frames = torch.arange(inputs["input_features"].shape[2])
-            ends = torch.tensor([[ENCODER_STRIDE * count.tokens] for count in counts])
-            inputs["input_features_mask"] = (frames < ends).to(inputs["input_features"])
+            windows = inputs["input_features"].split([count.windows for count in counts])
+            inputs["input_features"] = [torch.cat(list(clip), dim=1) for clip in windows]
+            inputs["input_features_mask"] = [
+                (torch.arange(clip.shape[1]) < ENCODER_STRIDE * count.tokens).to(clip)
+                for clip, count in zip(inputs["input_features"], counts, strict=True)
+            ]
         return inputs
 
     def _count(self, num_samples: int, audio_tokens: str | None) -> AudioCount:
@@ -445,13 +446,6 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
                 f"(max_position_embeddings); {self.tokens_per_window} tokens are "
                 f"{self.feature_extractor.chunk_length} s of audio. Shorten the audio or split the conversation."
             )
-
-
-def join_windows(features: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """`(windows, mel bins, frames)` -> `(clips, mel bins, frames of the clip with most windows)`, filled with zeros."""
-    rows = [torch.cat(list(windows), dim=1) for windows in features.split(counts)]
-    longest = max(row.shape[1] for row in rows)
-    return torch.stack([F.pad(row, (0, longest - row.shape[1])) for row in rows])
 
 
 def normalize_conversations(conversation) -> tuple[list[list[dict]], bool]:

@@ -123,16 +123,20 @@ def test_audio_features_are_encoder_then_projector(repo_30s, bases, speech):
     assert torch.equal(features.pooler_output, expected)
 
 
-def test_joined_windows_are_encoded_like_separate_ones(processor, model, sound):
-    """vLLM's form of a batch: one row of features for every clip, whatever its length."""
+@pytest.mark.parametrize("audio_tokens, lengths", [("fixed", [50, 150]), ("trimmed", [25, 125])])
+def test_joined_windows_are_encoded_like_separate_ones(audio_tokens, lengths, processor, model, sound):
+    """vLLM's form of a batch: the windows of each clip one after another, and a mask of the frames that count."""
     texts, clips = "<|audio_pad|> and <|audio_pad|>", [sound(0.5), sound(2.5, 1)]
-    plain = processor(text=texts, audio=clips, return_tensors="pt")["input_features"]
-    joined = processor(text=texts, audio=clips, return_tensors="pt", return_text_replacement_offsets=True)
-    assert plain.shape[::2] == (4, 100) and joined["input_features"].shape[::2] == (2, 300)
+    call = {"text": texts, "audio": clips, "audio_tokens": audio_tokens}
+    plain = processor(**call, return_tensors="pt")["input_features"]
+    joined = processor(**call, return_tensors="pt", return_text_replacement_offsets=True)
+    rows = list(zip(joined["input_features"], joined["input_features_mask"], strict=True))
+    assert plain.shape[::2] == (4, 100) and [row.shape[1] for row, _ in rows] == [100, 300]
     expected = model.get_audio_features(plain).pooler_output
-    for row, windows in zip(joined["input_features"], expected.split([1, 3]), strict=True):
-        own = row[None, :, : 100 * len(windows)]
-        torch.testing.assert_close(model.get_audio_features(own).pooler_output, windows)
+    for (row, mask), windows, length in zip(rows, expected.split([1, 3]), lengths, strict=True):
+        own = model.get_audio_features(row[None], input_features_mask=[mask]).pooler_output
+        torch.testing.assert_close(own, windows.flatten(0, 1)[None, :length])
+        torch.testing.assert_close(model.get_audio_features(row[None]).pooler_output, windows)
 
 
 def test_batch_equals_its_rows(ask, model, sound, thumbnail):

@@ -31,7 +31,10 @@ from test_modeling import (  # noqa: F401
 from transformers import AutoProcessor
 
 import upload
+from audio_utils import fetch_audio
 from configuration_qwen2_audio_vl import count_audio
+from demo.ask import EXAMPLES
+from handler import EndpointHandler, read_messages
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,18 @@ def test_a_model_is_asked_as_it_was_trained_or_warns(repo, sound, tmp_path, monk
         monkeypatch.setattr(sys.modules[type(processor).__module__].logger, "warning_once", found.append)
         processor.apply_chat_template(messages, tokenize=True, return_dict=True, audio_tokens=asked)
         assert len(found) == warns and all(f"trained with {trained} audio tokens" in words for words in found)
+
+
+def test_handler_does_what_the_folder_says(demo_repo, examples, tmp_path):
+    folder = upload.build(checkpoint=demo_repo, output=tmp_path / "repo", audio_tokens="trimmed")
+    (name,) = next(example["audio"] for example in examples if example["skill"] == "transcribe")
+    clip = (EXAMPLES / name).read_bytes()
+    samples = len(fetch_audio(clip))
+    for repo, tokens in ((demo_repo, 150), (folder, -(-samples // 320))):
+        handler = EndpointHandler(str(repo))
+        inputs = handler._process(handler._open_messages(read_messages(clip)))
+        assert (inputs["input_ids"] == handler.processor.audio_token_id).sum() == tokens
+        assert isinstance(handler({"inputs": clip})["text"], str)
 
 
 def test_wrong_numbers_are_errors_that_name_both(ask, model, sound, processor):
