@@ -143,8 +143,7 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         is_audio = self.get_audio_mask(input_ids, inputs_embeds)
         num_tokens, per_window = is_audio.sum(), self.config.audio_config.max_source_positions
         numbers = (is_audio.flatten().cumsum(0) - 1).view_as(is_audio)
-        is_compiling = torch.compiler.is_compiling()
-        if not is_compiling and num_tokens == num_embeddings:
+        if not becomes_graph() and num_tokens == num_embeddings:
             return is_audio, numbers
 
         place = torch.arange(is_audio.shape[1], device=is_audio.device).expand_as(is_audio)
@@ -157,7 +156,7 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         is_marked = ~((is_first & ~F.pad(bos, (1, -1))) | (is_last & ~F.pad(eos, (-1, 1)))).any()
         needed = opens_window.sum()
         fits = is_marked & (needed * per_window == num_embeddings)
-        if is_compiling:  # a graph cannot ask for numbers: what it checks fails on the device, without them
+        if becomes_graph():
             is_all = num_tokens == num_embeddings
             torch._assert_async(is_all | fits, "Audio tokens and audio features do not match.")
             return is_audio, torch.where(is_all, numbers, clip_numbers)
@@ -281,15 +280,15 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         if input_features is not None or audio_outputs is not None:
             num_embeddings = self.count_embeddings(input_features, audio_outputs)
             is_audio, numbers = self.place_audio(input_ids, inputs_embeds, num_embeddings)
-            if not torch.compiler.is_compiling():
+            if not becomes_graph():
                 audio_outputs = self.embed_audio(is_audio, numbers, input_features, audio_outputs)
-            elif audio_outputs is None:  # a graph projects all rows, as it does not know how many are taken
+            elif audio_outputs is None:  # all rows are projected, as a graph does not know how many are taken
                 audio_outputs = self.get_audio_features(input_features, return_dict=True)
             if "audio" in mm_encoder_outputs:  # the caller's place for it, filled as upstream fills those of pictures
                 mm_encoder_outputs["audio"] = audio_outputs
             audio_embeds = audio_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             is_audio = is_audio.unsqueeze(-1).to(inputs_embeds.device)
-            if torch.compiler.is_compiling():
+            if becomes_graph():
                 audio_embeds = audio_embeds.flatten(0, -2)[numbers.clamp(0, num_embeddings - 1)]
                 inputs_embeds = torch.where(is_audio, audio_embeds, inputs_embeds)
             else:
@@ -543,10 +542,18 @@ def take_audio(kwargs: dict) -> tuple[torch.Tensor | None, BaseModelOutputWithPo
     return input_features, audio_outputs
 
 
+def becomes_graph() -> bool:
+    """
+    Whether this call is made into a graph (torch.compile, torch.export, CUDA graphs), which cannot ask for the numbers
+    in a tensor: its checks fail on the device, without them.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def check_audio(num_tokens: int | torch.Tensor, num_embeddings: int):
-    is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or is_captured:
-        # A graph cannot ask for the number. This check stays in it, and fails on the device without the numbers.
+    if becomes_graph():
         torch._assert_async(num_tokens == num_embeddings, "Audio tokens and audio features do not match.")
     elif num_tokens != num_embeddings:
         raise ValueError(
