@@ -95,17 +95,17 @@ def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def read_audio_tokens(path: Path) -> tuple[str, str]:
+def read_audio_tokens(path: Path) -> tuple[str, str | None]:
     """
     What a `processor_config.json`, or the projector that `train.py` wrote, says of the audio tokens that its model
-    uses, and of those that it was trained with: fixed, where it says nothing.
+    uses, and of those that it was trained with, None if it was not trained: fixed, where it says nothing.
     """
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             trained = (file.metadata() or {}).get("audio_tokens", "fixed")
         return ("fixed" if trained == "both" else trained), trained
     stored = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" and path.is_file() else {}
-    return stored.get("audio_tokens", "fixed"), stored.get("trained_audio_tokens") or "fixed"
+    return stored.get("audio_tokens", "fixed"), stored.get("trained_audio_tokens", "fixed")
 
 
 def read_projector(path: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
