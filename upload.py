@@ -328,12 +328,8 @@ def build(
 def make_card(origins: dict[str, Origin], is_trained: bool, tensors, config, feature_extractor) -> ModelCard:
     """The project's README, with the facts of a build in the place of the paragraph about its source."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    facts = [
-        "The projector is trained."
-        if is_trained
-        else "**The projector is untrained: answers about audio mean nothing until it is trained.**",
-        "",
-    ]
+    untrained = "**The projector is untrained: answers about audio mean nothing until it is trained.**"
+    facts = ["The projector is trained." if is_trained else untrained, ""]
     for role, (_, name, commit) in origins.items():
         facts.append(f"- {role}: {name}" + (f" at commit `{commit}`" if commit else " (a directory)"))
     parameters, size = sum(tensor.numel() for tensor in tensors.values()), sum(t.nbytes for t in tensors.values())

@@ -45,7 +45,7 @@ from transformers.utils import logging
 import upload
 from audio_utils import log_mel
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, count_audio
-from demo.ask import DEMO, EXAMPLES, ask
+from demo.ask import DEMO, EXAMPLES, ask, load
 from demo.bases import ASSETS, write_feature_extractor
 from demo.world import (
     HELD_OUT,
@@ -449,12 +449,9 @@ def train_language(steps: int, seed: int):
 
 def train_both(steps: int, seed: int):
     """Part 4: from the checkpoint in `demo/`; half of the steps with fixed audio tokens, half with trimmed ones."""
-    repo = BUILD / "shipped"
-    if not repo.exists():
-        upload.build(checkpoint=DEMO, output=repo)
-    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
-    model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=torch.float32)
-    train_with_audio("both", processor, model, steps, seed, 4e-4)
+    with tempfile.TemporaryDirectory() as folder:
+        processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
+    train_with_audio("both", processor, model.float(), steps, seed, 4e-4)
 
 
 def train_joint(steps: int, seed: int):
@@ -482,11 +479,9 @@ def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: flo
         pictures = [draw(drawn, rng) for _, drawn, _ in made if drawn]
         ends = [] if audio_tokens == "trimmed" else None
         rows = source.windows(texts, rng.random() if training else 0, num_windows, ends) if texts else None
-        lengths = iter(ends or [16_000 * WINDOW * num_windows] * len(texts))
-        slots = [
-            [[model.config.audio_token_id] * count_audio(next(lengths), 50 * WINDOW, audio_tokens).tokens for _ in said]
-            for said, _, _ in made
-        ]
+        lengths = ends or [16_000 * WINDOW * num_windows] * len(texts)
+        counts = iter([count_audio(length, 50 * WINDOW, audio_tokens) for length in lengths])
+        slots = [[[model.config.audio_token_id] * next(counts).tokens for _ in said] for said, _, _ in made]
         odd = training and rng.random() < 0.25
         batch = prompts.batch(skill, slots, pictures, [answer for *_, answer in made], odd)
         if texts:

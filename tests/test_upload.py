@@ -135,7 +135,7 @@ def test_card(repo):
     first_lines = card.text.strip().splitlines()[:3]
     assert first_lines[0] == "# qwen2-audio-vl" and "untrained" in first_lines[2]
     assert re.search(r"\n- [0-9,]{10} parameters in float32, 0.08 GB\n", card.text)
-    for section in ("What it takes", "Limits", "Training", "Files", "Licence and citation"):
+    for section in ("What it takes", "Limits", "Training", "Licence and citation"):
         assert f"\n## {section}\n" in card.text
     for word in ("make test", "development", "facts of the build", "benchmarks/", "upload.py push"):
         assert word not in card.text
