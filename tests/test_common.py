@@ -52,6 +52,10 @@ EXCUSED = {
         "It runs for templates that name tools, and this one does so to refuse them; a message with tool calls is "
         "refused as well, and not rendered without them."
     ),
+    "test_init_arguments_not_in_processor_kwargs": (
+        "`audio_tokens` is a property of a checkpoint, saved with its processor, and a call may ask for the other kind "
+        "to compare; the test itself says that it may be too strict for arguments with such a default."
+    ),
     "test_chat_template_audio_sampling_rate": (
         "It expects `apply_chat_template` to decode clips and to pass their rate on; here `__call__` decodes them, and "
         "resamples each from its own rate to the feature extractor's."
@@ -218,6 +222,10 @@ def built(demo_repo):
 class ProcessorTest(processing.ProcessorTesterMixin, unittest.TestCase):
     processor_class = own_class("processing_qwen2_audio_vl.Qwen2AudioVLProcessor")
     audio_unstructured_max_length = 200  # a window is 150 tokens
+
+    @staticmethod
+    def prepare_processor_dict():
+        return {"trained_audio_tokens": "fixed"}  # what the demo checkpoint says of itself
 
     @property
     def video_sampling_expectations(self):
