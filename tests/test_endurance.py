@@ -117,4 +117,4 @@ def test_three_thousand_requests(handler, examples):
     early, late = max(memory[quarter : 2 * quarter]), max(memory[-quarter:])
     print(f"{REQUESTS} requests: {warm:.0f} MB before, {early:.0f} in the second quarter, {late:.0f} in the last")
     # Kernels of oneDNN fill their cache in the first half (with the default capacity, 400 MB and more).
-    assert late < warm + 300 and late < 1.05 * early, memory
+    assert late < warm + 350 and late < 1.08 * early, memory
