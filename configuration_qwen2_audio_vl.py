@@ -51,6 +51,7 @@ CODE_FILES = (
 HOP_LENGTH = 160  # samples at 16 kHz from one log-mel frame to the next
 ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
 AUDIO_TOKEN_COUNTS = ("fixed", "trimmed")  # how many audio tokens stand for a clip, see `count_audio`
+TRAINED_AUDIO_TOKENS = (*AUDIO_TOKEN_COUNTS, "both")  # what a model can have been trained with
 
 QWEN2_VL_7B = {
     "hidden_size": 3584,
@@ -206,4 +207,4 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
 
 Qwen2AudioVLConfig.register_for_auto_class()
 
-__all__ = ["AUDIO_TOKEN_COUNTS", "AUTO_MAP", "CODE_FILES", "Qwen2AudioVLConfig", "count_audio", "tokens_per_window"]
+__all__ = ["AUTO_MAP", "CODE_FILES", "Qwen2AudioVLConfig", "count_audio", "tokens_per_window"]

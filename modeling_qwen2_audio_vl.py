@@ -178,15 +178,16 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         audio_outputs: BaseModelOutputWithPooling | None,
     ) -> BaseModelOutputWithPooling:
         """
-        The embeddings of some of the audio tokens that [`place_audio`] placed, and of no others.
+        The embeddings of some of the audio tokens that [`place_audio`] placed, and of no others, but in a compiled
+        graph, which does not know how many are taken, of all rows.
 
         Args:
             is_audio, numbers: Of [`place_audio`]; `is_audio` may leave tokens out.
             input_features, audio_outputs: Log-mel windows, or what [`get_audio_features`] returned for them.
         """
-        taken = numbers[is_audio]
-        if len(taken) == self.count_embeddings(input_features, audio_outputs):
+        if becomes_graph() or is_audio.sum() == self.count_embeddings(input_features, audio_outputs):
             return self.get_audio_features(input_features, return_dict=True) if audio_outputs is None else audio_outputs
+        taken = numbers[is_audio]
         if audio_outputs is not None:
             embeddings = audio_outputs.pooler_output.flatten(0, -2)[taken]
             return BaseModelOutputWithPooling(pooler_output=embeddings.unsqueeze(0))
@@ -280,10 +281,7 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         if input_features is not None or audio_outputs is not None:
             num_embeddings = self.count_embeddings(input_features, audio_outputs)
             is_audio, numbers = self.place_audio(input_ids, inputs_embeds, num_embeddings)
-            if not becomes_graph():
-                audio_outputs = self.embed_audio(is_audio, numbers, input_features, audio_outputs)
-            elif audio_outputs is None:  # all rows are projected, as a graph does not know how many are taken
-                audio_outputs = self.get_audio_features(input_features, return_dict=True)
+            audio_outputs = self.embed_audio(is_audio, numbers, input_features, audio_outputs)
             if "audio" in mm_encoder_outputs:  # the caller's place for it, filled as upstream fills those of pictures
                 mm_encoder_outputs["audio"] = audio_outputs
             audio_embeds = audio_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)

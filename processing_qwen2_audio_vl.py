@@ -29,8 +29,8 @@ from transformers.video_utils import VideoInput, load_video, make_batched_videos
 
 from .audio_utils import AUDIO_TYPES, fetch_audio, iter_audio_sources, log_mel, split_windows
 from .configuration_qwen2_audio_vl import (
-    AUDIO_TOKEN_COUNTS,
     ENCODER_STRIDE,
+    TRAINED_AUDIO_TOKENS,
     AudioCount,
     check_audio_tokens,
     count_audio,
@@ -96,7 +96,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     ):
         check_audio_tokens(audio_tokens)
         if trained_audio_tokens is not None:
-            check_audio_tokens(trained_audio_tokens, (*AUDIO_TOKEN_COUNTS, "both"))
+            check_audio_tokens(trained_audio_tokens, TRAINED_AUDIO_TOKENS)
         self.audio_tokens, self.trained_audio_tokens = audio_tokens, trained_audio_tokens
         # Qwen2VLProcessor's `__init__` is skipped: it passes three parts by position and has no place for the fourth.
         ProcessorMixin.__init__(

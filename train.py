@@ -44,7 +44,7 @@ from transformers.utils import logging
 
 from chat_data import BadRow, ChatCollator, SkipBadRows, answer_text, load_rows
 from checkpoints import CHECKSUMS, check_content, read_checksums, write_checksums
-from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, check_audio_tokens
+from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, TRAINED_AUDIO_TOKENS, check_audio_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -104,7 +104,7 @@ class Arguments(TrainingArguments):
         if self.stage not in LEARNING_RATES:
             raise ValueError(f"--stage is {self.stage!r}, expected one of {', '.join(LEARNING_RATES)}.")
         if self.audio_tokens is not None:
-            check_audio_tokens(self.audio_tokens, (*AUDIO_TOKEN_COUNTS, "both"))
+            check_audio_tokens(self.audio_tokens, TRAINED_AUDIO_TOKENS)
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.stage]
         if self.save_total_limit == 1:

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, Qwen2VLConfig, 
 from upload import ROOT
 
 
+PICTURE = 28  # patches a side of a picture of 384 x 384, which are 14 x 14 tokens
 DROPPED = 146_000  # words of the vocabulary that a small model does without
 SPECIAL_TOKEN_IDS = (
     *("audio_token_id", "audio_bos_token_id", "audio_eos_token_id", "image_token_id", "video_token_id"),
@@ -79,10 +80,20 @@ class Parts:
         return self.encoder(input_features).last_hidden_state @ self.projector.weight.T
 
 
-def make_prompt(model: PreTrainedModel, clips: int = 1, windows: int = 1, text: int = 64, batch: int = 1) -> tuple:
+def make_prompt(
+    model: PreTrainedModel,
+    clips: int = 1,
+    windows: int = 1,
+    text: int = 64,
+    batch: int = 1,
+    audio_tokens: int | None = None,
+    pictures: int = 0,
+) -> tuple:
     """
     Args:
         clips (`int`): Clips of each row, of `windows` windows each, every clip followed by `text` tokens of text.
+        audio_tokens (`int`, *optional*): Of each clip; the default is those of whole windows.
+        pictures (`int`): Grey pictures before each clip, of `PICTURE` patches a side.
 
     Returns:
         What the processor would give for random noise and random text, and for random text alone of as many tokens.
@@ -90,11 +101,13 @@ def make_prompt(model: PreTrainedModel, clips: int = 1, windows: int = 1, text: 
     config, device = model.config, model.device
     audio = config.audio_config
     generator = torch.Generator().manual_seed(0)
+    if audio_tokens is None:
+        audio_tokens = windows * audio.max_source_positions
+    image_tokens = [config.image_token_id] * (PICTURE // config.vision_config.spatial_merge_size) ** 2
     clip = torch.tensor(
         [
-            config.audio_bos_token_id,
-            *[config.audio_token_id] * (windows * audio.max_source_positions),
-            config.audio_eos_token_id,
+            *[config.vision_start_token_id, *image_tokens, config.vision_end_token_id] * pictures,
+            *[config.audio_bos_token_id, *[config.audio_token_id] * audio_tokens, config.audio_eos_token_id],
         ]
     )
     words = torch.randint(0, 5_000, (batch, clips, len(clip) + text), generator=generator)
@@ -107,8 +120,13 @@ def make_prompt(model: PreTrainedModel, clips: int = 1, windows: int = 1, text: 
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": 3 * (ids == config.audio_token_id).int(),
+        "mm_token_type_ids": (ids == config.image_token_id).int() + 3 * (ids == config.audio_token_id),
         "input_features": features.to(model.dtype),
     }
+    if pictures:
+        vision, count = config.vision_config, batch * clips * pictures
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        inputs["image_grid_thw"] = torch.tensor([[1, PICTURE, PICTURE]] * count)
+        inputs["pixel_values"] = torch.zeros(count * PICTURE**2, width, dtype=model.dtype)
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     return inputs, {"input_ids": words.to(device), "attention_mask": inputs["attention_mask"]}

@@ -1,6 +1,6 @@
 """
 The ways to serve, side by side on this machine with the demo checkpoint: `generate` in a loop, `handler.py` behind
-HTTP, and vLLM if `make test-vllm` has installed it.
+HTTP, and vLLM if `make test-vllm` has installed it; each with fixed and with trimmed audio tokens.
 
     python -m benchmarks.serving [--readme]
 """
@@ -18,6 +18,7 @@ import httpx
 import upload
 from benchmarks.measure import Clock, where
 from benchmarks.report import report
+from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
 from demo.ask import DEMO, load, prepare, read_examples
 from handler import EndpointHandler
 from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, short_form
@@ -94,24 +95,35 @@ def by_vllm(address: str, client: httpx.Client):
     return send
 
 
-def measure(_) -> str:
+def measure_folder(repo: Path, folder: Path, client: httpx.Client) -> dict[str, list[str]]:
+    """For each way to serve: requests per second of one client and of many, and the time to the first token."""
     examples, results = read_examples(), {}
-    with tempfile.TemporaryDirectory() as folder, httpx.Client(timeout=300) as client:
-        repo = upload.build(checkpoint=DEMO, output=Path(folder) / "demo")
-        processor, model = load(repo)
-        (one,), first = time_requests(by_generate(processor, model.float()), examples, clients=(1,))
-        results["`generate` in a loop"] = f"{one:.1f} | | {first:.0f} ms"
-        handler = EndpointHandler(str(repo))
-        handler.model.float()
-        with serve(make_endpoint(handler)) as address:
-            (one, many), first = time_requests(by_handler(address, client), examples)
-        results["`handler.py` behind HTTP"] = f"{one:.1f} | {many:.1f} | {first:.0f} ms, the whole answer"
-        if VLLM.exists():
-            with serve_vllm(repo, Path(folder), VLLM_CPU_NUM_OF_RESERVED_CPU="0") as address:
-                (one, many), first = time_requests(by_vllm(address, client), examples)
-            results["`vllm serve`"] = f"{one:.1f} | {many:.1f} | {first:.0f} ms"
-    rows = ["| | requests per second, one client | sixteen clients | first token, one client |", "|---|---|---|---|"]
-    rows += [f"| {name} | {cells} |" for name, cells in results.items()]
+    processor, model = load(repo)
+    (one,), first = time_requests(by_generate(processor, model.float()), examples, clients=(1,))
+    results["`generate` in a loop"] = [f"{one:.1f}", "", f"{first:.0f} ms"]
+    handler = EndpointHandler(str(repo))
+    handler.model.float()
+    with serve(make_endpoint(handler)) as address:
+        (one, many), first = time_requests(by_handler(address, client), examples)
+    results["`handler.py` behind HTTP, the whole answer"] = [f"{one:.1f}", f"{many:.1f}", f"{first:.0f} ms"]
+    if VLLM.exists():
+        with serve_vllm(repo, folder, VLLM_CPU_NUM_OF_RESERVED_CPU="0") as address:
+            (one, many), first = time_requests(by_vllm(address, client), examples)
+        results["`vllm serve`"] = [f"{one:.1f}", f"{many:.1f}", f"{first:.0f} ms"]
+    return results
+
+
+def measure(_) -> str:
+    results = []
+    for kind in AUDIO_TOKEN_COUNTS:
+        with tempfile.TemporaryDirectory() as folder, httpx.Client(timeout=300) as client:
+            repo = upload.build(checkpoint=DEMO, output=Path(folder) / "demo", audio_tokens=kind)
+            results.append(measure_folder(repo, Path(folder), client))
+    columns = ("requests per second, one client", "sixteen clients", "first token, one client")
+    rows = ["| | " + " | ".join(f"{column}, fixed | trimmed" for column in columns) + " |", "|---" * 7 + "|"]
+    for name in results[0]:
+        cells = (cell for pair in zip(*(result[name] for result in results), strict=True) for cell in pair)
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     rows.append(f"\n{where()}, float32; {REQUESTS} requests of all skills, the processor's work included.")
     return "\n".join(rows)
 

@@ -1,53 +1,39 @@
 """
-Fixed and trimmed audio tokens side by side: tokens, operations, time to the first token and memory of the cache, at
-full size with random weights in bfloat16, which takes 20 GB of memory.
+Fixed and trimmed audio tokens side by side, with random weights. At full size in bfloat16, which takes 20 GB of memory:
+tokens, operations, time to the first token and memory of the cache. At a tenth of it: clips per second of training.
 
     python -m benchmarks.tokens [--small] [--readme]
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import synchronize, where
-from benchmarks.parts import full_config, make_model, small_config
+from benchmarks.measure import in_turns, synchronize, where
+from benchmarks.parts import full_config, make_model, make_prompt, small_config
 from benchmarks.report import report
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, count_audio
 
 
 TEXT = 64  # tokens of text in each prompt
-PICTURE = 28  # patches a side of a picture of 384 x 384, which are 14 x 14 tokens
+CLIPS = (1, 3, 5, 10, 30)  # seconds
 # Seconds of the clip, and pictures beside it: the last is what the first user of this model asks.
-PROMPTS = ((1, 0), (3, 0), (5, 0), (10, 0), (30, 0), (3.4, 8))
+PROMPTS = (*((seconds, 0) for seconds in CLIPS), (3.4, 8))
+# What a clip of 3 s may cost of fixed tokens: operations, time to the first token, cache.
+PROMISED = {1: 1 / 4, 2: 1 / 3, 3: 1 / 6}
+COLUMNS = ("tokens", "TFLOP", "seconds to the first token", "cache, MB")
 
 
-def make_inputs(model, seconds: float, pictures: int, audio_tokens: str) -> dict[str, torch.Tensor]:
-    """What the processor would give for a clip of noise, grey pictures and random text."""
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    audio, per_picture = config.audio_config, (PICTURE // config.vision_config.spatial_merge_size) ** 2
-    count = count_audio(round(seconds * 16_000), audio.max_source_positions, audio_tokens)
-    ids = [config.vision_start_token_id, *[config.image_token_id] * per_picture, config.vision_end_token_id] * pictures
-    ids += [config.audio_bos_token_id, *[config.audio_token_id] * count.tokens, config.audio_eos_token_id]
-    ids += torch.randint(0, 5_000, (TEXT,), generator=generator).tolist()
-    ids = torch.tensor([ids])
-    types = (ids == config.image_token_id) + 3 * (ids == config.audio_token_id)
-    shape = (count.windows, audio.num_mel_bins, 2 * audio.max_source_positions)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": types,
-        "input_features": torch.randn(shape, generator=generator).to(model.dtype),
-    }
-    if pictures:
-        inputs["image_grid_thw"] = torch.tensor([[1, PICTURE, PICTURE]] * pictures)
-        inputs["pixel_values"] = torch.zeros(pictures * PICTURE**2, 3 * 2 * 14 * 14, dtype=model.dtype)
-    return inputs
+def make_inputs(model, seconds: float, kind: str, pictures: int = 0) -> dict[str, torch.Tensor]:
+    windows, tokens = count_audio(round(seconds * 16_000), model.config.audio_config.max_source_positions, kind)
+    return make_prompt(model, windows=windows, text=TEXT, audio_tokens=tokens, pictures=pictures)[0]
 
 
 @torch.no_grad()
-def measure_prompt(model, inputs: dict[str, torch.Tensor]) -> tuple[int, int, float, int]:
-    """Tokens, operations, seconds to the first token, and bytes of the cache."""
+def measure_prefill(model, inputs: dict[str, torch.Tensor]) -> tuple[float, ...]:
+    """What `COLUMNS` names."""
     with FlopCounterMode(display=False) as counter:
         synchronize()
         start = time.perf_counter()
@@ -56,33 +42,55 @@ def measure_prompt(model, inputs: dict[str, torch.Tensor]) -> tuple[int, int, fl
         seconds = time.perf_counter() - start
     layers = outputs.past_key_values.layers
     cache = sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
-    return inputs["input_ids"].shape[1], counter.get_total_flops(), seconds, cache
+    return inputs["input_ids"].shape[1], counter.get_total_flops() / 1e12, seconds, cache / 1e6
+
+
+def table_of_prefills(model) -> list[str]:
+    """
+    Raises:
+        ValueError: if a clip of 3 s costs more than was promised.
+    """
+    measure_prefill(model, make_inputs(model, 1, "trimmed"))
+    rows = ["| prompt | " + " | ".join(f"{column}, fixed | trimmed" for column in COLUMNS) + " |", "|---" * 9 + "|"]
+    for seconds, pictures in PROMPTS:
+        found = [measure_prefill(model, make_inputs(model, seconds, kind, pictures)) for kind in AUDIO_TOKEN_COUNTS]
+        shares = [trimmed / fixed for fixed, trimmed in zip(*found, strict=True)]
+        formats = ("{:,}", "{:.2f}", "{:.1f}", "{:.0f}")
+        cells = [
+            f"{text.format(fixed)} | {text.format(trimmed)} ({share:.3f})"
+            for text, fixed, trimmed, share in zip(formats, *found, shares, strict=True)
+        ]
+        name = f"{seconds:g} s" + (f", {pictures} pictures of 384 x 384" if pictures else "")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+        broken = [COLUMNS[column] for column, share in PROMISED.items() if seconds == 3 and shares[column] > share]
+        if broken:
+            raise ValueError(f"{', '.join(broken)} of a clip of 3 s are not what was promised:\n" + "\n".join(rows))
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    note = f"{size:.1f} billion random parameters in bfloat16, {TEXT} tokens of text; each prompt once with either kind"
+    return [*rows, "", f"{where()}; {note}, one after the other; in brackets the share of fixed."]
+
+
+def make_step(model, inputs: dict[str, torch.Tensor]) -> Callable:
+    labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] > 0, -100)
+    return lambda: model(**inputs, labels=labels, use_cache=False).loss.backward()
+
+
+def table_of_steps(model) -> list[str]:
+    model.requires_grad_(False)
+    model.model.audio_projector.requires_grad_(True)
+    rows = ["| training step of the projector | clips per second, fixed | trimmed | times as fast |", "|---" * 4 + "|"]
+    for seconds in CLIPS:
+        steps = [make_step(model, make_inputs(model, seconds, kind)) for kind in AUDIO_TOKEN_COUNTS]
+        fixed, trimmed = in_turns(*steps)
+        rows.append(f"| {seconds} s | {1 / fixed:.1f} | {1 / trimmed:.1f} | {fixed / trimmed:.1f} |")
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    return [*rows, "", f"{size:.2f} billion random parameters in float32, one clip and {TEXT} tokens of text a step."]
 
 
 def measure(options) -> str:
-    model = make_model(small_config() if options.small else full_config(), torch.bfloat16)
-    measure_prompt(model, make_inputs(model, 1, 0, "trimmed"))
-    rows = [
-        "| prompt | tokens, fixed | trimmed | TFLOP, fixed | trimmed | seconds to first token, fixed | trimmed "
-        "| cache, fixed | trimmed |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for seconds, pictures in PROMPTS:
-        found = [measure_prompt(model, make_inputs(model, seconds, pictures, kind)) for kind in AUDIO_TOKEN_COUNTS]
-        cells = []
-        for values, text in zip(zip(*found, strict=True), ("{:,}", "{:.2f}", "{:.1f}", "{:.0f} MB"), strict=True):
-            scale = {"{:.2f}": 1e-12, "{:.0f} MB": 1e-6}.get(text, 1)
-            fixed, trimmed = (value * scale if scale != 1 else value for value in values)
-            cells += [text.format(fixed), f"{text.format(trimmed)} ({trimmed / fixed:.2f})"]
-        name = f"{seconds:g} s" + (f", {pictures} pictures of 384 x 384" if pictures else "")
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e9
-    note = (
-        f"{where()}; {size:.1f} billion random parameters in bfloat16, {TEXT} tokens of text, each prompt once with "
-        "either kind, one after the other; in brackets the share of fixed."
-    )
-    return "\n".join([*rows, "", note])
+    prefills = table_of_prefills(make_model(small_config() if options.small else full_config(), torch.bfloat16))
+    return "\n".join([*prefills, "", *table_of_steps(make_model(small_config(), torch.float32))])
 
 
 if __name__ == "__main__":
-    report(__file__, __doc__, measure, {"--small": {"action": "store_true", "help": "at a tenth of the size"}})
+    report(__file__, __doc__, measure, {"--small": {"action": "store_true", "help": "prefills at a tenth of the size"}})

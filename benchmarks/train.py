@@ -28,6 +28,7 @@ SETTINGS = {
     "projector": ["--stage", "projector"],
     "projector, `--encoder_cache`": ["--stage", "projector", "--encoder_cache", "{folder}/cache"],
     "projector, `--gradient_checkpointing`": ["--stage", "projector", "--gradient_checkpointing"],
+    "projector, `--audio_tokens trimmed`": ["--stage", "projector", "--audio_tokens", "trimmed"],
     "lora": ["--stage", "lora"],
 }
 TOKENS = 1_600  # a clip of 30 s in one row, with its text

@@ -6,7 +6,7 @@ Trains the demo checkpoint from scratch, on speech and pictures that `demo/world
 2. `vision`: at the same time the vision tower alone learns number, colour and shape. `language`: then the language
    model learns all skills, with written words among silence in the place of audio, which is some ten times shorter.
 3. `joint`: all are put together and learn all skills from audio, the encoder with the rest.
-4. `both`: the checkpoint in `demo/`, which knew fixed audio tokens, learns trimmed ones as well.
+4. `both`: what knew fixed audio tokens alone learns trimmed ones as well.
 
 Intermediate files are in `build/world`. It takes about four hours on two CPU cores, Debian's espeak-ng, flite,
 festival, festvox-kallpc16k, festvox-kdlpc16k and festvox-us-slt-hts, and `demo/requirements.txt`.
@@ -47,13 +47,13 @@ from audio_utils import log_mel
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, count_audio
 from demo.ask import DEMO, EXAMPLES, ask, load
 from demo.bases import ASSETS, write_feature_extractor
+from demo.clips import BUILD, WINDOW, augment_features, held_out_clips, training_clips
 from demo.world import (
     HELD_OUT,
     PHRASES,
     QUESTIONS,
     SEEN,
     SKILLS,
-    TRAINING_SHARES,
     WORLD,
     Examples,
     cast,
@@ -65,12 +65,10 @@ from demo.world import (
 
 
 logger = logging.get_logger(__name__)
-BUILD = upload.ROOT / "build" / "world"
 CHECKPOINT_FILES = (
     *("config.json", "generation_config.json", "model.safetensors"),
     *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
 )
-WINDOW = 3  # seconds; Whisper's own 30 would cost ten times as much
 PICTURE = 112  # pixels a side: 16 tokens
 STD = 0.08  # of the first weights; with the usual 0.02 so small a model hardly starts to learn
 WORDS = sorted({word for text in PHRASES + QUESTIONS for word in text.split()})
@@ -127,94 +125,6 @@ def make_bases(folder: Path) -> tuple[Path, Path]:
     return base, encoder
 
 
-class Clips:
-    """All synthesized clips by text, and how they are augmented: by place in the window, pace, room and noise."""
-
-    def __init__(self, name: str, texts: list[str], count: int, held_out: bool, seed: int):
-        path = BUILD / f"{name}.safetensors"
-        speeches = cast(texts, count, random.Random(seed), held_out)
-        if not path.exists():
-            samples = [(clip * 32767).short() for clip in say(speeches)]
-            ends = torch.tensor([len(clip) for clip in samples]).cumsum(0)
-            save_file({"samples": torch.cat(samples), "ends": ends}, path)
-        stored = load_file(path)
-        clips = stored["samples"].float().div(32768).tensor_split(stored["ends"][:-1])
-        self.by_text = {text: {} for text in texts}
-        for clip, speech in zip(clips, speeches, strict=True):
-            self.by_text[speech.text].setdefault(speech.engine, []).append(clip)
-        self.rng = random.Random(seed)
-
-    def windows(
-        self, texts: list[str], rough: float, num_windows: int = 1, ends: list[int] | None = None
-    ) -> torch.Tensor:
-        """
-        float32 `[texts, samples of the windows]`, each text by any voice that says it; `rough` from 0, as it was
-        synthesized, to 1, at another pace, anywhere in its windows, in a room, through a channel, in noise. With `ends`
-        each recording ends somewhere behind its words, and zeros follow; the list is given the samples of each.
-        """
-        rng, size = self.rng, num_windows * 16_000 * WINDOW
-        rows, said = torch.zeros(len(texts), size), []
-        for row, text in zip(rows, texts, strict=True):
-            engines = self.by_text[text]
-            clip = rng.choice(engines[rng.choices(list(engines), [TRAINING_SHARES[engine] for engine in engines])[0]])
-            pace = 1 + rng.uniform(-0.3, 0.35) * rough
-            pace = max(pace, len(clip) / size)
-            at = np.arange(0, len(clip) - 1, pace)
-            clip = torch.from_numpy(np.interp(at, np.arange(len(clip)), clip.numpy())).float()[:size]
-            room = size - len(clip)
-            start = rng.randint(0, round(min(8000, room) * (1 - rough) + room * rough))
-            row[start : start + len(clip)] = clip * rng.uniform(0.2, 1) / clip.abs().max().clamp(min=1e-3)
-            said.append(start + len(clip))
-        rows = augment_samples(rows, rough) if rough else rows
-        if ends is not None:
-            ends += [end + round((size - end) * rough * rng.random() ** 4) for end in said]
-            for row, end in zip(rows, ends, strict=True):
-                row[end:] = 0
-        return rows
-
-
-def augment_samples(rows: torch.Tensor, rough: float) -> torch.Tensor:
-    """Puts half of the rows into rooms, all of them through some channel, and most into noise."""
-    count, size = rows.shape
-    length = 2 ** math.ceil(math.log2(size + 4000))
-    spectrum = torch.fft.rfft(rows, length)
-    bands = F.interpolate(torch.randn(count, 1, 8) * 4 * rough, spectrum.shape[1], mode="linear")[:, 0]  # dB
-    cut = torch.where(torch.rand(count, 1) < 0.3 * rough, torch.empty(count, 1).uniform_(0.4, 0.9), 1.0)
-    frequency = torch.linspace(0, 1, spectrum.shape[1])
-    spectrum = spectrum * 10 ** (bands / 20) * torch.sigmoid((cut - frequency) * 60)
-    time_ = torch.arange(8000) / 16_000
-    decay = torch.exp(-6.9 * time_ / torch.empty(count, 1).uniform_(0.1, 0.5))
-    wet = torch.empty(count, 1).uniform_(0, 0.08) * (torch.rand(count, 1) < 0.5 * rough)
-    room = torch.randn(count, 8000) * decay * wet
-    room[:, 0] = 1
-    rows = torch.fft.irfft(spectrum * torch.fft.rfft(room, length), length)[:, :size]
-    colour = frequency.clamp(min=0.01) ** -torch.empty(count, 1).uniform_(0, 1)
-    noise = torch.fft.irfft(torch.fft.rfft(torch.randn(count, length)) * colour, length)[:, :size]
-    babble = rows.roll(1, 0).roll(size // 3, 1) * (torch.rand(count, 1) < 0.15 * rough)
-    level = rows.square().mean(1, keepdim=True).sqrt()
-    for sound, low, high in ((noise, 40 - 34 * rough, 50), (babble, 12, 25)):
-        ratio = torch.empty(count, 1).uniform_(low, high)
-        rows = rows + sound * level / sound.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6) * 10 ** (-ratio / 20)
-    return rows / rows.abs().amax(1, keepdim=True).clamp(min=1e-3) * torch.empty(count, 1).uniform_(0.1, 0.95)
-
-
-def augment_features(features: torch.Tensor, rough: float) -> torch.Tensor:
-    """Other vocal tracts, by stretching the mel axis, and SpecAugment's masks (https://arxiv.org/abs/1904.08779)."""
-    count, bins, _ = features.shape
-    stretch = 1 + torch.empty(count, 1).uniform_(-0.14, 0.16) * rough
-    at = (torch.arange(bins) * stretch).clamp(max=bins - 1)
-    low, part = at.long(), (at - at.long()).unsqueeze(-1)
-    rows = torch.arange(count).unsqueeze(1)
-    features = features[rows, low] * (1 - part) + features[rows, (low + 1).clamp(max=bins - 1)] * part
-    for axis, widest in ((1, 20), (1, 20), (2, 25)):
-        width = (torch.randint(widest, (count, 1)) * rough).long()
-        start = torch.randint(features.shape[axis] - widest, (count, 1))
-        place = torch.arange(features.shape[axis])
-        mask = ((place >= start) & (place < start + width)).unsqueeze(3 - axis)
-        features = features.masked_fill(mask, features.min())
-    return features
-
-
 class TrainingRun:
     """AdamW with warm-up and cosine, gradients clipped, and a line of JSON now and then."""
 
@@ -246,14 +156,6 @@ def load_untrained():
         upload.build(*make_bases(BUILD), repo)
     processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
     return processor, AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=torch.float32)
-
-
-def training_clips() -> Clips:
-    return Clips("train", SEEN + QUESTIONS * 4, 14_000, held_out=False, seed=0)
-
-
-def held_out_clips() -> Clips:
-    return Clips("held-out", PHRASES + QUESTIONS, 1_000, held_out=True, seed=1)
 
 
 def train_encoder(steps: int, seed: int, batch: int = 40):
@@ -407,7 +309,7 @@ def learn(run: TrainingRun, steps: int, model, examples, test_examples, make_bat
             (loss * share / sum(SHARES.values())).backward()
             total += loss.item() * share / sum(SHARES.values())
         run.step(total)
-        if number % 100 == 0:
+        if number % (50 if run.name == "both" else 100) == 0:
             scores = {}
             with torch.no_grad():
                 for kind, skill in itertools.product(kinds, SHARES):
@@ -448,10 +350,16 @@ def train_language(steps: int, seed: int):
 
 
 def train_both(steps: int, seed: int):
-    """Part 4: from the checkpoint in `demo/`; half of the steps with fixed audio tokens, half with trimmed ones."""
+    """
+    Part 4: half of the steps with fixed audio tokens, half with trimmed ones. Where there is no result of part 3, it
+    goes on from the checkpoint in `demo/`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
-    train_with_audio("both", processor, model.float(), steps, seed, 4e-4)
+    model.float()
+    if (BUILD / "joint.safetensors").exists():
+        model.load_state_dict(load_file(BUILD / "joint.safetensors"))
+    train_with_audio("both", processor, model, steps, seed, 4e-4)
 
 
 def train_joint(steps: int, seed: int):
@@ -498,11 +406,12 @@ def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: flo
     save(model, name)
 
 
-def ship(examples: int = 4):
-    """Puts the trained checkpoint, its curves, and for every skill examples that it answers right into `demo/`."""
+def ship():
+    """Puts the trained checkpoint and its curves into `demo/`."""
     processor, model = load_untrained()
-    model.load_state_dict(load_file(BUILD / "joint.safetensors"))
-    model.to(torch.bfloat16).eval()
+    model.load_state_dict(load_file(BUILD / "both.safetensors"))
+    model.to(torch.bfloat16)
+    processor.trained_audio_tokens = "both"
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -510,6 +419,11 @@ def ship(examples: int = 4):
             shutil.copyfile(Path(folder) / name, DEMO / name)
     draw_curves(DEMO / "curves.png")
 
+
+def choose_examples(examples: int = 4):
+    """Puts examples of every skill that the checkpoint in `demo/` answers right into `demo/examples`."""
+    with tempfile.TemporaryDirectory() as folder:
+        processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
     rng, made = random.Random(11), Examples(HELD_OUT, PHRASES, 11)
     shutil.rmtree(EXAMPLES, ignore_errors=True)
     EXAMPLES.mkdir()
@@ -550,6 +464,7 @@ def draw_curves(path: Path):
         "vision": "2. the vision tower",
         "language": "2. skills, from written words",
         "joint": "3. all together",
+        "both": "4. fixed and trimmed tokens",
     }
     titles = {name: title for name, title in titles.items() if any(line["part"] == name for line in lines)}
     figure = Figure(figsize=(3 * len(titles), 3), layout="constrained")
@@ -594,7 +509,7 @@ def run_parts(parts: list[tuple[str, int, int]], threads: int):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=[*PARTS, "ship"], help="one part alone (default: all of them)")
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "ship", "examples"], help="one alone (default: all)")
     parser.add_argument("--steps", type=int, help="of that part")
     parser.add_argument("--seed", type=int, help="of that part")
     parser.add_argument("--threads", type=int, default=2, help="of that part (default: 2)")
@@ -602,6 +517,8 @@ def main():
     BUILD.mkdir(parents=True, exist_ok=True)
     if options.part == "ship":
         ship()
+    elif options.part == "examples":
+        choose_examples()
     elif options.part:
         run_parts([(options.part, options.steps, options.seed)], options.threads)
     else:
@@ -614,6 +531,7 @@ def main():
             with ProcessPoolExecutor(len(stage), get_context("spawn")) as pool:
                 list(pool.map(run_parts, stage, [2 // len(stage)] * len(stage)))
         ship()
+        choose_examples()
 
 
 if __name__ == "__main__":
