@@ -247,11 +247,13 @@ def intervals(errors: list[tuple], lengths: list[tuple], seed: int) -> list[dict
     """
     if not errors:
         return [{"value": None, "low": None, "high": None} for _ in range(3)]
-    table = np.array([errors, lengths])  # (2, rows, 3)
-    rng = np.random.default_rng(seed)
-    sums = np.array([table[:, rng.integers(len(errors), size=len(errors))].sum(1) for _ in range(RESAMPLES)])
-    low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975], axis=0)  # (3,) each
-    value = table[0].sum(0) / table[1].sum(0)
+    table = np.hstack([errors, lengths]).astype(float)  # (rows, 6); sums of whole numbers are exact
+    rng, size = np.random.default_rng(seed), len(table)
+    # How often a resample draws each row, times the table: (6,).
+    draws = (np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(RESAMPLES))
+    sums = np.array([table.sum(0), *(times @ table for times in draws)])  # (1 + resamples, 6)
+    value, *rates = sums[:, :3] / sums[:, 3:]
+    low, high = np.quantile(rates, [0.025, 0.975], axis=0)  # (3,) each
     return [
         {"value": float(of_all), "low": float(least), "high": float(most)}
         for of_all, least, most in zip(value, low, high, strict=True)
