@@ -1,0 +1,447 @@
+"""
+Predictions -> scores. The normalized texts below are those of the leaderboard's own normalizer, at the commit that
+open_asr_leaderboard.json names.
+"""
+
+import json
+import zlib
+
+import jiwer
+import numpy as np
+import pytest
+
+import scoring
+from scoring import align, is_closed, normalize, read_folder, read_predictions, score, score_arms, table
+
+
+NORMALIZED = {
+    "numbers": [
+        ("one", "one"),
+        ("twenty one", "21"),
+        ("two hundred and five", "205"),
+        ("one thousand two hundred thirty four", "1234"),
+        ("three point one four", "3.14"),
+        ("nineteen eighty four", "1984"),
+        ("one oh one", "101"),
+        ("double seven", "77"),
+        ("triple zero", "000"),
+        ("the twenty first of may", "the 21st of may"),
+        ("the nineteen sixties", "the 1960s"),
+        ("two and a half million", "2500000"),
+        ("1,000,000 people", "1000000 people"),
+        ("minus five degrees", "-5 degrees"),
+        ("one two three", "123"),
+        ("10-20", "10 20"),
+        ("192.168.0.1", "192.168.0 one"),
+        ("the ones", "the ones"),
+        ("seconds", "seconds"),
+    ],
+    "currencies": [
+        ("$20 million", "$20000000"),
+        ("twenty dollars", "$20"),
+        ("£3.50", "£3.50"),
+        ("five euros and ten cents", "€5.10"),
+        ("fifty percent", "50%"),
+        ("fifty per cent", "50%"),
+        ("99.5 %", "99.5"),
+        ("dollars", "dollars"),
+        ("a $ sign", "a sign"),
+    ],
+    "contractions": [
+        ("I won't go", "i will not go"),
+        ("You can't", "you can not"),
+        ("y'all gonna wanna", "you all going to want to"),
+        ("I'ma shoulda", "i am going to should have"),
+        ("they'd been gone", "they had been gone"),
+        ("she's been here", "she has been here"),
+        ("he's got it", "he has got it"),
+        ("it's what's there", "it is what is there"),
+        ("let's go", "let us go"),
+        ("that 's it", "that is it"),
+        ("John's dog's bone", "john s dog s bone"),
+        ("we're sure they'll say I've", "we are sure they will say i have"),
+        ("don\u2019t", "don t"),
+        ("ain't", "aint"),
+        ("ma'am", "madam"),
+    ],
+    "titles": [
+        ("Mr. Smith and Mrs. Jones", "mister smith and missus jones"),
+        ("Dr. King lives on St. James St.", "doctor king lives on saint james saint"),
+        ("Prof. Lt. Col. Brown Jr.", "professor lieutenant colonel brown junior"),
+        ("Gov. Sen. Rep.", "governor senator representative"),
+    ],
+    "spellings": [
+        ("The colour of the aeroplane", "the color of the airplane"),
+        ("We organised a theatre programme", "we organized a theater program"),
+        ("Ok", "okay"),
+        ("etcetera", "etc"),
+        ("favourite neighbours", "favorite neighbors"),
+    ],
+    "names": [
+        ("Stephen and Geoffrey", "steven and jeffrey"),
+        ("Muhammad MacDonald", "mohammed mcdonald"),
+        ("Katherine met Jon and Sara", "catherine met john and sarah"),
+        ("Phillip's", "philip s"),
+    ],
+    "acronyms": [
+        ("the B B C", "the bbc"),
+        ("U.S.A.", "usa"),
+        ("U.S.", "us"),
+        ("a 5 G phone", "a5g phone"),
+        ("5 G", "5g"),
+        ("an A I model", "an a i model"),
+        ("a big cat", "a big cat"),
+        ("I a m", "i am"),
+        ("F B I agents", "fbi agents"),
+        ("plan b", "plan b"),
+    ],
+    "compounds": [
+        ("wi-fi", "wifi"),
+        ("Wi Fi and Hi-Fi", "wifi and hifi"),
+        ("an e-mail", "an email"),
+        ("all right", "alright"),
+        ("how ever", "however"),
+        ("at 5 p.m.", "at 5 pm"),
+        ("the X-ray of a T-shirt", "the xray of a tshirt"),
+        ("O.K.", "okay"),
+        ("et cetera", "etc"),
+    ],
+    "hesitations": [
+        ("Um, I, uh, think", "i think"),
+        ("Hmm. Mhm.", ""),
+        ("Aha! Huh? Eh.", ""),
+        ("uh-huh", ""),
+        ("oh no", "0 no"),
+        ("umbrella", "umbrella"),
+        ("ahem er", "ahem er"),
+    ],
+    "punctuation and brackets": [
+        ("Hello, world!", "hello world"),
+        ("well-known -- really?", "well known really"),
+        ("[noise] yes (laughs) <unk>", "yes"),
+        ("(A) or (B)", "or"),
+        ("( unclosed [ both", "unclosed both"),
+        ("rock'n'roll", "rock n roll"),
+        ("  two\tspaces\n", "2 spaces"),
+        ("#1 & *2*", "one 2"),
+        ("www.example.com", "www example com"),
+    ],
+    "unicode": [
+        ("Café naïve", "cafe naive"),
+        ("Straße Œuvre Ærø", "strasse oeuvre aero"),
+        ("Łódź", "lodz"),
+        ("日本語", "日本語"),
+        ("Привет, мир", "привет мир"),
+        ("ﬁne ½", "fine one 2"),
+        ("🙂", ""),
+        ("“quoted” … text", "quoted . text"),
+        ("e\u0301te\u0301", "ete"),
+    ],
+    "nothing": [("", ""), ("   ", ""), (".", ""), ("[music]", ""), ("...", ".")],
+}
+
+PAIRS = [pytest.param(*pair, id=pair[0] or "nothing at all") for pairs in NORMALIZED.values() for pair in pairs]
+
+# reference, answer, and its (insertions, deletions, substitutions)
+ERRORS = [
+    ("the cat sat", "The cat sat.", (0, 0, 0)),
+    ("the cat sat", "the cat", (0, 1, 0)),
+    ("the cat sat", "the big cat sat", (1, 0, 0)),
+    ("the cat sat", "the dog sat", (0, 0, 1)),
+    ("the cat sat", "", (0, 3, 0)),
+    ("the cat sat", "a dog ran off", (1, 0, 3)),
+    ("white paper", "whitepaper", (0, 0, 0)),
+    ("the bedroom is small", "the bed room is small", (0, 0, 0)),
+    ("bed room", "bathroom", (0, 1, 1)),
+    ("twenty dollars", "$20", (0, 0, 0)),
+    ("um, it's colour", "it is color", (0, 0, 0)),
+    ("B.B.C.", "b b c", (0, 0, 0)),
+]
+
+
+def row(text: str, answer: str | None, group: str | None = None, number: int = 0, **others) -> dict:
+    """A line of predictions.jsonl; one that failed if there is no answer."""
+    given = {"error": "it is too long"} if answer is None else {"pred_text": answer}
+    place, clip = f"data.jsonl:{number + 1}", f"{number}.flac"
+    fields = {"row": number, "place": place, "group": group, "audio_filepath": clip, "duration": 10.0, "time": 0.5}
+    return fields | {"text": text} | given | others
+
+
+def rows(*pairs: tuple[str, str | None], group: str | None = None) -> list[dict]:
+    return [row(text, answer, group, number) for number, (text, answer) in enumerate(pairs)]
+
+
+@pytest.mark.parametrize(("text", "expected"), PAIRS)
+def test_normalize(text, expected):
+    assert normalize(text) == expected
+
+
+def test_a_number_that_python_does_not_convert_stays_as_it_is():
+    assert normalize("1" * 5_000) == "1" * 5_000
+
+
+@pytest.mark.parametrize(("reference", "answer", "errors"), ERRORS)
+def test_errors_of_a_row(reference, answer, errors):
+    scores = score(rows((reference, answer)))
+    assert (scores["insertions"], scores["deletions"], scores["substitutions"]) == errors
+    assert scores["wer"] == dict.fromkeys(("value", "low", "high"), sum(errors) / scores["words"])
+    pairs = align(normalize(reference), normalize(answer))
+    assert sum(first == "" for first, _ in pairs) == errors[0]
+    assert sum(second == "" for _, second in pairs) == errors[1]
+    wrong = [pair for pair in pairs if all(pair) and pair[0].replace(" ", "") != pair[1].replace(" ", "")]
+    assert len(wrong) == errors[2]
+    assert " ".join(first for first, _ in pairs if first) == normalize(reference)
+    assert " ".join(second for _, second in pairs if second) == normalize(answer)
+
+
+def test_align():
+    assert align("a white paper", "the whitepaper here") == [
+        *(("a", "the"), ("white paper", "whitepaper"), ("", "here")),
+    ]
+    assert align("", "") == []
+
+
+def test_rule_names_its_sources():
+    assert scoring.RULE["normalizer"] == "English of huggingface/open_asr_leaderboard at d1e99b2"
+    assert scoring.RULE["alignment"].startswith("kaldialign ")
+    assert scoring.LEADERBOARD["source"]["licence"] == "Apache-2.0"
+
+
+def sentences(number: int, seed: int = 0) -> list[tuple[str, str]]:
+    """References of 5 to 14 words, and answers with a third of them wrong, that no rule of the normalizer changes."""
+    rng = np.random.default_rng(seed)
+    words = ["cat", "dog", "house", "garden", "river", "tree", "stone", "light"]  # no two of them make a third
+    pairs = []
+    for _ in range(number):
+        reference = rng.choice(words, size=rng.integers(5, 15)).tolist()
+        answer = [word for word in reference if rng.random() > 0.1]
+        answer = [str(rng.choice(words)) if rng.random() < 0.2 else word for word in answer]
+        pairs.append((" ".join(reference), " ".join(answer)))
+    return pairs
+
+
+def test_equals_jiwer_where_nothing_is_normalized():
+    pairs = sentences(200)
+    assert [normalize(text) for pair in pairs for text in pair] == [text for pair in pairs for text in pair]
+    references, answers = map(list, zip(*pairs, strict=True))
+    scores, expected = score(rows(*pairs)), jiwer.process_words(references, answers)
+    assert scores["wer"]["value"] == pytest.approx(jiwer.wer(references, answers), abs=1e-12)
+    assert scores["cer"]["value"] == pytest.approx(jiwer.cer(references, answers), abs=1e-12)
+    assert scores["macro_wer"] == pytest.approx(np.mean([jiwer.wer(*pair) for pair in pairs]), abs=1e-12)
+    assert scores["words"] == sum(len(reference.split()) for reference in references)
+    # How errors fall on the three kinds is a matter of taste; their difference is not.
+    errors = [scores[kind] for kind in ("insertions", "deletions", "substitutions")]
+    assert errors[0] - errors[1] == expected.insertions - expected.deletions
+    assert sum(errors) == expected.insertions + expected.deletions + expected.substitutions
+
+
+def test_bootstrap():
+    few, many = rows(*sentences(30)), rows(*sentences(1_000, seed=1))
+    scores = score(few)
+    assert scores == score(few)
+    assert scores["wer"] != score(few, seed=1)["wer"]
+    assert scores["wer"]["value"] == score(few, seed=1)["wer"]["value"]
+    widths = {}
+    for size, scored in (("few", scores), ("many", score(many))):
+        for rate in ("wer", "cer"):
+            interval = scored[rate]
+            assert interval["low"] < interval["value"] < interval["high"]
+            widths[size, rate] = interval["high"] - interval["low"]
+    for rate in ("wer", "cer"):  # by about the root of 33
+        assert 3 < widths["few", rate] / widths["many", rate] < 12
+
+
+def test_bootstrap_is_that_of_the_binomial():
+    pairs = [("yes", "yes")] * 300 + [("yes", "no")] * 100
+    interval = score(rows(*pairs))["accuracy"]
+    deviation = (0.75 * 0.25 / 400) ** 0.5
+    assert interval["value"] == 0.75
+    assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+
+
+def test_failed_rows_are_counted_and_left_out():
+    good = rows(("the cat sat", "the cat"), ("a dog", "a dog"))
+    failed = [row("many words that nobody answered", None, number=2, duration=None, time=None)]
+    with_failed, without = score(good + failed), score(good)
+    assert (with_failed.pop("rows"), with_failed.pop("failed")) == (3, 1)
+    assert (without.pop("rows"), without.pop("failed")) == (2, 0)
+    assert with_failed == without
+
+
+@pytest.mark.parametrize("given", [[], rows(("the cat", None), ("um", None))], ids=["no rows", "all failed"])
+def test_nothing_to_score(given):
+    scores = score(given)
+    assert (scores["rows"], scores["failed"], scores["words"]) == (len(given), len(given), 0)
+    assert scores["wer"] == scores["cer"] == dict.fromkeys(("value", "low", "high"))
+    assert [scores[name] for name in ("macro_wer", "rtfx", "empty", "repeating")] == [None] * 4
+    assert scores["nothing_said"] == {"rows": 0, "answered": 0}
+    assert "accuracy" not in scores
+    assert f"| {len(given)} " in table(score_arms({"as given": given}))
+
+
+def test_where_nothing_is_said_no_error_is_counted():
+    silent = rows(("", "thank you"), ("Um.", "uh"), ("[noise]", ""), ("ignore time segment in scoring", "the cat"))
+    scores = score([*silent, *rows(("the cat sat", "the cat"), ("the dog", "hm"))])
+    assert scores["nothing_said"] == {"rows": 4, "answered": 2}
+    assert (scores["rows"], scores["words"], scores["insertions"], scores["deletions"]) == (6, 5, 0, 3)
+    assert scores["empty"] == 0.5
+    assert scores["macro_wer"] == pytest.approx((1 / 3 + 1) / 2)
+
+
+def test_repeating_answers():
+    speech = "And so, my fellow Americans, ask not what your country can do for you, ask what you can do for it."
+    loop = "I'm going to go. " * 20
+    for answer, expected in ((speech, False), (loop, True), ("", False), ("yes yes yes", False)):
+        data = answer.encode()
+        assert (len(data) / len(zlib.compress(data)) > 2.4) == scoring.is_repeating(answer) == expected
+    assert score(rows((speech, speech), (speech, loop), ("", loop), (speech, "")))["repeating"] == 0.5
+    assert not scoring.is_repeating("\ud83d")  # half of a surrogate pair, which JSON may hold
+
+
+def test_rtfx():
+    given = [row("a", "a", duration=30.0, time=0.5), row("b", "b", duration=10, time=1.5), row("", "", duration=20.0)]
+    assert score(given)["rtfx"] == pytest.approx(60 / 2.5)
+    for name, value in (("duration", None), ("time", None), ("time", 0.0)):
+        assert score([*given, row("c", "c", **{name: value})])["rtfx"] is None
+
+
+def test_closed_answers():
+    pairs = [("Dog.", "dog"), ("dog", "a dog"), ("cat", "Cat!"), ("cat", "dog"), ("dog", None), ("", "dog")]
+    scores = score(rows(*pairs))
+    assert scores["accuracy"]["value"] == 0.5
+    assert 0 <= scores["accuracy"]["low"] < 0.5 < scores["accuracy"]["high"] <= 1
+    assert scores["confusion"] == {
+        "references": ["cat", "dog"],
+        "answers": ["cat", "dog", "other"],
+        "counts": [[1, 1, 0], [0, 1, 1]],
+    }
+
+
+@pytest.mark.parametrize(
+    ("references", "closed"),
+    [
+        (["yes", "no"] * 2, True),
+        (["yes", "no", "no"], False),  # fewer than two rows for each
+        ([f"label {number}" for number in range(20)] * 2, True),
+        ([f"label {number}" for number in range(21)] * 2, False),
+        (["three whole words"] * 2, True),
+        (["four words are many"] * 2, False),
+        (["yes", "no", "", ""], False),
+        (["", ""], False),
+        ([], False),
+    ],
+)
+def test_is_closed(references, closed):
+    assert is_closed(references) == closed
+
+
+def test_arms_and_groups():
+    first = rows(("the cat sat", "the cat"), group="noisy | street") + rows(("a dog", "a dog"), group="clean")
+    first += rows(("no group", "no group"))
+    second = rows(("yes", "yes"), ("no", "yes"), ("yes", "yes"), ("no", "no"))
+    scores = score_arms({"as given": first, "short": second}, seed=3)
+    assert scores["rule"] == scoring.RULE
+    assert list(scores["arms"]) == ["as given", "short"]
+    assert list(scores["arms"]["as given"]) == ["all", "noisy | street", "clean"]
+    assert list(scores["arms"]["short"]) == ["all"]
+    assert scores["arms"]["as given"]["all"] == score(first, seed=3)
+    assert scores["arms"]["as given"]["clean"] == score(first[1:2], seed=3)
+    json.dumps(scores, allow_nan=False)
+    with pytest.raises(ValueError, match="A group of 'as given' is named 'all'.*rename it"):
+        score_arms({"as given": rows(("a", "b"), group="all")})
+
+
+def test_table():
+    first = rows(("the cat sat", "the cat"), group="noisy | street") + rows(("a dog", "a dog"), group="clean")
+    second = rows(("yes", "yes"), ("no", "yes"), ("yes", "yes"), ("no", "no"), ("", "a"), ("no", None))
+    text = table(score_arms({"as given": first, "short": second}))
+    lines = text.splitlines()
+    assert len({len(line.replace("\\|", "||")) for line in lines}) == 1
+    cells = [[cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")] for line in lines]
+    assert cells[0] == [
+        *("arm", "group", "rows", "failed", "WER %", "macro WER %", "CER %", "ins/del/sub", "accuracy %"),
+        *("empty %", "repeating %", "nothing said", "RTFx"),
+    ]
+    assert [line[:4] for line in cells[2:]] == [
+        ["as given", "all", "2", "0"],
+        ["as given", "noisy / street", "1", "0"],
+        ["as given", "clean", "1", "0"],
+        ["short", "all", "6", "1"],
+    ]
+    assert cells[3][4:] == [
+        "33.33 [33.33, 33.33]",
+        "33.33",
+        "36.36 [36.36, 36.36]",
+        "0/1/0",
+        "",
+        "0.00",
+        "0.00",
+        "",
+        "20.0",
+    ]
+    assert cells[5][8].startswith("75.00 [")
+    assert cells[5][11] == "1 of 1 answered"
+    without = table(score_arms({"as given": [row("the cat sat", "the cat", time=None)]}))
+    assert not any(head in without for head in ("accuracy", "nothing said", "RTFx"))
+    assert table(score_arms({})) == ""
+
+
+def write(path, *lines: str | bytes) -> str:
+    path.write_bytes(b"".join(line if isinstance(line, bytes) else f"{line}\n".encode() for line in lines))
+    return str(path)
+
+
+def test_read_folder(tmp_path):
+    with pytest.raises(ValueError, match="has no predictions.jsonl"):
+        read_folder(tmp_path)
+    given = [*rows(("straße", "strasse"), ("b", None)), row("c", "", number=7, duration=None, time=2)]
+    write(tmp_path / "predictions.jsonl", *(json.dumps(line, ensure_ascii=False) for line in given))
+    write(tmp_path / "predictions-short-prompt.jsonl", json.dumps(given[1]))
+    write(tmp_path / "predictions-beams.jsonl", json.dumps(given[0]).encode())  # no newline at the end, but whole
+    write(tmp_path / "predictions-none.jsonl")
+    write(tmp_path / "other.jsonl", "{")
+    arms = read_folder(tmp_path)
+    assert list(arms) == ["as given", "beams", "none", "short-prompt"]
+    assert arms == {"as given": given, "beams": given[:1], "none": [], "short-prompt": given[1:2]}
+
+
+WHOLE = json.dumps(row("a", "b", number=1))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "expected a JSON object in UTF-8"),
+        ("", "expected a JSON object in UTF-8"),
+        (WHOLE[:-5].encode(), "expected a JSON object in UTF-8"),  # cut short, without a newline
+        (b"\xff\n", "expected a JSON object in UTF-8"),
+        ("[" * 100_000, "expected a JSON object in UTF-8"),
+        ("[1]", "expected a JSON object, got list"),
+        (
+            WHOLE.replace("pred_text", "prediction"),
+            "expected `pred_text` or, if the row failed, `error`; there is neither",
+        ),
+        (WHOLE.replace("{", '{"error": "", '), "there is both"),
+        (WHOLE.replace('"row"', '"line"'), "there is no `row`"),
+        (WHOLE.replace('"text"', '"reference"'), "there is no `text`"),
+        (WHOLE.replace('"group"', '"groups"'), "there is no `group`"),
+        (WHOLE.replace('"row": 1', '"row": true'), "`row` must be an int from 0, got True"),
+        (WHOLE.replace('"row": 1', '"row": 1.0'), "`row` must be an int from 0, got 1.0"),
+        (WHOLE.replace('"row": 1', '"row": -1'), "`row` must be an int from 0, got -1"),
+        (WHOLE.replace('"duration": 10.0', '"duration": "10"'), "`duration` must be seconds or null, got '10'"),
+        (WHOLE.replace('"duration": 10.0', '"duration": NaN'), "`duration` must be seconds or null, got nan"),
+        (WHOLE.replace('"time": 0.5', '"time": 1e999'), "`time` must be seconds or null, got inf"),
+        (WHOLE.replace('"pred_text": "b"', '"pred_text": null'), "`pred_text` must be a string, got None"),
+        (WHOLE.replace('"pred_text": "b"', '"error": 3'), "`error` must be a string, got 3"),
+        (WHOLE.replace('"group": null', '"group": 3'), "`group` must be a string or null, got 3"),
+        (WHOLE.replace('"row": 1', '"row": 0'), "row 0 is in line 1 too; expected each row once"),
+    ],
+)
+def test_a_bad_line_is_named(line, message, tmp_path):
+    path = write(tmp_path / "predictions.jsonl", json.dumps(row("a", "b")), line)
+    with pytest.raises(ValueError) as raised:
+        read_predictions(path)
+    assert str(raised.value).startswith(f"{path}:2: ")
+    assert message in str(raised.value)
+    with pytest.raises(ValueError, match="predictions.jsonl:2: "):
+        read_folder(tmp_path)
