@@ -97,6 +97,22 @@ def photo() -> Path:
     return ASSETS / "images" / "chelsea.png"
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, for tests with the marker `app`."""
+    from playwright.sync_api import sync_playwright  # which no other test needs
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.fail("The page is tested in Chromium: apt-get install chromium.")
+    with sync_playwright() as playwright:
+        # Without these it asks its maker's servers about updates and more.
+        quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=[*quiet, "--disable-sync"])
+        yield browser
+        browser.close()
+
+
 @pytest.fixture
 def sound():
     """Clips that differ: `sound(seconds, seed)` is a tone in noise, float32 samples at 16 kHz."""

@@ -1,14 +1,13 @@
 """The demo page in a real browser: what a visitor does and sees. `make test-app`; needs Debian's chromium."""
 
 import re
-import shutil
 import sys
 import time
 
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 from serving import free_port, serve_process
 
 from audio_utils import fetch_audio
@@ -30,19 +29,6 @@ def address(demo_repo, tmp_path_factory):
     log = tmp_path_factory.mktemp("app") / "log.txt"
     with serve_process(command, address, log, timeout=120, GRADIO_ANALYTICS_ENABLED="False"):
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.fail("The page is tested in Chromium: apt-get install chromium.")
-    with sync_playwright() as playwright:
-        # Without these it asks its maker's servers about updates and more.
-        quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-        browser = playwright.chromium.launch(executable_path=chromium, args=[*quiet, "--disable-sync"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
