@@ -1,0 +1,366 @@
+"""The page of results: what it shows, in which order, and that nothing in the data can act on it."""
+
+import copy
+import difflib
+import json
+import re
+import sys
+import types
+from html import unescape
+from html.parser import HTMLParser
+
+import av
+import pytest
+from PIL import Image
+
+from audio_utils import fetch_audio
+from demo.ask import EXAMPLES, read_examples
+from demo.world import SKILLS
+
+
+try:
+    import scoring  # noqa: F401
+except ModuleNotFoundError:  # until `scoring.py` is there: words side by side, as far as `difflib` sees
+    stand_in = types.ModuleType("scoring")
+    stand_in.normalize = lambda text: " ".join(re.findall(r"\w+", text.lower()))
+
+    def align(reference: str, given: str) -> list[tuple[str, str]]:
+        left, right, pairs = reference.split(), given.split(), []
+        for _, i, k, m, n in difflib.SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
+            size = max(k - i, n - m)
+            pairs += zip(left[i:k] + [""] * (size - k + i), right[m:n] + [""] * (size - n + m), strict=True)
+        return pairs
+
+    stand_in.align = align
+    sys.modules["scoring"] = stand_in
+
+from results_page import MEDIA_TYPES, SCRIPT, SHADES, STYLE, write_page
+
+
+HOSTILE = '</script><script>alert(1)</script>"><img src=x onerror=alert(1)>&lt;\ud800\x00'
+VOID = {"meta", "img", "input", "br", "link"}
+RATE = {"value": 0.25, "low": 0.125, "high": 0.5}
+SCORE = {
+    **{"rows": 5, "failed": 1, "wer": RATE, "cer": {"value": 0.2, "low": None, "high": None}, "macro_wer": None},
+    **{"insertions": 1, "deletions": 1, "substitutions": 2, "words": 1234, "rtfx": 12.34, "empty": 1, "repeating": 0},
+    "nothing_said": {"rows": 2, "answered": 1},
+}
+NOTHING = {**SCORE, "wer": None, "cer": None, "rtfx": None, "nothing_said": {"rows": 0, "answered": 0}}
+CONFUSION = {"references": ["yes", "no"], "answers": ["yes", "no", "other"], "counts": [[6, 2, 0], [1, 7, 1]]}
+SCORES = {
+    "rule": {"normalizer": "lower case, no punctuation", "alignment": "Levenshtein"},
+    "arms": {
+        "as given": {
+            "all": SCORE,
+            "transcribe": SCORE,
+            "agree": {**SCORE, "accuracy": RATE, "confusion": CONFUSION},
+        },
+        "silence": {"all": SCORE, "transcribe": NOTHING, "agree": {**SCORE, "accuracy": None}},
+    },
+}
+MANIFEST = {
+    "model": {"name": "someone/a-model", "revision": "0123456789abcdef"},
+    **{"data": ["data.jsonl"], "date": "2026-01-02T03:04:05+00:00", "device": "cpu", "dtype": "bfloat16", "seed": 0},
+    "versions": {"torch": "2.9.0"},
+    "generation": {"max_new_tokens": 128, "do_sample": False},
+    "command": "evaluate.py DIR --data data.jsonl",
+}
+
+
+def prediction(row: int, text: str, pred_text: str | None = None, **more) -> dict:
+    answer = {"error": "out of memory"} if pred_text is None else {"pred_text": pred_text}
+    facts = {"row": row, "place": f"data.jsonl:{row + 1}", "group": "transcribe", "audio_filepath": None}
+    return {**facts, "duration": 1.4, "time": 0.25, "prompt": "Transcribe the audio.", "text": text, **answer, **more}
+
+
+class Page(HTMLParser):
+    """Elements of a page in their order: name, attributes, and the text within; raises if they are not well nested."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        element = types.SimpleNamespace(tag=tag, attributes=dict(attributes), text="", inside=list(self.open))
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop().tag == tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            element.text += data
+
+    def all(self, tag: str, style: str | None = None, inside=None) -> list:
+        return [
+            element
+            for element in self.elements
+            if element.tag == tag
+            and (style is None or style in element.attributes.get("class", "").split())
+            and (inside is None or inside in element.inside)
+        ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "results"
+    (folder / "media").mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps(MANIFEST))
+    return folder
+
+
+def written(folder, rows: list[dict], scores: dict = SCORES, limit: int = 200, **arms) -> Page:
+    return Page(write_page(folder, {"as given": rows, **arms}, scores, limit))
+
+
+def write_mp3(samples, path):
+    """Encodes float samples `[samples]` at 16 kHz."""
+    with av.open(path, "w") as file:
+        stream = file.add_stream("mp3", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray((samples * 32767).short().numpy()[None], format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        file.mux([*stream.encode(frame), *stream.encode(None)])
+
+
+def test_rows_are_in_order_worst_first(folder):
+    rows = [
+        prediction(0, "one red star", "one red star"),
+        prediction(1, "one red star", "two red stars"),
+        prediction(2, "one", "two"),
+        prediction(3, "one red star"),
+        prediction(4, "red star", "blue square"),
+        prediction(5, "", "thank you for your attention"),
+    ]
+    page = written(folder, rows)
+    assert [heading.text for heading in page.all("h3")] == [f"data.jsonl:{n}" for n in (4, 6, 5, 3, 2, 1)]
+    counts = [next(iter(page.all("span", "count", inside=row))).text for row in page.all("article")]
+    assert counts == [
+        *("failed", "5 errors in 0 words", "2 errors in 2 words", "1 error in 1 word"),
+        *("2 errors in 3 words", "0 errors in 3 words"),
+    ]
+    assert "All 6 rows are shown" in page.all("main")[0].text
+    assert "out of memory" in page.all("article")[0].text
+    assert len(page.all("article", "failed")) == 1
+
+
+def test_limit_is_told(folder):
+    rows = [prediction(row, "one", "one") for row in range(1200)]
+    page = written(folder, rows, limit=7)
+    assert len(page.all("article")) == 7
+    assert "The worst 7 of 1,200 rows are shown" in page.all("main")[0].text
+    assert page.all("article")[0].inside[-1].tag == "section"
+    with pytest.raises(ValueError, match="`limit` must be 0 or more, got -1"):
+        written(folder, rows, limit=-1)
+    with pytest.raises(ValueError, match='must have the arm "as given", got silence'):
+        write_page(folder, {"silence": rows}, SCORES)
+    assert not list(folder.glob("*.unfinished"))
+
+
+def test_difference_is_read_by_form(folder):
+    page = written(folder, [prediction(0, "two red stars here", "two blue stars or")])
+    (row,) = page.all("article")
+    (difference,) = page.all("span", "difference", inside=row)
+    pairs = page.all("span", "substituted", inside=difference)
+    assert [pair.text for pair in pairs] == ["red blue", "here or"]
+    page = written(folder, [prediction(0, "red stars", "two red")])
+    assert [word.text for word in page.all("ins")][-1] == "two"
+    assert [word.text for word in page.all("del")][-1] == "stars"
+    assert not page.all("span", "substituted", inside=page.all("article")[0])
+    page = written(folder, [prediction(0, "Red stars!", "red stars"), prediction(1, "", "")])
+    assert not page.all("span", "difference")
+    assert page.all("article")[1].text.count("(empty)") == 2
+
+
+def test_answers_of_other_arms_are_beside(folder):
+    rows = [prediction(0, "red star", "red star"), prediction(1, "one", "two")]
+    silence = [prediction(1, "one", "nothing at all"), prediction(0, "red star")]
+    page = written(folder, rows, silence=silence, text=silence[:1])
+    tables = [[row.text for row in page.all("tr", inside=table)[1:]] for table in page.all("table", "words")]
+    assert tables == [
+        ["silencenothing at all3 errors in 1 word", "textnothing at all3 errors in 1 word"],
+        ["silenceout of memoryfailed"],
+    ]
+
+
+def test_scores_and_confusions_are_tables(folder):
+    page = written(folder, [prediction(0, "one", "one")])
+    rates, accuracy, figures, confusion = page.all("table")
+    cells = [[cell.text for cell in page.elements if row in cell.inside[-1:]] for row in page.all("tr", inside=rates)]
+    assert cells == [
+        ["group", "rows", "as given", "silence"],
+        ["all", "5", "25.0 12.5 to 50.0", "25.0 12.5 to 50.0"],
+        ["transcribe", "5", "25.0 12.5 to 50.0", unescape("&ndash;")],
+        ["agree", "5", "25.0 12.5 to 50.0", "25.0 12.5 to 50.0"],
+    ]
+    assert page.all("caption", inside=accuracy)[0].text == "Accuracy, %"
+    assert len(page.all("tr", inside=accuracy)) == 2
+    assert len(page.all("tr", inside=figures)) == 7
+    assert "1 of 2" in figures.text and "1,234" in figures.text
+    shades = [cell.attributes.get("class") for cell in page.all("td", inside=confusion)]
+    assert shades == ["shade-6 right", "shade-2", None, "shade-1", "shade-7 right", "shade-1"]
+    assert "25.0 % (12.5 to 50.0) over 5 rows with 1,234 words; 1 row failed." in page.all("main")[0].text
+    assert "max_new_tokens: 128" in page.all("details")[-1].text
+    assert {"someone/a-model", "0123456789abcdef", "data.jsonl"} <= {
+        element.text for element in page.elements if element.tag in ("h1", "dd")
+    }
+    levels = [int(element.tag[1]) for element in page.elements if re.fullmatch(r"h\d", element.tag)]
+    assert levels == [1, 2, 2, 3]
+
+
+def test_rates_may_be_undefined(folder):
+    scores = {"rule": {}, "arms": {"as given": {"all": {**NOTHING, "words": 0, "wer": {"value": None}}}}}
+    page = written(folder, [prediction(0, "one")], scores)
+    assert "the word error rate is not defined over 5 rows with 0 words" in page.all("main")[0].text
+    assert "None" not in page.all("main")[0].text
+
+
+def test_media_are_inside_and_missing_ones_are_named(folder):
+    Image.new("RGB", (8, 8)).save(folder / "media" / "1.jpg")
+    (folder / "media" / "1.mp3").write_bytes(b"any bytes")
+    (folder / "media" / "1.exe").write_bytes(b"any bytes")
+    (folder.parent / "outside.mp3").write_bytes(b"secret")
+    names = ["media/1.mp3", "media/1.jpg", "media/2.mp3", "media/1.exe", "../outside.mp3"]
+    rows = [prediction(0, "one", "one", audio_filepath="media/1.mp3", media=names)]
+    rows += [prediction(1, "one", "one", audio_filepath="media/1.mp3")]
+    page = written(folder, rows)
+    players, pictures = page.all("audio"), page.all("img")
+    assert [player.attributes["src"] for player in players] == ["data:audio/mpeg;base64,YW55IGJ5dGVz"] * 2
+    assert all(player.attributes["preload"] == "none" and "controls" in player.attributes for player in players)
+    assert players[0].attributes["aria-label"] == "audio 1 of data.jsonl:1"
+    assert [picture.attributes["src"][:23] for picture in pictures] == ["data:image/jpeg;base64,"]
+    assert [note.text for note in page.all("p", "missing")] == [f"{name} is missing." for name in names[2:]]
+
+
+def hostile(value):
+    """The same data with every text and every name of a group replaced."""
+    if isinstance(value, dict):
+        return {name: hostile(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [hostile(part) for part in value]
+    return HOSTILE if isinstance(value, str) else value
+
+
+def test_nothing_in_the_data_is_markup(folder):
+    (folder / "manifest.json").write_text(json.dumps(hostile(MANIFEST) | {HOSTILE: {HOSTILE: HOSTILE}}))
+    rows = [hostile(prediction(0, "one", "two")), hostile(prediction(1, "one")), hostile(prediction(2, "", ""))]
+    rows[0] |= {"media": [HOSTILE, "x" * 5000], "text": "one", "pred_text": f"a {HOSTILE}"}
+    scores = hostile(SCORES)
+    scores["arms"] = {name: arm | {HOSTILE: arm["agree"]} for name, arm in copy.deepcopy(scores["arms"]).items()}
+    scores["arms"][HOSTILE] = scores["arms"]["as given"]
+    page = written(folder, rows, scores, **{HOSTILE: rows})
+    assert len(page.all("script")) == 1 and page.all("script")[0].text == SCRIPT
+    assert page.all("img") == []
+    assert not [name for element in page.elements for name in element.attributes if name.startswith("on")]
+    assert "onerror=alert(1)" in page.all("title")[0].text
+    tags = {element.tag for element in page.elements}
+    plain = {element.tag for element in written(folder, [prediction(0, "one", "two")]).elements}
+    assert tags <= plain | {"audio", "img", "table", "caption"}
+
+
+def test_page_is_self_contained(folder):
+    page = written(folder, [prediction(0, "one", "two", group=None)])
+    for element in page.elements:
+        assert not {"href", "srcset", "style", "action", "data"} & set(element.attributes)
+        assert element.attributes.get("src", "data:").startswith("data:")
+    assert not re.search(r"https?:|url\(|@import", STYLE + SCRIPT)
+    policy = page.all("meta")[1].attributes["content"]
+    assert policy.startswith("default-src 'none'; style-src 'sha256-") and "unsafe" not in policy
+    assert page.all("option")[1].text == "no group"
+
+
+def luminance(color: tuple[float, ...]) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
+    return sum(part * share for part, share in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
+
+
+def test_colours_have_contrast():
+    """At least 4.5, as WCAG asks for text, in light and dark."""
+    palettes = [dict(re.findall(r"--(\w+): ([^;]+);", block)) for block in re.findall(r":root \{(.*?)\}", STYLE, re.S)]
+    assert len(palettes) == 2
+    for palette in palettes:
+        colors = {
+            name: tuple(int(value[i : i + 2], 16) / 255 for i in (1, 3, 5))
+            for name, value in palette.items()
+            if value.startswith("#")
+        }
+        shade = [int(part) / 255 for part in palette["shade"].split(",")]
+        strongest = 0.5  # of the last of the shades
+        assert f".shade-{SHADES} {{ background: rgba(var(--shade), {strongest:.3f}); }}" in STYLE
+        mix = tuple(strongest * a + (1 - strongest) * b for a, b in zip(shade, colors["paper"], strict=True))
+        pairs = [(name, colors["paper"]) for name in ("ink", "muted", "accent", "removed", "added")]
+        pairs += [(name, colors["raised"]) for name in ("ink", "muted")]
+        pairs += [(name, colors["pair"]) for name in ("removed", "added")] + [("ink", mix)]
+        for name, behind in pairs:
+            high, low = sorted([luminance(colors[name]), luminance(behind)], reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (name, behind)
+
+
+@pytest.fixture
+def report(folder):
+    """The page of some answers to the examples of the demo, with their audio and pictures."""
+    given = {1: "two yellow squares", 2: "yellow stars", 4: None, 6: "three small red circles", 7: "one", 8: "maybe"}
+    rows, silence = [], []
+    for row, example in enumerate(read_examples()):
+        media = []
+        for number, name in enumerate(example["audio"], 1):
+            media.append(f"media/{row:06}-{number}.mp3")
+            write_mp3(fetch_audio(EXAMPLES / name), folder / media[-1])
+        audio = media[0] if media else None
+        if example["image"]:
+            media.append(f"media/{row:06}-{len(media) + 1}.jpg")
+            Image.open(EXAMPLES / example["image"]).convert("RGB").save(folder / media[-1])
+        more = {"audio_filepath": audio, "media": media, "group": example["skill"]}
+        more["prompt"] = SKILLS[example["skill"]]["instruction"]
+        rows.append(prediction(row, example["answer"], given.get(row + 1, example["answer"]), **more))
+        silence.append(prediction(row, example["answer"], "no", **more))
+    return write_page(folder, {"as given": rows, "silence": silence}, SCORES)
+
+
+@pytest.mark.app
+def test_page_in_a_browser(report, browser, tmp_path):
+    context = browser.new_context(offline=True, viewport={"width": 1200, "height": 900})
+    page, problems, requests = context.new_page(), [], []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url.split(":")[0]))
+    page.goto(report.as_uri())
+    assert page.locator("#shown").inner_text() == "20 of 20 rows match."
+
+    # The first row that has audio plays by the keyboard, to the end of its recording.
+    player = page.locator("audio").first
+    place = int(player.get_attribute("aria-label").rpartition(":")[2])
+    seconds = len(fetch_audio(EXAMPLES / read_examples()[place - 1]["audio"][0])) / 16_000
+    player.focus()
+    page.keyboard.press("Space")
+    page.wait_for_function("player => player.currentTime > 0.1", arg=player.element_handle())
+    assert player.evaluate("player => player.readyState") >= 2
+    assert player.evaluate("player => player.duration") == pytest.approx(seconds, abs=0.15)
+    assert page.locator("img").first.evaluate("image => image.naturalWidth") > 0
+
+    page.get_by_label("only rows with errors").check()
+    assert page.locator("#shown").inner_text() == "6 of 20 rows match."
+    page.get_by_label("Search the rows").fill("YELLOW squares")
+    assert page.locator("article:visible h3").all_inner_texts() == ["data.jsonl:1"]
+    page.get_by_label("Search the rows").fill("")
+    page.get_by_label("only rows with errors").uncheck()
+    page.get_by_label("Group", exact=True).select_option("agree")
+    assert page.locator("article:visible").count() == 4
+    page.get_by_label("Group", exact=True).select_option("all")
+    page.get_by_label("Search the rows").press("Enter")
+    assert page.locator("article:visible").count() == 20
+
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for width in (1200, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            page.locator("details").evaluate_all("all => all.forEach(one => one.open = false)")
+            page.screenshot(path=tmp_path / f"{scheme}-{width}.png")
+    assert problems == [] and set(requests) <= {"file", "data"}
+    assert len(report.read_bytes()) < 1e6 and set(MEDIA_TYPES) == {".mp3", ".jpg"}
+    context.close()
