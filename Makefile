@@ -39,7 +39,7 @@ test-releases: $(READY)  ## the core of the suite on the oldest supported transf
 test-endurance: $(READY)  ## 3,000 requests to one process
 	$(PYTHON) -m pytest -m endurance -s
 
-test-app: $(READY)  ## the page in Chromium (Debian: apt-get install chromium)
+test-app: $(READY)  ## the pages in Chromium (Debian: apt-get install chromium)
 	$(PYTHON) -m pytest -m app
 
 test-vllm: $(READY)  ## the folder behind vLLM; skipped where vLLM cannot be installed

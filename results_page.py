@@ -40,27 +40,29 @@ h1, h2 {
   font-family: Charter, "Bitstream Charter", "Iowan Old Style", Georgia, "Liberation Serif", serif;
   font-weight: 600; line-height: 1.2; text-wrap: balance;
 }
-h1 { font-size: 2.4rem; letter-spacing: -0.01em; margin: 0 0 1.25rem; overflow-wrap: anywhere; }
+h1 { font-size: 2.4rem; letter-spacing: -0.01em; margin: 0 0 1.25rem; }
 h2 { font-size: 1.6rem; margin: 4rem 0 0.75rem; }
-h3 { font-size: 1rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
-p { margin: 0 0 1rem; max-width: 44rem; }
-.kicker, .note, small, figcaption, dt, .count { color: var(--muted); font-size: 0.875rem; }
+h3 { font-size: 1rem; font-weight: 600; margin: 0; }
+h1, h3, p, small, summary, dd { overflow-wrap: anywhere; }
+p { margin: 0 0 1rem; max-width: 44rem; text-wrap: pretty; }
+.kicker, .note, small, dt, .count { color: var(--muted); font-size: 0.875rem; }
 .kicker { margin: 0 0 0.25rem; }
-code, pre { font: 0.85em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
-code { overflow-wrap: anywhere; }
 dl { margin: 0; display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.5rem 1.25rem; }
 dt { line-height: 1.6rem; }
-dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
+dd { margin: 0; white-space: pre-wrap; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 
-.scroll { overflow-x: auto; margin: 1.5rem 0; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 4rem; }
+.scroll { overflow-x: auto; margin: 1.5rem 0; max-width: 100%; }
 table { border-collapse: collapse; border-block: 2px solid var(--ink); font-variant-numeric: tabular-nums lining-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: 0.5rem; }
 th, td { padding: 0.4rem 1.25rem 0.4rem 0; text-align: right; vertical-align: top; white-space: nowrap; }
 th { font-weight: 400; }
 thead th { border-bottom: 1px solid var(--ink); color: var(--muted); font-size: 0.875rem; vertical-align: bottom; }
 tbody tr + tr > *, tbody + tbody > tr:first-child > * { border-top: 1px solid var(--line); }
-th:first-child, .words th, .words td { text-align: left; }
+th:first-child, .words th, .words td, .figures :is(th, td):nth-child(2) { text-align: left; }
+.figures thead th { white-space: normal; min-width: 4.5rem; }
+.figures tbody + tbody > tr:first-child > * { border-top-color: var(--ink); }
 th:last-child, td:last-child { padding-right: 0; }
 td small { display: block; font-size: 0.75rem; line-height: 1.2; }
 td strong { font-weight: 650; }
@@ -72,13 +74,15 @@ td strong { font-weight: 650; }
 details { border-top: 1px solid var(--line); }
 details:last-of-type { border-bottom: 1px solid var(--line); }
 summary { cursor: pointer; padding: 0.65rem 0; color: var(--accent); }
-details > div:last-child { padding-bottom: 1.25rem; }
+details > div { padding-bottom: 1.25rem; }
+details .note { margin: 0; }
+details .scroll { margin-block: 0.75rem; }
 
 form {
   display: flex; flex-wrap: wrap; gap: 0.75rem 1.5rem; align-items: end; margin: 1.75rem 0 1rem; padding: 1rem 1.25rem;
   background: var(--raised); border-radius: 0.375rem;
 }
-form > div { display: grid; gap: 0.25rem; min-width: 0; }
+form > div { display: grid; gap: 0.25rem; max-width: 100%; grid-template-columns: minmax(0, auto); }
 form > .search { flex: 1 1 16rem; }
 form > .check { display: flex; gap: 0.5rem; align-items: center; min-height: 2.5rem; }
 label { font-size: 0.875rem; color: var(--muted); }
@@ -90,12 +94,12 @@ input[type="search"], select {
 input[type="checkbox"] { width: 1.1rem; height: 1.1rem; margin: 0; }
 
 article { border-top: 1px solid var(--line); padding: 2rem 0 2.25rem; }
+article > header small { min-width: 0; }
 article > header { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; align-items: baseline; margin-bottom: 0.9rem; }
 article > header .count { margin-left: auto; font-variant-numeric: tabular-nums; }
 .failed .count { color: var(--removed); font-weight: 600; }
 .row { display: grid; gap: 1.5rem; }
 .media { display: grid; gap: 0.75rem; align-content: start; min-width: 0; }
-figure { margin: 0; }
 audio { display: block; width: 100%; height: 2.75rem; }
 img { display: block; max-width: 100%; max-height: 20rem; height: auto; border-radius: 0.25rem; }
 .media p { margin: 0; }
@@ -108,11 +112,10 @@ ins { color: var(--added); text-decoration: underline 0.12em; text-underline-off
 .substituted ins { text-decoration: none; font-weight: 650; }
 .error { color: var(--removed); }
 .legend > span { display: inline-block; margin-right: 1.5rem; }
-.words { width: 100%; border-block-width: 1px; font-size: 0.9rem; }
-.words td:nth-child(2) { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 8rem; width: 100%; }
-.words td:last-child { text-align: right; white-space: normal; }
-.text > .scroll { margin: 1.25rem 0 0; }
-footer { margin-top: 4rem; }
+.words { width: 100%; margin-top: 1.25rem; border-block: 1px solid var(--line); font-size: 0.9rem; }
+.words thead th { border-bottom-color: var(--line); font-size: 0.8125rem; }
+.words td:nth-child(2) { white-space: pre-wrap; overflow-wrap: anywhere; width: 100%; }
+.words th:last-child, .words td:last-child { text-align: right; }
 
 @media (min-width: 48rem) {
   .row { grid-template-columns: 19rem minmax(0, 1fr); gap: 2.5rem; }
@@ -269,10 +272,15 @@ def text(value) -> str:
 def definitions(values: dict) -> str:
     """A list of names and values; a list or an object has a line for each of its parts."""
 
+    def line(value) -> str:
+        return text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
     def lines(value) -> str:
         if isinstance(value, dict):
-            value = [f"{name}: {part}" for name, part in value.items()]
-        return "\n".join(text(part) for part in value) if isinstance(value, (list, tuple)) else text(value)
+            return "\n".join(f"{text(name)}: {line(part)}" for name, part in value.items())
+        if isinstance(value, list):
+            return "\n".join(map(line, value))
+        return MISSING if value is None else line(value)
 
     return "<dl>" + "".join(f"<dt>{text(name)}</dt><dd>{lines(value)}</dd>" for name, value in values.items()) + "</dl>"
 
@@ -312,6 +320,7 @@ def make_scores(scores: dict) -> str:
     page = '<section aria-labelledby="scores">\n<h2 id="scores">Scores</h2>\n'
     over = f"{count(whole['rows'], 'row')} with {count(whole['words'], 'word')}{failed}"
     page += f"<p>As given, the word error rate is {rate}{interval(whole['wer'], ' (', ')')} over {over}.</p>\n"
+    page += '<div class="tables">'
     for measure, name in MEASURES.items():
         body = []
         for group in groups:
@@ -323,7 +332,7 @@ def make_scores(scores: dict) -> str:
         if body:
             page += make_table(["group", "rows", *map(text, arms)], [body], f"{name}, %")
     rule = scores.get("rule", {})
-    page += '<p class="note">In small type: the confidence interval. '
+    page += '</div><p class="note">In small type: the confidence interval. '
     page += f"Normalizer: {text(rule.get('normalizer'))}. Alignment: {text(rule.get('alignment'))}.</p>\n"
     page += f"<details><summary>All figures</summary><div>{make_figures(arms)}</div></details>\n"
     for group in groups:
@@ -333,7 +342,11 @@ def make_scores(scores: dict) -> str:
             if of_arm.get(group, {}).get("confusion")
         ]
         if tables:
-            page += f"<details><summary>Confusions of {text(group)}</summary><div>{''.join(tables)}</div></details>\n"
+            page += f"<details><summary>Confusions of {text(group)}</summary>"
+            page += (
+                '<div><p class="note">Each cell is shaded by its share of the row. The right answer is outlined.</p>'
+            )
+            page += f'<div class="tables">{"".join(tables)}</div></div></details>\n'
     return page
 
 
@@ -489,7 +502,7 @@ def make_answers(answers: dict[str, Comparison]) -> str:
             if row.failed
             else passage(row.prediction["pred_text"])
         )
-        + f"</td><td>{verdict(row)}</td></tr>"
+        + f"</td><td>{'failed' if row.failed else row.errors}</td></tr>"
         for arm, row in answers.items()
     )
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("arm", "answer", "errors"))
