@@ -197,7 +197,7 @@ def write_page(folder: Path, predictions: dict[str, list[dict]], scores: dict, l
         folder: Holds `manifest.json`, and the media that the predictions name.
         predictions: The predictions of each arm; the rows of the arm "as given" are shown.
         scores: What `scoring` makes of them.
-        limit: Of the number of rows, because every one carries its media: about 10 kB for a second of audio.
+        limit: The greatest number of rows, because each carries its media.
 
     Returns:
         The path of the page.
