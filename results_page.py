@@ -171,7 +171,7 @@ class Comparison:
 
     @property
     def errors(self) -> int:
-        return sum(reference != given for reference, given in self.pairs)
+        return sum(differ(reference, given) for reference, given in self.pairs)
 
     @property
     def words(self) -> int:
@@ -181,6 +181,11 @@ class Comparison:
     def badness(self) -> tuple[bool, float, int]:
         """The greater, the further up on the page."""
         return self.failed, self.errors / max(self.words, 1), self.errors
+
+
+def differ(reference: str, given: str) -> bool:
+    """Whether a pair of [`align`] is an error; words that are equal once they are joined are none."""
+    return reference.replace(" ", "") != given.replace(" ", "")
 
 
 def compare(prediction: dict) -> Comparison:
@@ -521,7 +526,7 @@ def difference(pairs: list[tuple[str, str]]) -> str:
     """Words of the answer with those of the reference: read by form as well as by colour."""
     made = []
     for reference, given in pairs:
-        if reference == given:
+        if not differ(reference, given):
             made.append(text(given))
         elif not reference:
             made.append(f"<ins>{text(given)}</ins>")

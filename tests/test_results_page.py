@@ -1,10 +1,8 @@
 """The page of results: what it shows, in which order, and that nothing in the data can act on it."""
 
 import copy
-import difflib
 import json
 import re
-import sys
 import types
 from html import unescape
 from html.parser import HTMLParser
@@ -16,24 +14,6 @@ from PIL import Image
 from audio_utils import fetch_audio
 from demo.ask import EXAMPLES, read_examples
 from demo.world import SKILLS
-
-
-try:
-    import scoring  # noqa: F401
-except ModuleNotFoundError:  # until `scoring.py` is there: words side by side, as far as `difflib` sees
-    stand_in = types.ModuleType("scoring")
-    stand_in.normalize = lambda text: " ".join(re.findall(r"\w+", text.lower()))
-
-    def align(reference: str, given: str) -> list[tuple[str, str]]:
-        left, right, pairs = reference.split(), given.split(), []
-        for _, i, k, m, n in difflib.SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
-            size = max(k - i, n - m)
-            pairs += zip(left[i:k] + [""] * (size - k + i), right[m:n] + [""] * (size - n + m), strict=True)
-        return pairs
-
-    stand_in.align = align
-    sys.modules["scoring"] = stand_in
-
 from results_page import MEDIA_TYPES, SCRIPT, SHADES, STYLE, write_page
 
 
