@@ -1,4 +1,4 @@
-"""Rows of chat messages, from JSON lines or `datasets` -> batches to train on."""
+"""Rows of chat messages, or of recordings and transcripts, from JSON lines or `datasets` -> batches to train on."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import re
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -17,22 +18,31 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 IGNORED = -100  # label of what is not learned
+RECORDING = ("audio", "text")  # columns of a recording and its transcript
 
 
 class BadRow(ValueError):
     """A row that cannot be trained on; the message begins with its place."""
 
 
-def load_rows(sources: list[str], streaming: bool = False):
+def load_rows(
+    sources: list[str], streaming: bool = False, columns: tuple[str, str] | None = None, keep: tuple[str, ...] = ()
+):
     """
-    Rows of JSON lines files, of folders that `datasets` saved, and of datasets by their Hub id or folder.
+    Rows of JSON lines files, of folders that `datasets` saved, and of datasets by their Hub id or folder, written
+    `NAME`, `NAME:SPLIT` or `NAME:CONFIGURATION:SPLIT`.
+
+    Args:
+        columns: Names of a column of recordings (files as bytes or paths) and one of their transcripts, where there
+            are no `messages`.
+        keep: Names of further columns to keep. Rows of JSON lines keep all that they have.
 
     Returns:
-        [`datasets.Dataset`] or [`datasets.IterableDataset`] with columns `line` (JSON text) or `messages`, and
-        `place`, which names the row in messages.
+        [`datasets.Dataset`] or [`datasets.IterableDataset`] with columns `line` (JSON text), `messages`, or `audio`
+        and `text`, those to keep, and `place`, which names the row in messages.
 
     Raises:
-        ValueError: if a source has no `messages`.
+        ValueError: if a source has no such columns.
     """
     loaded = []
     for source in sources:
@@ -42,8 +52,10 @@ def load_rows(sources: list[str], streaming: bool = False):
             # As text: Arrow would give every content item the keys of all others, filled with None.
             rows = datasets.load_dataset("text", data_files=source, split="train", streaming=streaming)
             rows = rows.rename_column("text", "line")
+            if columns and columns != RECORDING:
+                rows = rows.map(partial(rename_keys, columns=columns), input_columns="line")
         else:
-            rows = load_dataset(source, streaming)
+            rows = load_dataset(source, streaming, columns, keep)
         if streaming:
             rows = rows.map(lambda _, index, source=source: {"place": f"{source}:{index + 1}"}, with_indices=True)
         else:
@@ -69,18 +81,34 @@ def check_lines(source: str):
         raise ValueError(f"{source} must be JSON lines in UTF-8; it holds zero bytes, as UTF-16 does.")
 
 
-def load_dataset(source: str, streaming: bool):
+def rename_keys(line: str, columns: tuple[str, str]) -> dict[str, str]:
+    """A line whose recording and transcript are under the usual names; one that has none stays as it is."""
+    try:
+        row = json.loads(line.lstrip("\ufeff"))
+        return {"line": json.dumps({**row, **dict(zip(RECORDING, [row[name] for name in columns], strict=True))})}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {"line": line}
+
+
+def load_dataset(source: str, streaming: bool, columns: tuple[str, str] | None, keep: tuple[str, ...]):
     if (Path(source) / "state.json").is_file():
         rows = datasets.load_from_disk(source)
         rows = rows.to_iterable_dataset() if streaming else rows
     else:
-        name, _, split = source.partition(":")
-        rows = datasets.load_dataset(name, split=split or "train", streaming=streaming)
-    if "messages" not in (rows.features or {}):
-        raise ValueError(f"{source} has columns {', '.join(rows.features or {})}; expected `messages`.")
-    rows = rows.select_columns(["messages"])
-    if (stored := without_decoding(rows.features["messages"])) != rows.features["messages"]:
-        rows = rows.cast_column("messages", stored)
+        name, *configuration, split = source.split(":") if ":" in source else (source, "train")
+        rows = datasets.load_dataset(name, *configuration, split=split or "train", streaming=streaming)
+    found, needed = rows.features or {}, columns or ("messages",)
+    if missing := [f"`{name}`" for name in (*needed, *keep) if name not in found]:
+        raise ValueError(
+            f"{source} has columns {', '.join(found)}; expected {' and '.join(missing)}."
+            + ("" if columns else " --audio_column and --text_column name recordings and transcripts.")
+        )
+    rows = rows.select_columns(list(dict.fromkeys([*needed, *keep])))
+    for name, feature in rows.features.items():
+        if (stored := without_decoding(feature)) != feature:
+            rows = rows.cast_column(name, stored)
+    if columns and columns != RECORDING:
+        rows = rows.rename_columns(dict(zip(columns, RECORDING, strict=True)))
     return rows
 
 
@@ -98,30 +126,38 @@ def without_decoding(feature):
 class ChatCollator:
     """
     Rows of chat messages -> batches to train on: a `data_collator` for transformers' Trainer and for TRL's SFTTrainer.
-    A row has `messages`, or `line` (JSON text), and may have `place`, its file and line. Bad rows raise [`BadRow`].
+    A row has `messages`, or a recording as `audio` and its transcript as `text`, or either in `line` (JSON text), and
+    may have `place`, its file and line. Bad rows raise [`BadRow`].
 
     Args:
         processor: [`Qwen2AudioVLProcessor`].
         needs_audio: Whether a row without audio is a bad one.
         audio_tokens: "fixed", "trimmed", or "both", which draws one of them for each batch. The default is the
             processor's.
+        instruction: What the user writes beside a recording that has a transcript.
     """
 
-    def __init__(self, processor, needs_audio: bool = False, audio_tokens: str | None = None):
-        self.processor, self.needs_audio = processor, needs_audio
+    def __init__(
+        self,
+        processor,
+        needs_audio: bool = False,
+        audio_tokens: str | None = None,
+        instruction: str = "Transcribe the audio.",
+    ):
+        self.processor, self.needs_audio, self.instruction = processor, needs_audio, instruction
         self.audio_tokens = audio_tokens or processor.audio_tokens
 
     def messages(self, row: dict) -> list[dict]:
         """The messages of a row, checked without opening what they name; local files are found beside the source."""
         with prefix_errors(place_of(row)):
-            found = row.get("messages")
-            if row.get("line") is not None:
-                found = json.loads(row["line"].lstrip("\ufeff"))  # of an editor that marks UTF-8
-                found = found.get("messages") if isinstance(found, dict) else None
+            content = content_of(row)
+            audio, text = (content.get(name) for name in RECORDING)
+            is_recording = content.get("messages") is None and audio is not None and isinstance(text, str)
+            found = self.transcription(audio, text) if is_recording else content.get("messages")
             if not isinstance(found, list) or not found:
-                raise ValueError("there is no list of `messages`")
+                raise ValueError("there is no list of `messages`, nor a recording as `audio` and its `text`")
             folder = Path(place_of(row).rpartition(":")[0]).parent
-            messages = [self.message(message, folder) for message in found]
+            messages = [self.message(message, folder, is_recording) for message in found]
             if messages[-1]["role"] != "assistant":
                 raise ValueError(f"the last message is from {messages[-1]['role']!r}; expected the assistant's answer")
             text = self.processor.apply_chat_template(messages, tokenize=False)  # refuses unknown content
@@ -132,11 +168,15 @@ class ChatCollator:
                 raise ValueError("there is no audio, so the projector learns nothing from it")
             return messages
 
-    def message(self, message: dict, folder: Path) -> dict:
+    def transcription(self, audio, text: str) -> list[dict]:
+        asked = [{"type": "audio", "audio": audio}, {"type": "text", "text": self.instruction}]
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
+
+    def message(self, message: dict, folder: Path, may_be_empty: bool = False) -> dict:
         role, content = (message.get(name) if isinstance(message, dict) else None for name in ("role", "content"))
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"a message has role {role!r}; expected system, user or assistant")
-        if role == "assistant" and not answer_text(content).strip():
+        if role == "assistant" and not may_be_empty and not answer_text(content).strip():  # but nothing may be said
             raise ValueError("an answer of the assistant is empty")
         if isinstance(content, list):
             content = [self.item(item, folder) for item in content]
@@ -183,6 +223,26 @@ class ChatCollator:
                 ]
             batch[name] = torch.cat(parts)
         return batch
+
+
+def columns_of(audio_column: str | None, text_column: str | None) -> tuple[str, str] | None:
+    """
+    The `columns` of [`load_rows`] from the options of a command line.
+
+    Raises:
+        ValueError: if only one is given.
+    """
+    if (audio_column is None) != (text_column is None):
+        raise ValueError("--audio_column and --text_column must be given together, or neither of them.")
+    return None if audio_column is None else (audio_column, text_column)
+
+
+def content_of(row: dict) -> dict:
+    """What a row holds, read from its line of JSON if it has one; nothing if that is no object."""
+    if row.get("line") is None:
+        return row
+    found = json.loads(row["line"].lstrip("\ufeff"))  # of an editor that marks UTF-8
+    return found if isinstance(found, dict) else {}
 
 
 def place_of(row: dict) -> str:
