@@ -96,6 +96,7 @@ NORMALIZER = LeaderboardNormalizer(LEADERBOARD)
 
 def normalize(text: str) -> str:
     """The words that are compared, with one space between them."""
+    text = text.encode("utf-8", errors="replace").decode()  # half of a surrogate pair, which JSON can hold
     return " ".join(NORMALIZER(text).split())
 
 
@@ -339,6 +340,11 @@ def check_prediction(row, place: str):
             raise ValueError(f"{place}: `{name}` must be {expected}, got {value!r}.")
 
 
+def file_of(arm: str) -> str:
+    """The name of the file that holds the predictions of an arm."""
+    return "predictions.jsonl" if arm == AS_GIVEN else f"predictions-{arm}.jsonl"
+
+
 def read_folder(folder: str | Path) -> dict[str, list[dict]]:
     """
     The predictions of all arms in a folder: predictions.jsonl is the arm "as given", `predictions-NAME.jsonl` is NAME.
@@ -346,10 +352,10 @@ def read_folder(folder: str | Path) -> dict[str, list[dict]]:
     Raises:
         ValueError: if there is no predictions.jsonl, or a file is not as [`read_predictions`] needs it.
     """
-    first = Path(folder) / "predictions.jsonl"
+    first = Path(folder) / file_of(AS_GIVEN)
     if not first.is_file():
         raise ValueError(f"{folder} has no {first.name}; expected the predictions that are scored.")
-    others = sorted(first.parent.glob("predictions-?*.jsonl"))
+    others = sorted(first.parent.glob(file_of("?*")))
     return {AS_GIVEN: read_predictions(first)} | {
         path.stem.removeprefix("predictions-"): read_predictions(path) for path in others
     }
