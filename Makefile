@@ -13,7 +13,7 @@ export HF_HOME := $(CURDIR)/build/huggingface
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-common test-releases test-endurance test-app test-vllm test-trl releases bench held-out lint \
+.PHONY: help demo app eval test test-common test-releases test-endurance test-app test-vllm test-trl releases bench held-out lint \
 	format clean
 
 help:  ## list the targets
@@ -26,6 +26,14 @@ app: $(READY)  ## serve the page with the small trained model
 	rm -rf build/app
 	$(PYTHON) upload.py build --checkpoint demo --output build/app
 	$(PYTHON) app.py build/app
+
+eval: $(READY)  ## ask the small model 48 questions, with the audio and without, and score the answers
+	rm -rf build/eval
+	$(PYTHON) -m demo.ask build/eval/questions.jsonl
+	$(PYTHON) upload.py build --checkpoint demo --output build/eval/demo
+	$(PYTHON) eval.py predict build/eval/demo --data build/eval/questions.jsonl --output build/eval/results \
+		--group-column skill --transcript-column said --arms silence swapped no-image text --max-new-tokens 12 --dtype float32
+	$(PYTHON) eval.py score build/eval/results
 
 test: $(READY)  ## the test suite, or a part of it: make test ONLY=tests/test_hub.py
 	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ONLY)

@@ -11,7 +11,6 @@ On several GPUs or machines: `accelerate launch [--config_file configs/fsdp-8-gp
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import jiwer
 import torch
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
@@ -42,9 +40,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
-from chat_data import BadRow, ChatCollator, SkipBadRows, answer_text, load_rows
+from chat_data import BadRow, ChatCollator, SkipBadRows, answer_text, columns_of, load_rows
 from checkpoints import CHECKSUMS, check_content, read_checksums, write_checksums
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, TRAINED_AUDIO_TOKENS, check_audio_tokens
+from eval import answer
+from scoring import score
 
 
 logger = logging.get_logger(__name__)
@@ -72,6 +72,9 @@ class Arguments(TrainingArguments):
     )
     eval: list[str] | None = field(default=None, metadata={"help": "the same, for loss, word and character error rate"})
     streaming: bool = field(default=False, metadata={"help": "read --data as it is needed; set --max_steps as well"})
+    audio_column: str | None = field(default=None, metadata={"help": "of recordings with transcripts, not `messages`"})
+    text_column: str | None = field(default=None, metadata={"help": "of their transcripts"})
+    instruction: str = field(default="Transcribe the audio.", metadata={"help": "what is asked about each of them"})
     skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, naming them"})
     audio_tokens: str | None = field(
         default=None,
@@ -105,6 +108,7 @@ class Arguments(TrainingArguments):
             raise ValueError(f"--stage is {self.stage!r}, expected one of {', '.join(LEARNING_RATES)}.")
         if self.audio_tokens is not None:
             check_audio_tokens(self.audio_tokens, TRAINED_AUDIO_TOKENS)
+        self.columns = columns_of(self.audio_column, self.text_column)
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.stage]
         if self.save_total_limit == 1:
@@ -233,47 +237,30 @@ class AnswerTrainer(Trainer):
     """[`Trainer`] whose evaluation also generates answers, and compares them with those of the rows."""
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Adds the word and the character error rate (https://github.com/jitsi/jiwer) of the last answers."""
+        """Adds the word and the character error rate of the last answers, by the rule of `scoring.py`."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.is_fsdp_enabled:
             logger.warning("FSDP has no whole model to ask, so evaluation gives the loss alone.")
             return metrics
-        pairs = self.answer(self.eval_dataset if eval_dataset is None else eval_dataset)
-        expected, given = ([normalize(pair[place]) for pair in pairs] for place in (0, 1))
-        rates = {
-            f"{metric_key_prefix}_wer": jiwer.wer(expected, given),
-            f"{metric_key_prefix}_cer": jiwer.cer(expected, given),
-        }
+        found = score(self.answer(self.eval_dataset if eval_dataset is None else eval_dataset))
+        rates = {f"{metric_key_prefix}_{name}": found[name]["value"] for name in ("wer", "cer")}
         self.log(rates)
         return {**metrics, **rates}
 
-    def answer(self, dataset) -> list[tuple[str, str]]:
-        """The expected and the given last answer of every row."""
+    def answer(self, dataset) -> list[dict]:
+        """The expected and the given last answer of every row, as `scoring.py` takes them."""
         model, collator = self.accelerator.unwrap_model(self.model), self.data_collator
         model.eval()
-        mine, pairs = range(self.args.process_index, len(dataset), self.args.world_size), []
+        mine, rows = range(self.args.process_index, len(dataset), self.args.world_size), []
         batch_size = self.args.per_device_eval_batch_size
         for start in range(0, len(mine), batch_size):
             conversations = [collator.messages(dataset[index]) for index in mine[start : start + batch_size]]
-            inputs = collator.processor.apply_chat_template(
-                [messages[:-1] for messages in conversations],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                padding=True,
-            ).to(self.args.device)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                output = model.generate(**inputs, max_new_tokens=self.args.max_new_tokens, do_sample=False)
-            new = output[:, inputs["input_ids"].shape[1] :]
-            given = collator.processor.batch_decode(new, skip_special_tokens=True)
-            pairs += zip((answer_text(messages[-1]["content"]) for messages in conversations), given, strict=True)
-        return gather_object(pairs)
-
-
-def normalize(text: str) -> str:
-    """Lower case, without punctuation, one space between words."""
-    return " ".join(re.sub(r"[^\w\s']", " ", text.lower()).split())
+            asked = [messages[:-1] for messages in conversations]
+            with self.compute_loss_context_manager():
+                answers = answer(collator.processor, model, asked, self.args.max_new_tokens)
+            for messages, given in zip(conversations, answers, strict=True):
+                rows.append({"text": answer_text(messages[-1]["content"]), "pred_text": given})
+        return gather_object(rows)
 
 
 class MarkComplete(TrainerCallback):
@@ -292,8 +279,9 @@ def newest_checkpoint(output_dir: str) -> str | None:
 
 def refuse_another_run(args: Arguments):
     """An interrupted run continues only with the arguments that it was started with."""
-    own = ("model", "stage", "data", "audio_tokens", "train_markers", "lora_r", "lora_alpha", "learning_rate", "seed")
-    own = {name: getattr(args, name) for name in (*own, "max_steps", "num_train_epochs")}
+    own = ("model", "stage", "data", "audio_column", "text_column", "instruction", "audio_tokens", "train_markers")
+    own += ("lora_r", "lora_alpha", "learning_rate", "seed", "max_steps", "num_train_epochs")
+    own = {name: getattr(args, name) for name in own}
     path = Path(args.output_dir) / "arguments.json"
     if path.is_file() and newest_checkpoint(args.output_dir):
         then = json.loads(path.read_text())
@@ -384,10 +372,11 @@ def train(args: Arguments) -> dict:
     processor.trained_audio_tokens = args.audio_tokens or processor.audio_tokens
     if args.audio_tokens in AUDIO_TOKEN_COUNTS:
         processor.audio_tokens = args.audio_tokens
-    collator = ChatCollator(processor, args.stage == "projector", processor.trained_audio_tokens)
+    trained = processor.trained_audio_tokens
+    collator = ChatCollator(processor, args.stage == "projector", trained, args.instruction)
     with args.main_process_first(desc="reading the data"):
-        dataset = load_rows(args.data, args.streaming)
-        eval_dataset = load_rows(args.eval) if args.eval else None
+        dataset = load_rows(args.data, args.streaming, args.columns)
+        eval_dataset = load_rows(args.eval, columns=args.columns) if args.eval else None
     dataset = select_rows(dataset, collator, args)
     if eval_dataset is not None:
         eval_dataset = select_rows(eval_dataset, collator, args)

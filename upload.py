@@ -4,7 +4,7 @@ Base weights -> repository folder -> Hub.
     upload.py build --base DIR_OR_ID --audio-encoder DIR_OR_ID [--projector FILE] [--adapter DIR_OR_ID] --output DIR
     upload.py build --checkpoint DIR_OR_ID --output DIR     a trained model: adds code, card and checksums
     upload.py check DIR_OR_ID       does it load and answer, are its files complete and unchanged
-    upload.py push DIR REPO         check, then upload in one commit
+    upload.py push DIR REPO [--results DIR]     check, then upload in one commit
     upload.py smoke REPO            for CI: pull from the Hub into an empty cache, and ask about the examples
 """
 
@@ -49,6 +49,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from card import EVALUATION, add_results, check_results, make_card
 from checkpoints import (
     CHECKSUMS,
     DTYPES,
@@ -69,7 +70,7 @@ from checkpoints import (
     write_checksums,
     write_weights,
 )
-from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, check_audio_tokens, tokens_per_window
+from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, check_audio_tokens
 
 
 ROOT = Path(__file__).resolve().parent
@@ -82,6 +83,7 @@ KNOWN_FILES = (
     *CODE_FILES,
     *SHIPPED_FILES,
     *("README.md", CHECKSUMS, "config.json", "generation_config.json", "processor_config.json"),
+    *(f"{EVALUATION}/{name}" for name in ("manifest.json", "scores.json", "predictions*.jsonl")),
     *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "model*.safetensors", "model*.index.json"),
 )
 AUDIO_TOKENS = ("<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>")  # in the order of their ids
@@ -325,24 +327,6 @@ def build(
     return target
 
 
-def make_card(origins: dict[str, Origin], is_trained: bool, tensors, config, feature_extractor) -> ModelCard:
-    """The project's README, with the facts of a build in the place of the paragraph about its source."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    untrained = "**The projector is untrained: answers about audio mean nothing until it is trained.**"
-    facts = ["The projector is trained." if is_trained else untrained, ""]
-    for role, (_, name, commit) in origins.items():
-        facts.append(f"- {role}: {name}" + (f" at commit `{commit}`" if commit else " (a directory)"))
-    parameters, size = sum(tensor.numel() for tensor in tensors.values()), sum(t.nbytes for t in tensors.values())
-    facts.append(f"- {parameters:,} parameters in {str(config.dtype).removeprefix('torch.')}, {size / 1e9:.2f} GB")
-    window = f"{feature_extractor.chunk_length} s, {config.text_config.max_position_embeddings:,} positions"
-    facts.append(f"- {tokens_per_window(feature_extractor):,} audio tokens for each window of {window}")
-    marked_paragraph = r"<!-- facts of the build -->\n(?:.+\n)+"
-    card = ModelCard(re.sub(marked_paragraph, lambda _: "\n".join(facts) + "\n", text))
-    card.data.base_model = [origin.name for origin in origins.values() if origin.commit] or None
-    card.data.base_model_relation = card.data.base_model_relation if card.data.base_model else None
-    return card
-
-
 def ask(repo: str, revision: str | None = None) -> dict:
     """
     Loads a folder or a Hub id the way a user does and asks it about its own examples.
@@ -452,11 +436,13 @@ def check_files(folder: Path, trust_code: bool = False) -> dict[str, str]:
     if problems:
         raise ValueError("the weights are not this model's:\n" + "\n".join(problems))
     size = sum((folder / name).stat().st_size for name in names)
+    scores = check_results(folder)
     return {
         "files": f"{len(names)}, {size / 1e9:.2f} GB, none unexpected, no pickle",
         "checksums": "all equal",
         "card": f"{card.data.pipeline_tag}, {card.data.license}, base {card.data.to_dict().get('base_model', 'local')}",
         "weights": f"{len(tensors)} tensors, names and shapes are the model's",
+        **({"scores": scores} if scores else {}),
     }
 
 
@@ -505,10 +491,11 @@ def push(
     pr: bool = False,
     public: bool = False,
     trust_code: bool = False,
+    results: str | None = None,
 ) -> CommitInfo:
     """
-    Checks a folder, writes the answers of its examples into its card, and uploads it in one commit. What the Hub
-    already has of an interrupted push is not sent again.
+    Adds what `eval.py` wrote to `results`, if that is given, and checks a folder, writes the answers of its examples
+    into its card, and uploads it in one commit. What the Hub already has of an interrupted push is not sent again.
 
     Raises:
         ValueError: if `check` refuses the folder.
@@ -516,6 +503,8 @@ def push(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; `upload.py build` makes one")
+    if results is not None:
+        add_results(folder, Path(results))
     _, found = check(str(folder), trust_code=trust_code)
     card = ModelCard.load(folder / "README.md")
     for widget in getattr(card.data, "widget", None) or []:
@@ -593,6 +582,7 @@ def main(arguments: list[str] | None = None):
     command.add_argument("repo", metavar="REPO")
     command.add_argument("--revision", help="branch to commit to; made if it is not there")
     command.add_argument("--pr", action="store_true", help="open a pull request instead of committing")
+    command.add_argument("--results", metavar="DIR", help="of eval.py: its scores go into the card")
     command.add_argument("--trust-code", action="store_true", help="push code that is not this checkout's")
     command.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     options = vars(parser.parse_args(arguments))

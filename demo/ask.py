@@ -1,11 +1,17 @@
-"""Loads the demo checkpoint, asks it, and lists the examples that it is asked about: `demo/examples`."""
+"""
+Loads the demo checkpoint, asks it, and lists the examples that it is asked about: `demo/examples`.
 
+    python -m demo.ask FILE    writes rows for eval.py: more questions about the same recordings and pictures
+"""
+
+import itertools
 import json
+import sys
 from pathlib import Path
 
 from transformers import AutoModel, AutoProcessor
 
-from demo.world import content
+from demo.world import KINDS, QUESTIONS, WORLD, content
 from upload import ROOT
 
 
@@ -67,3 +73,33 @@ def write_transcripts(path: Path) -> list[dict]:
             rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def write_questions(path: Path) -> list[dict]:
+    """
+    Writes, and returns, a row for every question that the examples' recordings and pictures have an answer to: each
+    recording transcribed, each question about each picture, each picture alone and beside what was said of another.
+    """
+    examples, asked = read_examples(), []
+    said = {name: text for example in examples for name, text in zip(example["audio"], example["said"], strict=True)}
+    shows = {example["image"]: example["answer"] for example in examples if example["skill"] == "picture"}
+    asked += [("transcribe", [name], None, text) for name, text in said.items()]
+    asked += [("picture", [], name, phrase) for name, phrase in shows.items()]
+    for (name, text), (image, phrase) in itertools.product(said.items(), shows.items()):
+        if text in QUESTIONS:
+            asked.append(("question", [name], image, phrase.split()[KINDS.index(WORLD["questions"][text])]))
+    for example in examples:
+        if example["skill"] in ("agree", "compare"):
+            asked.append((example["skill"], example["audio"], example["image"], example["answer"]))
+    rows = []
+    for skill, sounds, image, answer in asked:
+        items = content(skill, [str(EXAMPLES / name) for name in sounds], image and str(EXAMPLES / image))
+        messages = [{"role": "user", "content": items}, {"role": "assistant", "content": answer}]
+        rows.append({"skill": skill, "said": [said[name] for name in sounds], "messages": messages})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+if __name__ == "__main__":
+    write_questions(Path(sys.argv[1]))

@@ -11,7 +11,7 @@ from demo.world import SKILLS
 
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
-# What the README tells users to keep in 16 bits.
+# What docs/serving.md tells users to keep in 16 bits.
 KEPT = ["model.visual", "model.audio_encoder", "model.audio_projector", "lm_head"]
 
 

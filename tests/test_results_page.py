@@ -147,7 +147,7 @@ def test_difference_is_read_by_form(folder):
     pairs = page.all("span", "substituted", inside=difference)
     assert [pair.text for pair in pairs] == ["red blue", "here or"]
     page = written(folder, [prediction(0, "red stars", "two red")])
-    assert [word.text for word in page.all("ins")][-1] == "two"
+    assert [word.text for word in page.all("ins")][-1] == "2"
     assert [word.text for word in page.all("del")][-1] == "stars"
     assert not page.all("span", "substituted", inside=page.all("article")[0])
     page = written(folder, [prediction(0, "Red stars!", "red stars"), prediction(1, "", "")])

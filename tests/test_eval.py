@@ -1,0 +1,255 @@
+"""Evaluation: rows -> predictions -> scores -> card, by the demo checkpoint: arms, kills, bad rows, recordings."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+from accelerate.commands import launch
+from huggingface_hub import ModelCard
+
+import card
+import eval as evaluation
+import upload
+from demo.ask import EXAMPLES, write_questions, write_transcripts
+from scoring import AS_GIVEN, read_folder, read_predictions
+
+
+TOLD = ("row", "group", "audio_filepath", "duration", "prompt", "text", "pred_text")
+SHORT = ("--max-new-tokens", "12", "--dtype", "float32")  # float32: many CPUs have no products of bfloat16
+
+
+def predict(repo, data, output, *more) -> list[dict]:
+    """The predictions as given."""
+    words = ["predict", str(repo), "--data", str(data), "--output", str(output), *SHORT]
+    evaluation.main([*words, *map(str, more)])
+    return read_predictions(Path(output) / "predictions.jsonl")
+
+
+def told(rows: list[dict]) -> list[dict]:
+    """What does not depend on the clock or on where the data lie."""
+    return [{name: row.get(name) for name in TOLD} for row in rows]
+
+
+def write_lines(path: Path, rows: list) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """Each transcription, picture and question, and some of the others."""
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    rows = write_questions(path)
+    return write_lines(path, [row for number, row in enumerate(rows) if row["skill"] != "question" or number % 2])
+
+
+@pytest.fixture(scope="module")
+def results(demo_repo, questions, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("evaluation") / "results"
+    arms = ("--arms", "silence", "swapped", "no-image", "text")
+    predict(demo_repo, questions, output, "--group-column", "skill", "--transcript-column", "said", *arms)
+    evaluation.main(["score", str(output)])
+    return output
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory) -> Path:
+    """Four recordings with their transcripts, in JSON lines beside the files, under names of their own."""
+    folder = tmp_path_factory.mktemp("recordings")
+    rows = []
+    for row in write_transcripts(folder / "all.jsonl")[:4]:
+        path = Path(row["messages"][0]["content"][0]["audio"])
+        shutil.copyfile(path, folder / path.name)
+        rows.append({"wav": path.name, "sentence": row["messages"][1]["content"]})
+    return write_lines(folder / "recordings.jsonl", rows)
+
+
+RECORDINGS = ("--audio-column", "wav", "--text-column", "sentence")
+
+
+def test_arms_tell_whether_the_model_uses_the_audio(results):
+    scores = json.loads((results / "scores.json").read_text())["arms"]
+    rows = {arm: len(rows) for arm, rows in read_folder(results).items()}
+    with_audio = rows[AS_GIVEN] - 4  # four rows are about a picture alone
+    assert rows == {AS_GIVEN: rows[AS_GIVEN], "silence": with_audio, "swapped": with_audio, "text": with_audio} | {
+        "no-image": scores["no-image"]["all"]["rows"]
+    }
+    assert scores[AS_GIVEN]["all"]["wer"]["value"] < 0.05
+    assert scores[AS_GIVEN]["question"]["accuracy"]["value"] == 1
+    for arm in ("silence", "swapped"):
+        assert scores[arm]["transcribe"]["wer"]["value"] > 0.4  # one word of three is right by chance
+        assert scores[arm]["question"]["accuracy"]["value"] <= 0.5
+    assert scores["no-image"]["question"]["accuracy"]["value"] <= 0.5
+
+
+def test_predictions_say_what_they_are_of(results, questions, demo_repo):
+    rows = read_predictions(results / "predictions.jsonl")
+    assert [row["row"] for row in rows] == list(range(len(questions.read_text().splitlines())))
+    assert rows[0]["place"] == "questions.jsonl:1" and rows[0]["duration"] > 0.5 and rows[0]["time"] > 0
+    assert all((results / name).is_file() for row in rows for name in row["media"])
+    assert not [row for row in rows if str(EXAMPLES) in json.dumps(row)]  # no paths of this disk
+    manifest = json.loads((results / "manifest.json").read_text())
+    assert manifest["rows"] == len(rows) and manifest["failed"] == 0
+    assert manifest["model"]["weights"] == card.weights_of(demo_repo)
+    assert manifest["data"] == [{"name": "questions.jsonl", "sha256": manifest["data"][0]["sha256"]}]
+    assert (results / "report.html").read_text().count("<audio") >= 20
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_run_that_was_killed_goes_on(demo_repo, recordings, results_of_recordings, tmp_path, seed):
+    """A kill leaves a file that ends anywhere, also within a line."""
+    shutil.copytree(results_of_recordings, tmp_path / "results")
+    path = tmp_path / "results" / "predictions.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: random.Random(seed).randrange(len(whole))])
+    again = predict(demo_repo, recordings, tmp_path / "results", *RECORDINGS)
+    assert told(again) == told(read_predictions(results_of_recordings / "predictions.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def results_of_recordings(demo_repo, recordings, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("of-recordings") / "results"
+    predict(demo_repo, recordings, output, *RECORDINGS)
+    return output
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sets_of_recordings(demo_repo, recordings, results_of_recordings, tmp_path, streaming):
+    """LibriSpeech has columns `audio` and `text`, LargeScaleASR `wav` and `text`."""
+    lines = map(json.loads, recordings.read_text().splitlines())
+    rows = [{"wav": str(recordings.parent / row["wav"]), "sentence": row["sentence"], "id": 7} for row in lines]
+    features = {"wav": datasets.Audio(), "sentence": datasets.Value("string"), "id": datasets.Value("int64")}
+    made = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    (tmp_path / "parquet").mkdir()
+    made.to_parquet(tmp_path / "parquet" / "train.parquet")
+    more = [*RECORDINGS, "--no-media", *["--streaming"] * streaming]
+    found = predict(demo_repo, tmp_path / "parquet", tmp_path / "results", *more)
+    expected = read_predictions(results_of_recordings / "predictions.jsonl")
+    assert told(found) == [{**row, "audio_filepath": None} for row in told(expected)]
+    assert expected[0]["prompt"] == "Transcribe the audio." and expected[0]["pred_text"] == expected[0]["text"]
+
+
+def test_rows_that_fail_are_counted_and_named(demo_repo, recordings, tmp_path, caplog):
+    good = json.loads(recordings.read_text().splitlines()[0])
+    good["wav"] = str(recordings.parent / good["wav"])
+    (tmp_path / "broken.wav").write_bytes(b"RIFF nothing")
+    gone, broken, typed = ({**good, **other} for other in ({"wav": "gone.wav"}, {"wav": "broken.wav"}, {"sentence": 3}))
+    data = write_lines(tmp_path / "some.jsonl", [gone, good, broken, "{", typed])
+    rows = predict(demo_repo, data, tmp_path / "results", *RECORDINGS)
+    assert ["error" in row for row in rows] == [True, False, True, True, True]
+    assert "some.jsonl:1: there is no file" in rows[0]["error"] and "some.jsonl:3: " in rows[2]["error"]
+    assert rows[1]["pred_text"] == good["sentence"]
+    evaluation.main(["score", str(tmp_path / "results")])
+    scores = json.loads((tmp_path / "results" / "scores.json").read_text())["arms"][AS_GIVEN]["all"]
+    assert (scores["rows"], scores["failed"], scores["wer"]["value"]) == (5, 4, 0)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--max-new-tokens", "13"), "holds the predictions of another run"),
+        (("--text-column", "x"), "must be given together"),
+        (("--batch-size", "0"), "--batch-size must be 1 or more, got 0"),
+        (("--streaming", "--arms", "swapped"), "which --streaming cannot reach"),
+        (("--audio-tokens", "half"), "must be fixed or trimmed, got 'half'"),
+        (("--backend", "vllm"), "needs --url"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(demo_repo, questions, results, capsys, more, message):
+    with pytest.raises(SystemExit):
+        grouped = ("--group-column", "skill", "--transcript-column", "said")
+        predict(demo_repo, questions, results, *grouped, *more)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture
+def scored(demo_repo, results, tmp_path) -> Path:
+    """A folder with the scores in its card."""
+    folder = shutil.copytree(demo_repo, tmp_path / "repo")
+    card.add_results(folder, results)
+    return folder
+
+
+def test_the_card_has_the_scores(scored):
+    assert "predictions of these weights give" in upload.check_files(scored)["scores"]
+    results = ModelCard.load(scored / "README.md").data.eval_results
+    shown = {(result.dataset_config, result.metric_type): result.metric_value for result in results}
+    assert shown["question", "accuracy"] == 100 and shown["transcribe", "wer"] < 5 and shown[None, "wer"] < 5
+    card.add_results(scored, shutil.copytree(scored / "evaluation", scored.parent / "again"))
+    assert (scored / "README.md").read_text().count("## Scores") == 1
+
+
+def test_scores_that_the_predictions_do_not_give_are_refused(scored, results, tmp_path):
+    """Each edit with checksums of its own, as someone would who means to mislead."""
+
+    def refusal(name: str, old: str, new: str) -> str:
+        path = scored / name
+        kept = path.read_text()
+        assert old in kept
+        path.write_text(kept.replace(old, new, 1))
+        upload.write_checksums(scored, {})
+        with pytest.raises(ValueError) as found:
+            upload.check_files(scored)
+        path.write_text(kept)
+        upload.write_checksums(scored, {})
+        return str(found.value)
+
+    assert "metadata of README.md and the predictions" in refusal("README.md", "value: 100.0", "value: 100.1")
+    row = read_predictions(results / "predictions.jsonl")[0]
+    edited = refusal("evaluation/predictions.jsonl", f'"pred_text": "{row["text"]}"', '"pred_text": "nothing"')
+    assert "scores.json says as given/all/" in edited and "but its predictions give" in edited
+    figure = json.dumps(json.loads((results / "scores.json").read_text())["arms"]["silence"]["all"]["macro_wer"])
+    assert "scores.json says silence/all/macro_wer = 0.5" in refusal("evaluation/scores.json", figure, "0.5")
+    weights = card.weights_of(scored)["model.safetensors"]
+    assert "are of other weights" in refusal("evaluation/manifest.json", weights, "0" * 64)
+    assert "table of scores in README.md" in refusal("README.md", "| as given | transcribe", "| as given | transcribed")
+    assert "of an unfinished run" in refusal("evaluation/manifest.json", '"rows": ', '"rows": 0, "all": ')
+    upload.check_files(scored)
+    shutil.rmtree(scored / "evaluation")
+    upload.write_checksums(scored, {})
+    with pytest.raises(ValueError, match="with the predictions they come from"):
+        upload.check_files(scored)
+
+
+def start(repo, data, output, *more, launcher=()) -> subprocess.Popen:
+    command = [sys.executable, *launcher, str(upload.ROOT / "eval.py"), "predict", str(repo), "--data", str(data)]
+    command += ["--output", str(output), *SHORT, "--batch-size", "1", *more]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.endurance
+def test_ten_kills(demo_repo, questions, tmp_path):
+    output, rng = tmp_path / "results", random.Random(0)
+    path = output / "predictions.jsonl"
+
+    def lines() -> int:
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    for _ in range(10):
+        process, before = start(demo_repo, questions, output), lines()
+        while lines() == before:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(demo_repo, questions, output).wait() == 0
+    whole = predict(demo_repo, questions, tmp_path / "whole", "--batch-size", 1)
+    assert told(read_predictions(output / "predictions.jsonl")) == told(whole)
+
+
+@pytest.mark.endurance
+def test_two_processes_ask_the_same(demo_repo, recordings, results_of_recordings, tmp_path):
+    launcher = [launch.__file__, "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    process = start(demo_repo, recordings, tmp_path / "results", *RECORDINGS, launcher=launcher)
+    assert process.wait() == 0
+    found, expected = (folder / "predictions.jsonl" for folder in (tmp_path / "results", results_of_recordings))
+    assert told(read_predictions(found)) == told(read_predictions(expected))
+    assert not list((tmp_path / "results").glob("*.rank-*"))
