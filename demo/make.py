@@ -351,14 +351,15 @@ def train_language(steps: int, seed: int):
 
 def train_both(steps: int, seed: int):
     """
-    Part 4: half of the steps with fixed audio tokens, half with trimmed ones. Where there is no result of part 3, it
-    goes on from the checkpoint in `demo/`.
+    Part 4: half of the steps with fixed audio tokens, half with trimmed ones. A second call goes on from the first, and
+    where there is no result of part 3, the first from the checkpoint in `demo/`.
     """
     with tempfile.TemporaryDirectory() as folder:
         processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
     model.float()
-    if (BUILD / "joint.safetensors").exists():
-        model.load_state_dict(load_file(BUILD / "joint.safetensors"))
+    paths = (BUILD / f"{name}.safetensors" for name in ("both", "joint"))
+    if path := next((path for path in paths if path.exists()), None):
+        model.load_state_dict(load_file(path))
     train_with_audio("both", processor, model, steps, seed, 4e-4)
 
 
@@ -464,7 +465,7 @@ def draw_curves(path: Path):
         "vision": "2. the vision tower",
         "language": "2. skills, from written words",
         "joint": "3. all together",
-        "both": "4. fixed and trimmed tokens",
+        "both": "4. trimmed tokens (dashed)",
     }
     titles = {name: title for name, title in titles.items() if any(line["part"] == name for line in lines)}
     figure = Figure(figsize=(3 * len(titles), 3), layout="constrained")
@@ -476,13 +477,16 @@ def draw_curves(path: Path):
             if runs[-1] and line["step"] <= runs[-1][-1]["step"]:
                 runs.append([])
             runs[-1].append(line)
-        offset, points = 0, []
+        offset, points, colours = 0, [], {}
         for run in runs:
             points += [{**line, "step": offset + line["step"]} for line in run]
             offset = points[-1]["step"] if points else 0
         for score in [key for key in points[0] if key not in ("part", "step", "seconds", "loss")]:
-            label = score.replace("_", " ")
-            axes.plot([line["step"] for line in points], [line[score] for line in points], label=label, linewidth=1)
+            drawn = {"label": score.replace("_", " ")}
+            if score.endswith(", trimmed"):
+                drawn = {"linestyle": "--", "color": colours[score.removesuffix(", trimmed")]}
+            (line,) = axes.plot([at["step"] for at in points], [at[score] for at in points], linewidth=1, **drawn)
+            colours[score] = line.get_color()
         axes.set(title=title, xlabel="step", ylim=(0, 1.02))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
@@ -493,10 +497,11 @@ def draw_curves(path: Path):
 PARTS = {"encoder": train_encoder, "vision": train_vision, "language": train_language}
 PARTS |= {"joint": train_joint, "both": train_both}
 # Part, steps, seed; two processes of one thread each, then one of two. The checkpoint in this folder went through these
-# rounds. Only the last three rounds had the voices of pico and piper, and changed speakers.
+# rounds. Only the last five rounds had the voices of pico and piper, and changed speakers.
 RECIPE = (
     [[("encoder", 1800, 1), ("encoder", 1400, 2)], [("vision", 1200, 5), ("language", 1000, 2)]],
     [[("encoder", 1000, 3), ("joint", 800, 3), ("encoder", 1600, 11), ("encoder", 1500, 12), ("joint", 700, 21)]],
+    [[("both", 300, 31), ("both", 250, 32)]],
 )
 
 
