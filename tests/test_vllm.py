@@ -19,10 +19,12 @@ from huggingface_hub.errors import BadRequestError
 from serving import VLLM, answers_by_client, openai_form, picture, png, run_curl_lines, serve_vllm, sound
 from transformers import AutoModel, AutoProcessor
 
+import eval as evaluation
 import upload
 from audio_utils import fetch_audio
-from demo.ask import EXAMPLES
+from demo.ask import EXAMPLES, write_questions
 from demo.world import SKILLS
+from scoring import read_predictions
 
 
 pytestmark = pytest.mark.vllm
@@ -194,6 +196,16 @@ def test_64_requests_at_once(address, examples):
     assert [response.json()["choices"][0]["message"]["content"] for response in responses] == [
         example["answer"] for example in crowd
     ]
+
+
+def test_rows_are_evaluated_as_by_generate(address, online, demo_repo, tmp_path):
+    write_questions(tmp_path / "questions.jsonl")
+    for name, more in (("served", ["--backend", "vllm", "--url", f"{address}/v1"]), ("here", ["--dtype", "float32"])):
+        words = ["predict", str(demo_repo), "--data", str(tmp_path / "questions.jsonl"), "--max-new-tokens", str(STEPS)]
+        evaluation.main([*words, "--output", str(tmp_path / name), "--no-media", *more])
+    served, here = (read_predictions(tmp_path / name / "predictions.jsonl") for name in ("served", "here"))
+    assert [row["pred_text"] for row in served] == [row["pred_text"] for row in here]
+    assert sum(row["time"] for row in served) > 0
 
 
 def test_trimmed_audio_tokens(repo_30s, tmp_path):
