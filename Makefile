@@ -44,7 +44,7 @@ test-common: $(READY) $(SOURCE)/.ready  ## transformers' own tests of models and
 test-releases: $(READY)  ## the core of the suite on the oldest supported transformers and on one in the middle
 	$(VENV)/bin/nox --tags ci
 
-test-endurance: $(READY)  ## 3,000 requests to one process
+test-endurance: $(READY)  ## 3,000 requests to one process, an evaluation killed ten times
 	$(PYTHON) -m pytest -m endurance -s
 
 test-app: $(READY)  ## the pages in Chromium (Debian: apt-get install chromium)

@@ -132,7 +132,8 @@ class DemoModel:
         if clip is not None:
             extractor = self.processor.feature_extractor
             to_audio = attention[ids == config.audio_token_id]
-            audio_figure = draw_spectrogram(inputs["input_features"], len(clip), extractor, to_audio)
+            token_seconds = extractor.chunk_length / config.audio_config.max_source_positions
+            audio_figure = draw_spectrogram(inputs["input_features"], len(clip), extractor, to_audio, token_seconds)
         if image is not None:
             height = int(inputs["image_grid_thw"][0, 1])
             rows = height // config.vision_config.spatial_merge_size
@@ -173,14 +174,17 @@ class DemoModel:
         return torch.stack(layers).mean(0)
 
 
-def draw_spectrogram(features: torch.Tensor, num_samples: int, feature_extractor, attention: torch.Tensor) -> Figure:
+def draw_spectrogram(
+    features: torch.Tensor, num_samples: int, feature_extractor, attention: torch.Tensor, token_seconds: float
+) -> Figure:
     """
     The log-mel spectrogram that the encoder is given, under the attention to its tokens.
 
     Args:
         features: `[windows, mel bins, frames]`.
         num_samples: Of the clip; what follows is padding.
-        attention: `[audio tokens]`.
+        attention: `[audio tokens]`, of whole windows or of the clip alone.
+        token_seconds: The seconds that a token stands for.
     """
     mel = torch.cat(list(features.float().cpu()), dim=1).numpy()  # [mel bins, frames of all windows]
     seconds = len(features) * feature_extractor.chunk_length
@@ -190,7 +194,7 @@ def draw_spectrogram(features: torch.Tensor, num_samples: int, feature_extractor
     axes.axvline(num_samples / feature_extractor.sampling_rate, color="white", linewidth=0.8)
     axes.set(xlabel="seconds", ylabel="mel bin")
     over = axes.twinx()
-    times = (np.arange(len(attention)) + 0.5) * seconds / len(attention)
+    times = (np.arange(len(attention)) + 0.5) * token_seconds
     over.fill_between(times, attention / attention.max(), color="cyan", alpha=0.45, linewidth=0)
     over.set(ylim=(0, 1.05), xlim=(0, seconds), yticks=[], ylabel="attention of the answer")
     return figure

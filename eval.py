@@ -225,7 +225,12 @@ class OwnModel:
 
 
 class Server:
-    """Answers by a server with OpenAI's API, such as `vllm serve`; a batch is the number of requests at a time."""
+    """
+    Answers by a server with OpenAI's API, such as `vllm serve`; a batch is the number of requests at a time.
+
+    Raises:
+        ConnectionError: if the server does not answer, at the start or later.
+    """
 
     device, dtype = "of the server", "of the server"
 
@@ -234,7 +239,10 @@ class Server:
 
         self.options, self.error = options, OpenAIError
         self.client = OpenAI(base_url=options.url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
-        served = [model.id for model in self.client.models.list()]
+        try:
+            served = [model.id for model in self.client.models.list()]
+        except OpenAIError as error:
+            raise ConnectionError(f"{options.url} does not answer as a server with OpenAI's API: {error}") from error
         if options.served_name not in (None, *served):
             raise ValueError(f"{options.url} serves {', '.join(served)}, not {options.served_name}.")
         self.name = options.served_name or served[0]
@@ -256,7 +264,7 @@ class Server:
             reply = self.client.chat.completions.create(model=self.name, messages=sent, **settings)
         except self.error as error:
             if getattr(error, "status_code", 500) >= 500:  # the server's fault, not the row's
-                raise
+                raise ConnectionError(f"{self.options.url} failed: {error}. Run the command again to go on.") from error
             return error
         return reply.choices[0].message.content or ""
 

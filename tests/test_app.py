@@ -3,6 +3,8 @@
 import re
 import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,34 +12,45 @@ from PIL import Image
 from playwright.sync_api import expect
 from serving import free_port, serve_process
 
+import upload
 from audio_utils import fetch_audio
 from demo.ask import EXAMPLES
 from demo.world import SKILLS
-from upload import ROOT
 
 
 pytestmark = pytest.mark.app
-SCREENSHOT = ROOT / "build" / "page.png"
+SCREENSHOT = upload.ROOT / "build" / "page.png"
 TIMEOUT = 60_000  # milliseconds
+
+
+@contextmanager
+def serve_page(repo: Path, folder: Path):
+    port = free_port()
+    command = [sys.executable, str(repo / "app.py"), "--port", str(port)]
+    address = f"http://127.0.0.1:{port}"
+    with serve_process(command, address, folder / "log.txt", timeout=120, GRADIO_ANALYTICS_ENABLED="False"):
+        yield address
 
 
 @pytest.fixture(scope="module")
 def address(demo_repo, tmp_path_factory):
-    port = free_port()
-    command = [sys.executable, str(demo_repo / "app.py"), "--port", str(port)]
-    address = f"http://127.0.0.1:{port}"
-    log = tmp_path_factory.mktemp("app") / "log.txt"
-    with serve_process(command, address, log, timeout=120, GRADIO_ANALYTICS_ENABLED="False"):
+    with serve_page(demo_repo, tmp_path_factory.mktemp("app")) as address:
         yield address
 
 
-@pytest.fixture
-def page(browser, address):
+@contextmanager
+def visit(browser, address: str):
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.set_default_timeout(TIMEOUT)
     page.goto(address)
     yield page
     page.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    with visit(browser, address) as page:
+        yield page
 
 
 def give(page, clip=None, picture=None, question=""):
@@ -64,6 +77,21 @@ def test_clip_and_picture_are_answered_and_shown(page, examples):
         assert drawn.evaluate("image => image.naturalWidth") > 300
     SCREENSHOT.parent.mkdir(exist_ok=True)
     page.screenshot(path=SCREENSHOT, full_page=True)
+
+
+def test_a_folder_of_trimmed_tokens(browser, demo_repo, examples, tmp_path):
+    folder = upload.build(checkpoint=demo_repo, output=tmp_path / "trimmed", audio_tokens="trimmed")
+    example = next(example for example in examples if example["skill"] == "transcribe")
+    with serve_page(folder, tmp_path) as address, visit(browser, address) as page:
+        give(page, EXAMPLES / example["audio"][0])
+        expect(page.locator("#answer textarea")).to_have_value(example["answer"], timeout=TIMEOUT)
+        samples = len(fetch_audio(EXAMPLES / example["audio"][0]))
+        facts = re.compile(
+            rf"^{samples / 16_000:.2f} s of audio, {-(-samples // 320)} audio tokens, \d+ tokens in all$"
+        )
+        expect(page.locator("#facts textarea")).to_have_value(facts)
+        page.locator("#audio-figure img").wait_for()
+        page.screenshot(path=SCREENSHOT.with_stem("page-trimmed"), full_page=True)
 
 
 def test_bare_clip_and_bare_picture_have_their_usual_questions(page, examples):

@@ -169,6 +169,12 @@ def test_what_cannot_be_asked_is_refused(demo_repo, questions, results, capsys, 
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_server_that_is_not_there(demo_repo, recordings, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        predict(demo_repo, recordings, tmp_path, *RECORDINGS, "--backend", "vllm", "--url", "http://127.0.0.1:9/v1")
+    assert "http://127.0.0.1:9/v1 does not answer as a server" in capsys.readouterr().err
+
+
 @pytest.fixture
 def scored(demo_repo, results, tmp_path) -> Path:
     """A folder with the scores in its card."""
