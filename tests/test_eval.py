@@ -247,8 +247,8 @@ def test_ten_kills(demo_repo, questions, tmp_path):
         process, before = start(demo_repo, questions, output), lines()
         while lines() == before:
             assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(rng.random() * 0.3)
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert start(demo_repo, questions, output).wait() == 0
