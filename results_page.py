@@ -231,7 +231,8 @@ def make_page(folder: Path, manifest: dict, predictions: dict, scores: dict, lim
     style, script = (base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in (STYLE, SCRIPT))
     policy = f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
     policy += "media-src data:; img-src data:; base-uri 'none'; form-action 'none'"
-    facts = {"Revision": model.get("revision"), "Data": manifest.get("data"), "Date": manifest.get("date")}
+    data = [source["name"] if isinstance(source, dict) else source for source in manifest.get("data") or []]
+    facts = {"Revision": model.get("revision"), "Data": data, "Date": manifest.get("date")}
     yield f"""<!DOCTYPE html>
 <html lang="en">
 <head>
