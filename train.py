@@ -243,7 +243,8 @@ class AnswerTrainer(Trainer):
             logger.warning("FSDP has no whole model to ask, so evaluation gives the loss alone.")
             return metrics
         found = score(self.answer(self.eval_dataset if eval_dataset is None else eval_dataset))
-        rates = {f"{metric_key_prefix}_{name}": found[name]["value"] for name in ("wer", "cer")}
+        found = {name: found[name]["value"] for name in ("wer", "cer")}  # None where no reference says anything
+        rates = {f"{metric_key_prefix}_{name}": rate for name, rate in found.items() if rate is not None}
         self.log(rates)
         return {**metrics, **rates}
 
