@@ -88,7 +88,7 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
                 f"input_features has shape {tuple(input_features.shape)}, but the audio encoder takes (windows, {bins} "
                 f"mel bins, {frames} frames): the feature extractor belongs to another encoder."
             )
-        kept = None
+        mask = kept = None
         if input_features_mask is not None:
             if isinstance(input_features_mask, list):  # as vLLM gives it
                 input_features_mask = torch.stack(input_features_mask)
@@ -97,8 +97,11 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
                     f"input_features_mask has shape {tuple(input_features_mask.shape)}, but the features are "
                     f"{len(input_features)} windows of {frames} frames."
                 )
-            kept = input_features_mask.reshape(-1, frames)[:, ::ENCODER_STRIDE].bool()
-            input_features, kept = input_features[kept.any(1)], kept[kept.any(1)]
+            mask = input_features_mask.reshape(-1, frames).bool()
+            kept = mask[:, ::ENCODER_STRIDE]
+            input_features, mask, kept = (part[kept.any(1)] for part in (input_features, mask, kept))
+        # Whisper ignores the mask, but an encoder that stores its outputs need not store the rows outside of it.
+        kwargs["attention_mask"] = mask
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.audio_encoder_learns):
             outputs = encoder(match_weight(input_features, encoder.conv1.weight), return_dict=True, **kwargs)
         rows = outputs.last_hidden_state if kept is None else outputs.last_hidden_state[kept].unsqueeze(0)

@@ -1,6 +1,7 @@
 """
 Trains the audio path of a folder that `upload.py build` made:
 
+    train.py --stage align --aligner WHISPER --model DIR --data FILE --output_dir OUT    a start for it in closed form
     train.py --stage projector --model DIR --data FILE --output_dir OUT    the projector alone, the model stays as it is
     train.py --stage lora --model DIR --data FILE --output_dir OUT         the projector, and LoRA on the language model
 
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,9 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from transformers import (
     AutoModel,
@@ -40,19 +43,22 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
-from chat_data import BadRow, ChatCollator, SkipBadRows, answer_text, columns_of, load_rows
-from checkpoints import CHECKSUMS, check_content, read_checksums, write_checksums
+from alignment import Aligner, fit_projector
+from chat_data import IGNORED, BadRow, ChatCollator, SkipBadRows, answer_text, columns_of, load_rows
+from checkpoints import CHECKSUMS, EMBEDDINGS, check_content, read_checksums, stored_tensors, write_checksums
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, TRAINED_AUDIO_TOKENS, check_audio_tokens
 from eval import answer
 from scoring import score
+from upload import resolve
 
 
 logger = logging.get_logger(__name__)
 
 # Attention and MLP of the language model; nothing of the vision tower or the audio encoder has such a path.
 LANGUAGE_MODEL = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-LEARNING_RATES = {"projector": 1e-3, "lora": 2e-4}
+LEARNING_RATES = {"align": None, "projector": 1e-3, "lora": 2e-4}  # by stage
 PROJECTOR_FILE = "audio_projector.safetensors"
+FIRST_OF_ENCODER = "model.audio_encoder.conv1.weight"
 
 
 @dataclass
@@ -65,7 +71,7 @@ class Arguments(TrainingArguments):
     """
 
     model: str | None = field(default=None, metadata={"help": "folder of `upload.py build`, or a Hub id"})
-    stage: str = field(default="projector", metadata={"choices": ["projector", "lora"], "help": "what learns"})
+    stage: str = field(default="projector", metadata={"choices": [*LEARNING_RATES], "help": "what learns"})
     data: list[str] | None = field(
         default=None,
         metadata={"help": "JSON lines with `messages`, or a `datasets` folder or id with such a column, as ID[:SPLIT]"},
@@ -80,6 +86,11 @@ class Arguments(TrainingArguments):
         default=None,
         metadata={"help": "fixed, trimmed, or both, which draws one for each batch (default: the model's)"},
     )
+    aligner: str | None = field(
+        default=None, metadata={"help": "for --stage align: the complete Whisper whose encoder the model has"}
+    )
+    align_rows: int = field(default=1000, metadata={"help": "rows with speech that --stage align uses"})
+    adapter: str | None = field(default=None, metadata={"help": "`adapter` of an earlier run to start from"})
     train_markers: bool = field(default=False, metadata={"help": "<|audio_bos|> and <|audio_eos|> learn as well"})
     lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})
     lora_alpha: int = field(default=32, metadata={"help": "scale of LoRA, over its rank"})
@@ -106,6 +117,8 @@ class Arguments(TrainingArguments):
                 raise ValueError(f"--{name} is missing.")
         if self.stage not in LEARNING_RATES:
             raise ValueError(f"--stage is {self.stage!r}, expected one of {', '.join(LEARNING_RATES)}.")
+        if (self.stage == "align") != (self.aligner is not None):
+            raise ValueError("--stage align needs --aligner, a folder or Hub id of Whisper, and no other stage does.")
         if self.audio_tokens is not None:
             check_audio_tokens(self.audio_tokens, TRAINED_AUDIO_TOKENS)
         self.columns = columns_of(self.audio_column, self.text_column)
@@ -167,7 +180,10 @@ def select_rows(dataset, collator: ChatCollator, args: Arguments):
 
 
 class CachedEncoder(WhisperEncoder):
-    """A frozen encoder that writes its output for a window to a file, and reads it when the window comes again."""
+    """
+    A frozen encoder that writes its output for a window to a file, and reads it when the window comes again. With
+    trimmed tokens only the rows of the clip are written.
+    """
 
     @classmethod
     def of(cls, encoder: WhisperEncoder, folder: str) -> "CachedEncoder":
@@ -182,22 +198,56 @@ class CachedEncoder(WhisperEncoder):
         cached.folder.mkdir(parents=True, exist_ok=True)
         return cached.requires_grad_(False).eval()
 
-    def forward(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutput:
-        """As in [`WhisperEncoder`], the last hidden state alone."""
-        device = input_features.device.type
-        precision = str(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input_features.dtype)
+    def forward(
+        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
+        """
+        As in [`WhisperEncoder`], the last hidden state alone.
+
+        Args:
+            attention_mask (`(windows, frames)`, *optional*): Where the clips are; rows behind them are 0, and are not
+                stored.
+        """
+        device, num_rows = input_features.device, self.config.max_source_positions
+        precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
+        lengths = [num_rows] * len(input_features)
+        if attention_mask is not None:
+            places = torch.arange(1, num_rows + 1, device=device)
+            lengths = (attention_mask[:, :: self.conv1.stride[0] * self.conv2.stride[0]] * places).amax(1).tolist()
         windows = input_features.cpu().contiguous().view(torch.uint8).numpy()
-        keys = [hashlib.sha256(precision.encode() + window.tobytes()).hexdigest() for window in windows]
+        keys = [hashlib.sha256(str(precision).encode() + window.tobytes()).hexdigest() for window in windows]
         paths = [self.folder / f"{key}.safetensors" for key in keys]
-        missing = [index for index, path in enumerate(paths) if not path.is_file()]
+        found = [
+            load_file(path, device=str(device))["last_hidden_state"] if path.is_file() else input_features.new_empty(0)
+            for path in paths
+        ]
+        # What was stored for trimmed tokens is too short for fixed ones.
+        missing = [index for index, length in enumerate(lengths) if len(found[index]) < length]
         if missing:
             encoded = super().forward(input_features[missing], **kwargs).last_hidden_state
             for index, states in zip(missing, encoded, strict=True):
+                found[index] = states[: lengths[index]].contiguous()
                 unfinished = paths[index].with_suffix(f".{os.getpid()}")
-                save_file({"last_hidden_state": states.contiguous()}, unfinished)
+                save_file({"last_hidden_state": found[index]}, unfinished)
                 unfinished.replace(paths[index])
-        states = [load_file(path, device=str(input_features.device))["last_hidden_state"] for path in paths]
-        return BaseModelOutput(last_hidden_state=torch.stack(states))
+        return BaseModelOutput(
+            last_hidden_state=torch.stack([F.pad(states, (0, 0, 0, num_rows - len(states))) for states in found])
+        )
+
+
+def check_adapter(adapter: str, config: LoraConfig):
+    """
+    Raises:
+        ValueError: if an adapter to start from learned other things than those that the arguments name.
+    """
+    found = LoraConfig.from_pretrained(adapter)
+    differing = [
+        f"{name} is {getattr(found, name)!r} there, {getattr(config, name)!r} here"
+        for name in ("r", "lora_alpha", "target_modules", "trainable_token_indices")
+        if getattr(found, name) != getattr(config, name)
+    ]
+    if differing:
+        raise ValueError(f"--adapter {adapter} is of other arguments: {'; '.join(differing)}.")
 
 
 def load_model(args: Arguments) -> PeftModel:
@@ -216,17 +266,19 @@ def load_model(args: Arguments) -> PeftModel:
     if args.encoder_cache:
         model.model.audio_encoder = CachedEncoder.of(model.model.audio_encoder, args.encoder_cache)
     markers = [model.config.audio_bos_token_id, model.config.audio_eos_token_id]
-    model = get_peft_model(
-        model,
-        LoraConfig(
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules=LANGUAGE_MODEL if args.stage == "lora" else DUMMY_TARGET_MODULES,
-            modules_to_save=["audio_projector"],
-            trainable_token_indices={"embed_tokens": markers} if args.train_markers else None,
-        ),
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=LANGUAGE_MODEL if args.stage == "lora" else DUMMY_TARGET_MODULES,
+        modules_to_save=["audio_projector"],
+        trainable_token_indices={"embed_tokens": markers} if args.train_markers else None,
     )
+    if args.adapter:
+        check_adapter(args.adapter, config)
+        model = PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
+    else:
+        model = get_peft_model(model, config)
     for parameter in model.parameters():
         if parameter.requires_grad:  # bfloat16 would round away updates of 1e-3
             parameter.data = parameter.data.float()
@@ -235,6 +287,13 @@ def load_model(args: Arguments) -> PeftModel:
 
 class AnswerTrainer(Trainer):
     """[`Trainer`] whose evaluation also generates answers, and compares them with those of the rows."""
+
+    def compute_loss(self, model, inputs: dict[str, torch.Tensor], *args, **kwargs):
+        """As in [`Trainer`]; what comes before the first label of all rows, the audio mostly, gets no logits."""
+        is_label = (inputs["labels"] != IGNORED).any(0)
+        kept = min(len(is_label), len(is_label) - int(is_label.int().argmax()) + 1)
+        inputs = {**inputs, "labels": inputs["labels"][:, -kept:], "logits_to_keep": kept}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Adds the word and the character error rate of the last answers, by the rule of `scoring.py`."""
@@ -281,6 +340,7 @@ def newest_checkpoint(output_dir: str) -> str | None:
 def refuse_another_run(args: Arguments):
     """An interrupted run continues only with the arguments that it was started with."""
     own = ("model", "stage", "data", "audio_column", "text_column", "instruction", "audio_tokens", "train_markers")
+    own += ("aligner", "align_rows", "adapter")
     own += ("lora_r", "lora_alpha", "learning_rate", "seed", "max_steps", "num_train_epochs")
     own = {name: getattr(args, name) for name in own}
     path = Path(args.output_dir) / "arguments.json"
@@ -354,6 +414,49 @@ def draw_losses(history: list[dict], path: Path):
     figure.savefig(path, dpi=120)
 
 
+def read_clips(processor, dataset, collator: ChatCollator, limit: int) -> Iterator[tuple[torch.Tensor, int, str]]:
+    """Window, rows and transcript of each row with one clip of one window whose answer says what is said in it."""
+    used = 0
+    for row in dataset:
+        text = answer_text(collator.messages(row)[-1]["content"])
+        inputs = collator.inputs(row, "trimmed") if text.strip() else {"input_features": ()}
+        if len(inputs["input_features"]) == 1:
+            yield inputs["input_features"], int((inputs["input_ids"] == processor.audio_token_id).sum()), text
+            used += 1
+        if used == limit:
+            return
+
+
+def align(args: Arguments, processor, dataset, collator: ChatCollator) -> dict:
+    """
+    Writes a projector in closed form to `args.output_dir`, and returns the summary. Of the model only the embeddings
+    are read.
+
+    Raises:
+        ValueError: if the model has another encoder than the aligner.
+    """
+    start, aligner = time.time(), Aligner(args.aligner)
+    tensors = {}
+    for tensor in stored_tensors(resolve(args.model).folder):
+        if tensor.name in (EMBEDDINGS, FIRST_OF_ENCODER):
+            with safe_open(tensor.path, "pt") as file:
+                tensors[tensor.name] = file.get_tensor(tensor.name)
+    embeddings, first = tensors[EMBEDDINGS], tensors[FIRST_OF_ENCODER]
+    own = aligner.model.model.encoder.conv1.weight
+    if first.shape != own.shape or not torch.allclose(first.float(), own.float(), atol=1e-2):
+        raise ValueError(f"--aligner {args.aligner} is not the Whisper whose encoder {args.model} has.")
+    clips = read_clips(processor, dataset, collator, args.align_rows)
+    weight, found = fit_projector(clips, aligner, embeddings, processor.tokenizer)
+    save_file(
+        {"audio_projector.weight": weight},
+        Path(args.output_dir) / PROJECTOR_FILE,
+        {"audio_tokens": processor.trained_audio_tokens},
+    )
+    summary = {"stage": args.stage, **found, "seconds": round(time.time() - start, 1)}
+    (Path(args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
 def train(args: Arguments) -> dict:
     """
     Trains, or goes on with a run that was interrupted, and writes what was learned to `args.output_dir`: `adapter`
@@ -374,7 +477,7 @@ def train(args: Arguments) -> dict:
     if args.audio_tokens in AUDIO_TOKEN_COUNTS:
         processor.audio_tokens = args.audio_tokens
     trained = processor.trained_audio_tokens
-    collator = ChatCollator(processor, args.stage == "projector", trained, args.instruction)
+    collator = ChatCollator(processor, args.stage != "lora", trained, args.instruction)
     with args.main_process_first(desc="reading the data"):
         dataset = load_rows(args.data, args.streaming, args.columns)
         eval_dataset = load_rows(args.eval, columns=args.columns) if args.eval else None
@@ -382,6 +485,8 @@ def train(args: Arguments) -> dict:
     if eval_dataset is not None:
         eval_dataset = select_rows(eval_dataset, collator, args)
 
+    if args.stage == "align":
+        return align(args, processor, dataset, collator)
     output, start = Path(args.output_dir), time.time()
     trainer = AnswerTrainer(
         model=load_model(args),

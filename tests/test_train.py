@@ -328,6 +328,48 @@ def test_cached_encoder_encodes_a_window_once(start, tones, trained, tmp_path, m
     assert sum(seen) == 16
 
 
+def test_cached_encoder_keeps_the_rows_of_the_clip(start, tones, trained, tmp_path):
+    cache, trimmed = tmp_path / "cache", {"audio_tokens": "trimmed"}
+
+    def rows_kept() -> set[int]:
+        return {len(load_file(path)["last_hidden_state"]) for path in cache.rglob("*.safetensors")}
+
+    run(start, tones, tmp_path / "trimmed", **trimmed)
+    run(start, tones, tmp_path / "cached", **trimmed, encoder_cache=cache)
+    assert rows_kept() == {50}  # of 150 in a window: the clips are of 1 s
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "trimmed"), abs=1e-5)
+    run(start, tones, tmp_path / "fixed", encoder_cache=cache)  # needs the other rows as well
+    assert rows_kept() == {150}
+    assert losses(tmp_path / "fixed") == pytest.approx(losses(trained), abs=1e-5)
+    run(start, tones, tmp_path / "again", **trimmed, encoder_cache=cache)
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "trimmed"), abs=1e-5)
+
+
+def test_only_answers_get_logits(start, rows, tones, tmp_path, sound):
+    (args,) = train.HfArgumentParser(train.Arguments).parse_args_into_dataclasses(arguments(start, tones, tmp_path))
+    trainer = train.AnswerTrainer(train.load_model(args), args, data_collator=rows)
+    batch = rows([chat(audio(sound(2)), text("Why?"), answer=answer) for answer in ("low", "high and high and low")])
+    shapes = []
+    head = trainer.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1]))
+    with torch.no_grad():
+        spared, whole = trainer.compute_loss(trainer.model, batch), trainer.model(**batch).loss
+    assert spared.item() == pytest.approx(whole.item(), abs=1e-5)
+    assert shapes[0] < 30 and shapes[1] == batch["input_ids"].shape[1] > 150
+
+
+def test_run_starts_from_an_adapter(start, tones, tmp_path):
+    lora = {"stage": "lora", "lora_r": 4, "lora_dropout": 0}
+    run(start, tones, tmp_path / "first", **lora, max_steps=2)
+    adapter = tmp_path / "first" / "adapter"
+    run(start, tones, tmp_path / "second", **lora, max_steps=1, learning_rate=1e-12, adapter=adapter)
+    first, second = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name], second[name], atol=1e-9) for name in first)
+    with pytest.raises(ValueError, match="is of other arguments: r is 4 there, 8 here"):
+        run(start, tones, tmp_path / "third", **{**lora, "lora_r": 8}, adapter=adapter)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_of_datasets(start, rows, tones, photo, tmp_path, streaming):
     """Arrow fills missing keys with None; sound and pictures come as the bytes of their files."""
