@@ -64,7 +64,8 @@ class Aligner:
     """
 
     def __init__(self, folder: str | Path):
-        self.model = WhisperForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+        settings = {"attn_implementation": "eager", "dtype": torch.float32}  # only eager attention gives its weights
+        self.model = WhisperForConditionalGeneration.from_pretrained(folder, **settings).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.heads = getattr(self.model.generation_config, "alignment_heads", None)
         if not self.heads:

@@ -251,7 +251,10 @@ def check_adapter(adapter: str, config: LoraConfig):
 
 
 def load_model(args: Arguments) -> PeftModel:
-    """The model, frozen in the dtype in which it is stored but for the parameters that learn, which are float32."""
+    """
+    The model, frozen in the dtype in which it is stored, or in bfloat16 with `--bf16`, which would otherwise convert
+    each weight in each step; but for the parameters that learn, which are float32.
+    """
     quantization = None
     if args.load_in_4bit:
         quantization = BitsAndBytesConfig(
@@ -260,9 +263,8 @@ def load_model(args: Arguments) -> PeftModel:
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=["model.visual", "model.audio_encoder", "model.audio_projector", "lm_head"],
         )
-    model = AutoModel.from_pretrained(
-        args.model, trust_remote_code=True, dtype="auto", quantization_config=quantization
-    )
+    dtype = torch.bfloat16 if args.bf16 else "auto"
+    model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=dtype, quantization_config=quantization)
     if args.encoder_cache:
         model.model.audio_encoder = CachedEncoder.of(model.model.audio_encoder, args.encoder_cache)
     markers = [model.config.audio_bos_token_id, model.config.audio_eos_token_id]

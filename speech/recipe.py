@@ -1,0 +1,133 @@
+"""
+Trains the speech adapter from the published parts, through every stage; each goes on where it was interrupted:
+
+    python -m speech.recipe            all stages, hours of two CPU cores; the adapter goes to speech/adapter
+    python -m speech.recipe --short    ten minutes: 480 clips, and the loss has to fall below what SHORT states
+
+Everything lies in build/speech. The stages are upload.py's and train.py's own.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import HfArgumentParser
+
+import train
+import upload
+from speech import clips, parts, recordings
+
+
+BUILD = upload.ROOT / "build" / "speech"
+ADAPTER = upload.ROOT / "speech" / "adapter"
+ENCODER = "whisper-10s"  # padding to Whisper's own 30 s costs four times as much, and the projector learns no less
+MAX_LOSS = 4.0  # mean of the short run
+
+
+class Round(NamedTuple):
+    """One run of `train.py --stage lora`, which starts from the adapter of the round before."""
+
+    name: str
+    data: str  # folder of clips
+    clips: int
+    seed: int  # of the clips
+    steps: int
+    learning_rate: float
+
+
+ROUNDS = (Round("first", "data-1", 6_000, 1, 740, 1e-3),)
+SHORT = (Round("short", "data-short", 480, 3, 60, 1e-3),)
+HELD_OUT = ("held-out", 600, 0)
+SETTINGS = {
+    "per_device_train_batch_size": 8,
+    "train_sampling_strategy": "group_by_length",
+    "audio_tokens": "trimmed",
+    "adam_beta2": 0.98,
+    "warmup_steps": 20,
+    "lora_dropout": 0.0,
+    "bf16": True,
+    "use_cpu": not torch.cuda.is_available(),
+    "save_steps": 100,
+    "dataloader_num_workers": 1,
+    "encoder_cache": BUILD / "encoded",
+}
+
+
+def run_train(**arguments) -> dict:
+    """`train.py` with these arguments; a run that has ended is not repeated."""
+    summary = Path(arguments["output_dir"]) / "summary.json"
+    if not summary.is_file():
+        words = [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
+        (args,) = HfArgumentParser(train.Arguments).parse_args_into_dataclasses(words)
+        with train.only_run(args):
+            train.train(args)
+    return json.loads(summary.read_text())
+
+
+def build_once(output: Path, **arguments) -> Path:
+    return output if output.is_dir() else upload.build(output=str(output), **arguments)
+
+
+def make_start(seed: int = 0) -> Path:
+    """The repository of the parts with windows of 10 s, and a random projector."""
+    parts.make_parts(BUILD)
+    bases = {"base": str(BUILD / "smollm2"), "audio_encoder": str(BUILD / ENCODER)}
+    folder = BUILD / ("start" if seed == 0 else f"start-{seed}")
+    return build_once(folder, **bases, audio_tokens="trimmed", seed=seed)
+
+
+def make_data(rounds: tuple[Round, ...]) -> list[Path]:
+    """The rows of each round's clips, and those held out."""
+    # What is asked at the end is never said in training.
+    exclude = recordings.fetch_packages(BUILD / "debian") / recordings.TEXTS
+    for name, count, seed in [*((r.data, r.clips, r.seed) for r in rounds), HELD_OUT]:
+        if not (BUILD / name / "rows.jsonl").is_file():
+            clips.write_clips(BUILD / name, count, seed, name == HELD_OUT[0], exclude, os.cpu_count())
+    return [BUILD / round_.data / "rows.jsonl" for round_ in rounds]
+
+
+def make_aligned(start: Path, data: Path) -> Path:
+    """The same repository with a projector in closed form."""
+    run = {"stage": "align", "model": start, "aligner": BUILD / ENCODER, "data": data, "output_dir": BUILD / "align"}
+    run_train(**run, audio_tokens="trimmed", align_rows=600)
+    projector = BUILD / "align" / train.PROJECTOR_FILE
+    return build_once(BUILD / "aligned", checkpoint=str(start), projector=str(projector))
+
+
+def write_adapter(source: Path, folder: Path):
+    """What ships of a run's adapter: LoRA in bfloat16, which halves it, and the projector as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "adapter_config.json", folder / "adapter_config.json")
+    tensors = {
+        name: tensor if "audio_projector" in name else tensor.bfloat16()
+        for name, tensor in load_file(source / "adapter_model.safetensors").items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="ten minutes, and nothing is shipped")
+    is_short = parser.parse_args().short
+    rounds = SHORT if is_short else ROUNDS
+    data = make_data(rounds)
+    model, adapter = make_aligned(make_start(), data[0]), {}
+    for round_, rows in zip(rounds, data, strict=True):
+        output = BUILD / f"run-{round_.name}"
+        settings = SETTINGS | adapter | {"max_steps": round_.steps, "learning_rate": round_.learning_rate}
+        found = run_train(**settings, stage="lora", model=model, data=rows, output_dir=output)
+        adapter = {"adapter": output / "adapter"}
+        print(f"{round_.name}: loss {found['loss']}, {found['rows per second']} clips a second")
+    if not is_short:
+        write_adapter(output / "adapter", ADAPTER)
+    elif found["loss"] > MAX_LOSS:
+        raise SystemExit(f"The mean loss of the short run is {found['loss']}; expected at most {MAX_LOSS}.")
+
+
+if __name__ == "__main__":
+    main()
