@@ -1,0 +1,140 @@
+"""
+Where the texts come from: WordNet's examples, definitions and phrases, fortunes, and the commonest words by SCOWL.
+
+Debian: wordnet-base (https://wordnet.princeton.edu), fortunes, scowl (http://wordlist.aspell.net); the licences are in
+/usr/share/doc, and allow what is done here.
+"""
+
+import functools
+import re
+from collections import Counter
+from pathlib import Path
+
+from speech.generated import TEMPLATES, Templates
+
+
+WORDNET = Path("/usr/share/wordnet")
+FORTUNES = Path("/usr/share/games/fortunes")
+SCOWL = Path("/usr/share/dict/scowl")
+# Files of fortunes that hold sentences, and neither verse, code, dialogues nor mockery.
+FORTUNE_FILES = (
+    *("cookie", "education", "food", "fortunes", "goedel", "kids", "law", "literature", "medicine", "miscellaneous"),
+    *("news", "people", "pets", "platitudes", "science", "sports", "tao", "wisdom", "work"),
+)
+KINDS = {"05": "animal", "06": "artifact", "13": "food", "15": "place", "18": "person"}  # WordNet's files of nouns
+MOCKERY = ("06718862", "07124340", "06717170")  # WordNet's ethnic slurs, obscenities and disparagements
+INDECENT = re.compile(r"\b(sex|fuck|shit|piss|porn|nake|nude|whore|slut|bitch|damn|nigg|rap(e|ed|es|ist)\b)", re.I)
+ABBREVIATIONS = frozenset(TEMPLATES["abbreviations"])
+WORD = r"[A-Za-z]+(?:['-][A-Za-z]+)*"
+SENTENCE = re.compile(rf"{WORD}(?:[,;:]? {WORD})*[.!?]?")
+MAX_WORDS = 25
+NUM_COMMON = 15_000
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
+
+
+class Sources:
+    """
+    All texts that may be said, by source.
+
+    Attributes:
+        common: The 15,000 commonest words, the commonest first: by SCOWL's size class, then by how often WordNet's
+            examples and definitions, and the texts that its authors tagged, have them.
+        texts: Distinct texts of the sources "wordnet", "definition", "phrase", "fortune" and "word".
+        templates: [`Templates`] with WordNet's words.
+
+    Raises:
+        FileNotFoundError: if one of Debian's wordnet-base, fortunes, scowl is not installed.
+    """
+
+    def __init__(self):
+        for folder, package in ((WORDNET, "wordnet-base"), (FORTUNES, "fortunes"), (SCOWL, "scowl")):
+            if not folder.is_dir():
+                raise FileNotFoundError(f"There is no {folder}; on Debian: apt-get install {package}.")
+        by_class = [read_scowl(size) for size in (10, 20, 35)]
+        self.known = frozenset().union(*by_class, *map(read_scowl, (40, 50, 55, 60)))
+        examples, definitions, lemmas, mocking = read_wordnet()
+        self.mocking = mocking
+        tagged, kinds = read_tagged()
+        counts = Counter(word for text in [*examples, *definitions] for word in words_of(text)) + tagged
+        self.common = [
+            word
+            for number, words in enumerate(by_class)
+            for word in sorted(words - set().union(*by_class[:number]), key=lambda word: (-counts[word], word))
+            if re.fullmatch(r"[a-z]{2,}(n't|'[a-z]{2,})?|a|i", word) and self.is_clean(word)
+        ][:NUM_COMMON]
+        phrases = (lemma for lemma in lemmas if len(lemma.split()) in (2, 3))
+        texts = {"wordnet": examples, "definition": definitions, "phrase": phrases, "fortune": read_fortunes()}
+        texts["word"] = [word for word in self.common if len(word) > 1]
+        self.texts = {name: [*dict.fromkeys(filter(self.is_clean, texts[name]))] for name in texts}
+        common = frozenset(self.common)
+        kinds = {name: sorted(words & common) for name, words in kinds.items()}
+        self.templates = Templates(kinds | {"word": self.texts["word"]})
+
+    def is_clean(self, text: str) -> bool:
+        """Whether a text is 1 to 25 known words with plain punctuation: no digits, abbreviations, or indecency."""
+        if not SENTENCE.fullmatch(text) or len(text.split()) > MAX_WORDS or INDECENT.search(text):
+            return False
+        return all(self.is_known(word) for word in re.split(r"[^A-Za-z']+", text) if word)
+
+    def is_known(self, word: str) -> bool:
+        lower = word.lower()
+        if lower in ABBREVIATIONS or lower in self.mocking or (word.isupper() and word not in ("A", "I", "O")):
+            return False
+        return word in self.known or lower in self.known or lower.removesuffix("'s") in self.known
+
+
+@functools.cache
+def read_sources() -> Sources:
+    return Sources()
+
+
+def read_scowl(size: int) -> frozenset[str]:
+    """Words of one of SCOWL's size classes; larger classes hold rarer words. Names keep their capitals."""
+    kinds = ("words", "contractions", "upper", "proper-names")
+    paths = [SCOWL / f"{region}-{kind}.{size}" for region in ("english", "american") for kind in kinds]
+    return frozenset(word for path in paths if path.is_file() for word in path.read_text("latin-1").split())
+
+
+def read_wordnet() -> tuple[list[str], list[str], list[str], frozenset[str]]:
+    """Examples, definitions and lemmas of WordNet, and words that only mock."""
+    examples, definitions, lemmas, mocking = [], [], [], set()
+    for part in ("noun", "verb", "adj", "adv"):
+        for line in (WORDNET / f"data.{part}").read_text("utf-8").splitlines():
+            if line.startswith(" "):  # the licence
+                continue
+            data, _, gloss = line.partition(" | ")
+            fields = data.split()
+            words = [
+                re.sub(r"\(.*\)", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+            ]
+            if any(f";u {offset} n" in data for offset in MOCKERY):
+                mocking.update(word.lower() for word in words)
+                continue
+            lemmas += words
+            examples += (text.strip() for text in re.findall(r'"([^"]*)"', gloss))
+            definitions.append(re.split(r'; "', gloss)[0].strip())
+    return examples, definitions, lemmas, frozenset(mocking - {lemma.lower() for lemma in lemmas})
+
+
+def read_tagged() -> tuple[Counter, dict[str, set[str]]]:
+    """How often lemmas were tagged in WordNet's texts, and those whose commonest sense is of a kind."""
+    counts, kinds = Counter(), {kind: set() for kind in (*KINDS.values(), "adjective")}
+    for line in (WORDNET / "cntlist.rev").read_text("utf-8").splitlines():
+        key, sense, count = line.split()
+        lemma, _, rest = key.partition("%")
+        counts[lemma] += int(count)
+        part, file = rest.split(":")[:2]
+        if sense == "1" and part == "1" and file in KINDS:
+            kinds[KINDS[file]].add(lemma)
+        if sense == "1" and part in "35" and file == "00":
+            kinds["adjective"].add(lemma)
+    return counts, kinds
+
+
+def read_fortunes() -> list[str]:
+    """Fortunes of one sentence, without the name of their author."""
+    texts = [text for name in FORTUNE_FILES for text in (FORTUNES / name).read_text("utf-8").split("\n%\n")]
+    return [" ".join(re.split(r"\s+-- ", text)[0].split()) for text in texts]
