@@ -7,6 +7,7 @@ English texts to be said: examples, definitions and phrases of WordNet, fortunes
 import argparse
 import gzip
 import json
+import math
 import random
 import re
 import zlib
@@ -60,8 +61,8 @@ def read_excluded(path: str | Path) -> set[str]:
 
 def deal(count: int, seed: int, held_out: bool = False, exclude: Iterable[str] = ()) -> list[Text]:
     """
-    The texts of `count` clips; the first ones do not depend on `count`. Of some candidates the one comes next whose
-    words were said the least.
+    The texts of `count` clips; the first ones do not depend on `count`. In training, of some candidates the one comes
+    next whose words were said the least.
 
     Args:
         exclude: Normalized texts that must not be said.
@@ -106,7 +107,7 @@ class Dealer:
             normalized = normalize(text)
             if self.may_say(normalized) and (normalized not in self.dealt or attempt > 10 * CANDIDATES * HELD_OUT_PART):
                 found[text] = normalized
-                if len(found) == CANDIDATES:
+                if self.held_out or len(found) == CANDIDATES:
                     break
         text = max(found, key=self.rarity)
         self.dealt.add(found[text])
@@ -116,9 +117,12 @@ class Dealer:
         return bool(normalized) and normalized not in self.excluded and is_held_out(normalized) == self.held_out
 
     def rarity(self, text: str) -> float:
-        """The mean of 1 / (1 + times said) over the words; words that are not common count as said often."""
+        """
+        The sum of 1 / (1 + times said) over the common words, divided by the root of the number of words: divided by
+        the number itself it would prefer phrases without words like "the", not at all divided the longest texts.
+        """
         words = words_of(text)
-        return sum(1 / (1 + self.said[word]) if word in self.said else 0.05 for word in words) / len(words)
+        return sum(1 / (1 + self.said[word]) for word in words if word in self.said) / math.sqrt(len(words))
 
     def draw(self, source: str, length: tuple[int, int]) -> str:
         """Any text of a source with so many characters, for training."""
