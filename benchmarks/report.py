@@ -34,11 +34,11 @@ def report(
         fill(Path(path).name, text)
 
 
-def fill(script: str, text: str):
-    """Puts `text` between the marks `<!-- script -->` and `<!-- end of script -->`."""
-    start, end = f"<!-- {script} -->\n", f"<!-- end of {script} -->\n"
-    readme = README.read_text()
-    if readme.count(start) != 1 or readme.count(end) != 1:
-        raise ValueError(f"{README} must have one line {start.strip()} and one {end.strip()} below it.")
-    before, _, rest = readme.partition(start)
-    README.write_text(before + start + text + end + rest.partition(end)[2])
+def fill(name: str, text: str, document: Path = README):
+    """Puts `text` between the marks `<!-- name -->` and `<!-- end of name -->` of a document."""
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    content = document.read_text()
+    if content.count(start) != 1 or content.count(end) != 1:
+        raise ValueError(f"{document} must have one line {start.strip()} and one {end.strip()} below it.")
+    before, _, rest = content.partition(start)
+    document.write_text(before + start + text + end + rest.partition(end)[2])

@@ -16,9 +16,9 @@ from demo.world import SKILLS
 BUILD = upload.ROOT / "build" / "demo"
 
 
-def draw_clip(name: str, title: str, feature_extractor, path: Path):
+def draw_clip(recording: Path, title: str, feature_extractor, path: Path):
     """The log-mel spectrogram of a recording's first window, which the encoder is given."""
-    samples = fetch_audio(EXAMPLES / name, feature_extractor.sampling_rate)
+    samples = fetch_audio(recording, feature_extractor.sampling_rate)
     (mel,) = log_mel(split_windows(samples, feature_extractor)[:1], feature_extractor)  # [mel bins, frames]
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
@@ -45,7 +45,7 @@ def main():
         for name in example["audio"]:
             titles.setdefault(name, []).append(f"{question} {given}")
     for name, lines in titles.items():
-        draw_clip(name, "\n".join(lines), processor.feature_extractor, BUILD / f"{Path(name).stem}.png")
+        draw_clip(EXAMPLES / name, "\n".join(lines), processor.feature_extractor, BUILD / f"{Path(name).stem}.png")
     seconds = time.perf_counter() - start
     print(f"\n{right} of {len(examples)} right, in {seconds:.0f} s, by {model.num_parameters():,} parameters.")
     print(f"The log-mel spectrogram of each recording: {BUILD.relative_to(upload.ROOT)}/*.png")
