@@ -1,0 +1,60 @@
+"""The figures of the speech model: recall by how often training said a word, and the tables, from hand-made rows."""
+
+import json
+from collections import Counter
+
+from scoring import AS_GIVEN, score_arms
+from speech import figures
+
+
+def row(number: int, group: str, text: str, given: str) -> dict:
+    place = {"row": number, "place": f"rows.jsonl:{number + 1}", "group": group}
+    return {**place, "audio_filepath": None, "duration": 1.0, "time": 0.5, "text": text, "pred_text": given}
+
+
+ROWS = [
+    row(0, "three or more words", "The mailbox is full.", "the mail box is empty"),
+    row(1, "three or more words", "Press one for voicemail.", "Press 1 far."),
+    row(2, "shorter", "Hello.", ""),
+    {**row(3, "shorter", "Goodbye.", ""), "error": "failed"},
+]
+del ROWS[3]["pred_text"]
+
+
+def test_words_are_counted_as_they_are_scored(tmp_path):
+    for name, texts in {"a": ["The colour of the mailbox", ""], "b": ["Number one!"]}.items():
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert figures.count_words([tmp_path / "a", tmp_path / "b"]) == Counter(
+        {"the": 2, "color": 1, "of": 1, "mailbox": 1, "number": 1, "one": 1}
+    )
+
+
+def test_recall_by_how_often_training_said_a_word():
+    training = Counter({"the": 5_000, "is": 100, "mailbox": 99, "full": 10, "one": 9, "press": 1, "for": 2})
+    assert figures.recall(ROWS, training) == {
+        "100 times or more": {"words": 2, "recalled": 2},
+        "10 to 99 times": {"words": 2, "recalled": 1},  # a mail box is a mailbox; full is lost
+        "1 to 9 times": {"words": 3, "recalled": 2},  # for is lost
+        "never": {"words": 2, "recalled": 0},  # voicemail and hello; the failed row is left out
+    }
+
+
+def test_tables_have_a_line_for_each_group():
+    silent = [row(0, "hum", "", "you"), row(1, "hum", "", ""), row(2, "tone", "", ".")]
+    arms = {AS_GIVEN: ROWS, "silence": [{**one, "pred_text": "well"} for one in ROWS[:3]], "swapped": ROWS}
+    scores = {"recordings": score_arms(arms), "held-out": score_arms(arms), "silences": score_arms({AS_GIVEN: silent})}
+    scores |= {f"{name}-whisper": score_arms({AS_GIVEN: ROWS}) for name in ("recordings", "held-out")}
+    scores["silences-whisper"] = score_arms({AS_GIVEN: silent[::-1]})
+    lines = figures.rates_table(scores).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    groups = ("all", "three or more words", "shorter")
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        f"| {clips}, {group}" for clips in ("a person", "synthetic voices, held out") for group in groups
+    ]
+    rate = "100.00 [100.00, 100.00]"
+    assert lines[4] == f"| a person, shorter | 2 | {rate} | 0/1/0 | 100.00 | 100.00 | {rate} |"
+    assert figures.silences_table(scores).splitlines()[2:] == [
+        "| all | 3 | 1 | 1 |",
+        "| hum | 2 | 1 | 1 |",
+        "| tone | 1 | 0 | 0 |",
+    ]
