@@ -13,7 +13,7 @@ export HF_HOME := $(CURDIR)/build/huggingface
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app eval test test-common test-releases test-endurance test-app test-vllm test-trl releases bench held-out lint \
+.PHONY: help demo speech app eval test test-common test-releases test-endurance test-app test-vllm test-trl releases bench held-out lint \
 	format clean
 
 help:  ## list the targets
@@ -21,6 +21,9 @@ help:  ## list the targets
 
 demo: $(READY)  ## build the small trained model and ask it about recordings and pictures
 	$(PYTHON) -m demo.run
+
+speech: $(VENV)/.speech  ## download a speech model's parts, join them with what was trained, and transcribe people
+	$(PYTHON) -m speech.run
 
 app: $(READY)  ## serve the page with the small trained model
 	rm -rf build/app
@@ -85,6 +88,10 @@ clean:  ## remove build/ and .venv/
 $(READY): requirements-dev.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+$(VENV)/.speech: speech/requirements.txt $(READY)
+	$(PYTHON) -m pip install --quiet --requirement speech/requirements.txt
 	touch $@
 
 # pip checks the hash.

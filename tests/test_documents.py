@@ -24,6 +24,7 @@ DOCUMENTS = (
     "docs/serving.md",
     "benchmarks/README.md",
     "demo/README.md",
+    "speech/README.md",
 )
 ENDINGS = "py|md|jinja|jsonl?|txt|ya?ml|png|jpg|mp3|flac|safetensors"
 FILE = re.compile(rf"(?<![\w/.:*-])(?:[\w.-]+/)*[\w-][\w.-]*\.(?:{ENDINGS})\b")
