@@ -165,10 +165,11 @@ def build_processor(base: Path, encoder: Path, tokenizer, config, trained: Path 
 
 
 def build_tokenizer(base: Path, **kwargs):
-    tokenizer = AutoTokenizer.from_pretrained(base, **kwargs)
+    # Generation continues the right end of every row. Of a base that does not name its padding side, `save_pretrained`
+    # keeps the side only if it is given here.
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left", **kwargs)
     added = [AddedToken(token, special=True, normalized=False) for token in AUDIO_TOKENS]
     tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
-    tokenizer.padding_side = "left"  # generation continues the right end of every row
     tokenizer.chat_template = None  # Qwen2-VL's own drops audio silently; the processor has the right one
     return tokenizer
 

@@ -103,6 +103,16 @@ def test_tokens(repo):
     assert set(upload.AUDIO_TOKENS) <= set(tokenizer.all_special_tokens)
 
 
+def test_the_left_is_padded_also_if_the_base_names_no_side(bases, tmp_path):
+    shutil.copytree(bases["qwen2_vl"], tmp_path / "base")
+    config = tmp_path / "base" / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    settings.pop("padding_side", None)
+    config.write_text(json.dumps(settings | {"tokenizer_class": "TokenizersBackend"}))
+    upload.build_tokenizer(tmp_path / "base").save_pretrained(tmp_path / "built")
+    assert json.loads((tmp_path / "built" / "tokenizer_config.json").read_text())["padding_side"] == "left"
+
+
 def test_current_tensor_names_give_the_same_folder(bases, repo, tmp_path):
     rename, rules = checkpoints.rename, checkpoints.BASE_NAMES
     base = copy_base(bases["qwen2_vl"], tmp_path / "base", lambda name: rename(name, rules))
