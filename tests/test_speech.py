@@ -1,0 +1,193 @@
+"""
+The pretrained parts of speech/. All but the reader's own test download 243 MB once, into build/speech:
+
+    pip install -r speech/requirements.txt
+    python -m pytest -m speech tests/test_speech.py
+"""
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+from helpers import audio, image, text
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    Qwen2VLForConditionalGeneration,
+    WhisperForConditionalGeneration,
+    WhisperModel,
+    WhisperProcessor,
+)
+
+import audio_utils
+import upload
+from demo.bases import ASSETS
+from speech.ctranslate2 import read_ctranslate2
+from speech.parts import GGUF, make_parts, read_whisper, write_whisper
+
+
+JFK = "ask not what your country can do for you, ask what you can do for your country."
+PROMPTS = ("The capital of France is", "In 1492 there were 12345 ships.\n\n  Why?", "What is the sun made of?")
+
+
+def pack_string(value: str) -> bytes:
+    return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
+
+
+def pack_array(name: str, array: np.ndarray, dtype: int) -> bytes:
+    header = pack_string(name) + struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape)
+    return header + struct.pack("<BI", dtype, array.nbytes) + array.tobytes()
+
+
+def test_ctranslate2_files_are_read_and_damaged_ones_refused(tmp_path):
+    matrix, numbers = np.arange(6, dtype="<f2").reshape(2, 3), np.array([7, -8], "<i2")
+    start = struct.pack("<I", 6) + pack_string("Spec") + struct.pack("<II", 3, 2)
+    aliases = struct.pack("<I", 1) + pack_string("c") + pack_string("a/b")
+    content = start + pack_array("a/b", matrix, dtype=4) + pack_array("n", numbers, dtype=2) + aliases
+    file = tmp_path / "model.bin"
+    file.write_bytes(content)
+    arrays = read_ctranslate2(file)
+    assert arrays.keys() == {"a/b", "n", "c"} and arrays["a/b"].dtype == np.float16
+    assert (arrays["a/b"] == matrix).all() and (arrays["c"] == matrix).all() and (arrays["n"] == numbers).all()
+
+    for length in range(len(content)):
+        file.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="is cut short: .* bytes are needed at byte"):
+            read_ctranslate2(file)
+    for damaged, message in (
+        (content + b"\0", "has 1 bytes after its end"),
+        (b"\5" + content[1:], "has version 5 .* expected 6"),
+        (start + pack_array("a/b", matrix, dtype=9), "a/b has dtype 9, expected one from 0 to 4"),
+        (start + pack_array("a/b", matrix, dtype=0), r"a/b has 3 values, .* shape \[2, 3\]"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            read_ctranslate2(file)
+
+
+@pytest.fixture(scope="module")
+def speech():
+    pytest.importorskip("gguf", reason="gguf is not installed; speech/requirements.txt names it.")
+    folder = upload.ROOT / "build" / "speech"
+    make_parts(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(speech):
+    """Stock SmolLM2, as transformers reads its GGUF."""
+    return AutoModelForCausalLM.from_pretrained(speech / "parts" / "smollm2", gguf_file=GGUF, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def qwen(speech):
+    return Qwen2VLForConditionalGeneration.from_pretrained(speech / "smollm2", dtype="auto")
+
+
+@pytest.fixture(scope="module")
+def repo(speech, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speech") / "repo"
+    return upload.build(speech / "smollm2", speech / "whisper", folder, audio_tokens="trimmed")
+
+
+@pytest.fixture(scope="module")
+def model(repo):
+    return AutoModel.from_pretrained(repo, trust_remote_code=True, dtype="auto").eval()
+
+
+@pytest.fixture(scope="module")
+def processor(repo):
+    return AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+
+
+def make_inputs(processor, *content):
+    messages = [{"role": "user", "content": list(content)}]
+    settings = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    return processor.apply_chat_template(messages, **settings)
+
+
+@pytest.mark.speech
+@pytest.mark.parametrize(("name", "said"), [("jfk.wav", JFK), ("english.wav", "1, 2, 3")])
+def test_whisper_transcribes(speech, name, said):
+    processor = WhisperProcessor.from_pretrained(speech / "whisper")
+    whisper = WhisperForConditionalGeneration.from_pretrained(speech / "whisper", dtype=torch.float32)
+    samples = audio_utils.fetch_audio(ASSETS / "audio" / name).numpy()
+    inputs = processor(samples, sampling_rate=16_000, return_tensors="pt")
+    ids = whisper.generate(**inputs, language="en", task="transcribe")
+    assert said in processor.batch_decode(ids, skip_special_tokens=True)[0].lower()
+
+
+@pytest.mark.speech
+def test_shorter_windows_are_the_same_encoder(speech, tmp_path):
+    long, short = (WhisperModel.from_pretrained(speech / name) for name in ("whisper", "whisper-10s"))
+    weights = long.encoder.state_dict()
+    weights["embed_positions.weight"] = weights["embed_positions.weight"][:500]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in short.encoder.state_dict().items())
+    extractor = WhisperProcessor.from_pretrained(speech / "whisper-10s").feature_extractor
+    assert (extractor.chunk_length, extractor.n_samples, extractor.nb_max_frames) == (10, 160_000, 1000)
+    features = torch.zeros(1, 80, 1000, dtype=short.dtype)
+    assert short.encoder(features).last_hidden_state.shape == (1, 500, 512)
+    with pytest.raises(ValueError, match="window_seconds must be from 1 to 30, got 31"):
+        write_whisper(*read_whisper(speech / "parts" / "whisper"), tmp_path / "whisper", window_seconds=31)
+
+
+@pytest.mark.speech
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_text_model_is_smollm2_to_the_bit(speech, llama, qwen, prompt):
+    tokenizer = AutoTokenizer.from_pretrained(speech / "smollm2")
+    inputs = tokenizer(prompt, return_tensors="pt")
+    assert tokenizer.decode(inputs["input_ids"][0]) == prompt
+    with torch.no_grad():
+        expected, logits = llama(**inputs).logits, qwen(**inputs).logits
+    assert (logits[..., : expected.shape[-1]] - expected).abs().max() == 0
+    assert (logits[..., expected.shape[-1] :].amax(-1) < expected.amax(-1)).all()
+
+
+@pytest.mark.speech
+def test_prompts_of_a_batch_are_padded_on_the_left(model, processor):
+    prompts = [[{"role": "user", "content": [text(prompt)]}] for prompt in PROMPTS]
+    settings = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(prompts, padding=True, **settings)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    assert len(set(lengths)) > 1 and inputs["attention_mask"][:, -1].all()
+    answers = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6)[:, -6:]
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        single = model.generate(**make_inputs(processor, text(prompt)), max_new_tokens=6, min_new_tokens=6)
+        assert single[0, -6:].tolist() == answer.tolist()
+
+
+@pytest.mark.speech
+def test_digits_are_tokens_of_their_own(speech):
+    tokenizer = AutoTokenizer.from_pretrained(speech / "smollm2")
+    assert tokenizer.tokenize("in  1492") == ["in", "ĠĠ", "1", "4", "9", "2"]
+
+
+@pytest.mark.speech
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_text_answers_through_a_built_folder_are_those_of_smollm2(llama, model, processor, prompt):
+    inputs = make_inputs(processor, text(prompt))
+    ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": 0}
+    known = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = llama.generate(**known, max_new_tokens=24, do_sample=False, **ends)
+    assert model.generate(**inputs, max_new_tokens=24).tolist() == expected.tolist()
+
+
+@pytest.mark.speech
+def test_images_and_audio_are_taken(model, processor):
+    picture, clip = image(str(ASSETS / "images" / "chelsea.png")), audio(str(ASSETS / "audio" / "english.wav"))
+    for content in ([picture], [clip], [picture, clip]):
+        inputs = make_inputs(processor, *content, text("Describe it."))
+        answer = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
+        assert answer.shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+@pytest.mark.speech
+def test_a_cut_download_is_refused(speech, tmp_path):
+    whole = (speech / "parts" / "whisper" / "model.bin").read_bytes()
+    file = tmp_path / "model.bin"
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="model.bin is cut short"):
+        read_ctranslate2(file)
