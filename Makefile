@@ -13,7 +13,7 @@ export HF_HOME := $(CURDIR)/build/huggingface
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo speech app eval test test-common test-releases test-endurance test-app test-vllm test-trl releases bench held-out lint \
+.PHONY: help demo speech app eval test test-common test-releases test-endurance test-app test-vllm test-trl test-speech releases bench held-out lint \
 	format clean
 
 help:  ## list the targets
@@ -24,6 +24,10 @@ demo: $(READY)  ## build the small trained model and ask it about recordings and
 
 speech: $(VENV)/.speech  ## download a speech model's parts, join them with what was trained, and transcribe people
 	$(PYTHON) -m speech.run
+
+test-speech: $(VENV)/.speech $(VENV)/.synthesizers  ## the speech model's parts and data, and a short run of its training
+	$(PYTHON) -m pytest -m speech
+	$(PYTHON) -m speech.recipe --short
 
 app: $(READY)  ## serve the page with the small trained model
 	rm -rf build/app
@@ -92,6 +96,11 @@ $(READY): requirements-dev.txt
 
 $(VENV)/.speech: speech/requirements.txt $(READY)
 	$(PYTHON) -m pip install --quiet --requirement speech/requirements.txt
+	touch $@
+
+# Those of Debian are named where they are missing.
+$(VENV)/.synthesizers: demo/requirements.txt $(READY)
+	$(PYTHON) -m pip install --quiet --requirement demo/requirements.txt
 	touch $@
 
 # pip checks the hash.

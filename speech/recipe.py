@@ -2,7 +2,7 @@
 Trains the speech adapter from the published parts, through every stage; each goes on where it was interrupted:
 
     python -m speech.recipe            all stages, hours of two CPU cores; the adapter goes to speech/adapter
-    python -m speech.recipe --short    ten minutes: 480 clips, and the loss has to fall below what SHORT states
+    python -m speech.recipe --short    ten minutes: 320 clips, and the loss has to fall below MAX_LOSS
 
 Everything lies in build/speech. The stages are upload.py's and train.py's own.
 """
@@ -10,7 +10,6 @@ Everything lies in build/speech. The stages are upload.py's and train.py's own.
 import argparse
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +40,7 @@ class Round(NamedTuple):
 
 
 ROUNDS = (Round("first", "data-1", 6_000, 1, 740, 1e-3),)
-SHORT = (Round("short", "data-short", 480, 3, 60, 1e-3),)
+SHORT = (Round("short", "data-short", 320, 3, 40, 1e-3),)
 HELD_OUT = ("held-out", 600, 0)
 SETTINGS = {
     "per_device_train_batch_size": 8,
@@ -81,28 +80,37 @@ def make_start(seed: int = 0) -> Path:
     return build_once(folder, **bases, audio_tokens="trimmed", seed=seed)
 
 
-def make_data(rounds: tuple[Round, ...]) -> list[Path]:
-    """The rows of each round's clips, and those held out."""
+def make_data(*wanted: tuple[str, int, int]) -> list[Path]:
+    """The rows of folders of clips, given by their name, number and seed."""
     # What is asked at the end is never said in training.
     exclude = recordings.fetch_packages(BUILD / "debian") / recordings.TEXTS
-    for name, count, seed in [*((r.data, r.clips, r.seed) for r in rounds), HELD_OUT]:
+    for name, count, seed in wanted:
         if not (BUILD / name / "rows.jsonl").is_file():
             clips.write_clips(BUILD / name, count, seed, name == HELD_OUT[0], exclude, os.cpu_count())
-    return [BUILD / round_.data / "rows.jsonl" for round_ in rounds]
+    return [BUILD / name / "rows.jsonl" for name, *_ in wanted]
 
 
-def make_aligned(start: Path, data: Path) -> Path:
-    """The same repository with a projector in closed form."""
-    run = {"stage": "align", "model": start, "aligner": BUILD / ENCODER, "data": data, "output_dir": BUILD / "align"}
-    run_train(**run, audio_tokens="trimmed", align_rows=600)
-    projector = BUILD / "align" / train.PROJECTOR_FILE
-    return build_once(BUILD / "aligned", checkpoint=str(start), projector=str(projector))
+def make_aligned(start: Path, round_: Round) -> Path:
+    """The same repository with a projector in closed form, from the clips of a round."""
+    output = BUILD / f"align-{round_.data}"
+    run_train(
+        stage="align",
+        model=start,
+        aligner=BUILD / ENCODER,
+        align_rows=round_.clips // 10,
+        data=BUILD / round_.data / "rows.jsonl",
+        output_dir=output,
+        audio_tokens="trimmed",
+    )
+    aligned = BUILD / f"aligned-{round_.data}"
+    return build_once(aligned, checkpoint=str(start), projector=str(output / train.PROJECTOR_FILE))
 
 
 def write_adapter(source: Path, folder: Path):
     """What ships of a run's adapter: LoRA in bfloat16, which halves it, and the projector as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / "adapter_config.json", folder / "adapter_config.json")
+    config = json.loads((source / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {
         name: tensor if "audio_projector" in name else tensor.bfloat16()
         for name, tensor in load_file(source / "adapter_model.safetensors").items()
@@ -115,8 +123,8 @@ def main():
     parser.add_argument("--short", action="store_true", help="ten minutes, and nothing is shipped")
     is_short = parser.parse_args().short
     rounds = SHORT if is_short else ROUNDS
-    data = make_data(rounds)
-    model, adapter = make_aligned(make_start(), data[0]), {}
+    data = make_data(*((round_.data, round_.clips, round_.seed) for round_ in rounds))
+    model, adapter = make_aligned(make_start(), rounds[0]), {}
     for round_, rows in zip(rounds, data, strict=True):
         output = BUILD / f"run-{round_.name}"
         settings = SETTINGS | adapter | {"max_steps": round_.steps, "learning_rate": round_.learning_rate}
@@ -125,6 +133,7 @@ def main():
         print(f"{round_.name}: loss {found['loss']}, {found['rows per second']} clips a second")
     if not is_short:
         write_adapter(output / "adapter", ADAPTER)
+        make_data(HELD_OUT)
     elif found["loss"] > MAX_LOSS:
         raise SystemExit(f"The mean loss of the short run is {found['loss']}; expected at most {MAX_LOSS}.")
 

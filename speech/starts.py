@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import upload
-from speech.recipe import BUILD, ROUNDS, SETTINGS, make_aligned, make_data, make_start, run_train
+from speech.recipe import BUILD, HELD_OUT, ROUNDS, SETTINGS, make_aligned, make_data, make_start, run_train
 
 
 SEEDS, STEPS, BATCH = (0, 1, 2), 70, 8
@@ -80,7 +80,7 @@ def main():
     parser.add_argument("--only", nargs=2, metavar=("START", "SEED"), help="one of the runs, such as: random 0")
     only = parser.parse_args().only
     (BUILD / "starts").mkdir(parents=True, exist_ok=True)
-    rows = make_data(ROUNDS)[0]
+    rows = make_data(ROUNDS[0][1:4], HELD_OUT)[0]
     data = write_short(rows, BUILD / "starts" / "rows.jsonl", STEPS * BATCH)
     held_out = write_short(BUILD / "held-out" / "rows.jsonl", BUILD / "starts" / "held-out.jsonl", ASKED)
     found = {}
@@ -88,7 +88,7 @@ def main():
         found[name] = []
         for seed in SEEDS:
             if only is None or only == [name, str(seed)]:
-                model = make_aligned(make_start(), rows) if name == "closed form" else make_start(seed)
+                model = make_aligned(make_start(), ROUNDS[0]) if name == "closed form" else make_start(seed)
                 found[name].append(run(name.replace(" ", "-"), seed, model, data, held_out))
     if only is None:
         for name, histories in found.items():
