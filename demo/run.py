@@ -16,14 +16,14 @@ from demo.world import SKILLS
 BUILD = upload.ROOT / "build" / "demo"
 
 
-def draw_clip(recording: Path, title: str, feature_extractor, path: Path):
-    """The log-mel spectrogram of a recording's first window, which the encoder is given."""
+def draw_clip(recording: Path, title: str, feature_extractor, path: Path, until: float | None = None):
+    """The log-mel spectrogram of a recording's first window, which the encoder is given, or of its start in seconds."""
     samples = fetch_audio(recording, feature_extractor.sampling_rate)
     (mel,) = log_mel(split_windows(samples, feature_extractor)[:1], feature_extractor)  # [mel bins, frames]
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     axes.imshow(mel, origin="lower", aspect="auto", extent=(0, feature_extractor.chunk_length, 0, len(mel)))
-    axes.set(title=title, xlabel="seconds", ylabel="mel bin")
+    axes.set(title=title, xlabel="seconds", ylabel="mel bin", xlim=(0, until))
     figure.savefig(path, dpi=110)
 
 
