@@ -1,0 +1,63 @@
+"""`make speech` but for the download: small parts and a small adapter -> a folder, and what it answers."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel
+
+import upload
+from speech import run
+from train import LANGUAGE_MODEL
+
+
+@pytest.fixture
+def parts(bases, tmp_path, monkeypatch):
+    """Small checkpoints in the place of the downloaded ones."""
+    for name, source in {"smollm2": "qwen2_vl", "whisper": "whisper"}.items():
+        shutil.copytree(bases[source], tmp_path / name)
+    monkeypatch.setattr(run, "BUILD", tmp_path)
+    monkeypatch.setattr(run, "make_parts", lambda folder: None)
+    return tmp_path
+
+
+def test_the_adapter_is_in_the_folder_that_is_built(parts):
+    start = upload.build(parts / "smollm2", parts / "whisper", parts / "start", audio_tokens="trimmed")
+    learned = LoraConfig(
+        r=2, target_modules=LANGUAGE_MODEL, modules_to_save=["audio_projector"], init_lora_weights=False
+    )
+    model = AutoModel.from_pretrained(start, trust_remote_code=True, dtype=torch.float32)
+    get_peft_model(model, learned).save_pretrained(parts / "adapter")
+    repo = run.build_repo(parts / "repo", parts / "adapter")
+    assert {path.name for path in parts.iterdir()} == {"smollm2", "whisper", "start", "adapter", "repo"}
+    upload.check_files(repo)
+
+    processor, built = run.load(repo)
+    assert (processor.audio_tokens, processor.trained_audio_tokens) == ("trimmed", "trimmed")
+    adapted = PeftModel.from_pretrained(
+        AutoModel.from_pretrained(start, trust_remote_code=True, dtype=torch.float32), parts / "adapter"
+    ).eval()
+    clip = {"type": "audio", "audio": np.random.default_rng(0).standard_normal(20_000).astype(np.float32) * 0.1}
+    messages = [{"role": "user", "content": [clip, {"type": "text", "text": run.INSTRUCTION}]}]
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        expected, found = adapted(**inputs).logits, built(**inputs).logits
+        untrained = AutoModel.from_pretrained(start, trust_remote_code=True, dtype=torch.float32)(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert (found - untrained).abs().max() > 0.1
+
+
+def test_without_an_adapter_it_says_so(parts):
+    with pytest.raises(FileNotFoundError, match="holds no adapter_config.json"):
+        run.build_repo(parts / "repo", parts / "adapter")
+
+
+def test_prompts_are_left_out_where_they_cannot_be_downloaded(parts, monkeypatch, capsys):
+    def fail(folder):
+        raise RuntimeError("there is no apt-get here")
+
+    monkeypatch.setattr(run, "write_recordings", fail)
+    assert run.known_recordings() == run.KNOWN and all(path.is_file() for path in run.KNOWN)
+    assert "Without the telephone prompts: there is no apt-get here" in capsys.readouterr().out
