@@ -9,13 +9,21 @@ speech.clips holds out. Started again, it goes on. DIR/figures.json has all figu
 
 import argparse
 import json
+import math
 import time
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
 import torch
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+)
 from transformers.utils import logging
 
 import eval as evaluation
@@ -32,6 +40,7 @@ SETS = {  # folder in build/speech -> what its clips are, their column of groups
     "held-out": ("synthetic voices, held out", "source", ("silence", "swapped")),
     "silences": ("nothing said", "group", ()),
 }
+BASE = BUILD / "smollm2"
 NUM_FIXED = 60  # clips that are asked with fixed tokens too: 1,500 each, where trimmed ones are 50 a second
 BATCH = 8
 OFTEN = {"100 times or more": 100, "10 to 99 times": 10, "1 to 9 times": 1, "never": 0}  # the least of each
@@ -103,6 +112,22 @@ def recall(rows: list[dict], training: Counter) -> dict[str, dict[str, int]]:
     return found
 
 
+@torch.no_grad()
+def perplexity(folder: Path, texts: list[str]) -> float:
+    """Of texts by themselves, for the language model of a folder, per token; the first of each is given."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    loader = AutoModelForImageTextToText if config.model_type == "qwen2_vl" else AutoModel
+    model = loader.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    total = count = 0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        if ids.shape[1] > 1:
+            total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    return math.exp(total / count)
+
+
 def markdown(head: tuple, *rows: tuple) -> str:
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in (head, ("---",) * len(head), *rows))
 
@@ -149,6 +174,12 @@ def measure(options) -> str:
         counts = [(name, *found.values()) for name, found in figures["recall"].items()]
         rows = [(name, words, percent(recalled / max(1, words))) for name, words, recalled in counts]
         tables.append(markdown(("said in training", "words of a person", "recalled %"), *rows))
+    texts = [row["text"] for row in read_rows(BUILD / "held-out")[: options.limit]]
+    figures["perplexity"] = {
+        name: perplexity(path, texts) for name, path in (("SmolLM2", BASE), ("with LoRA", options.repo))
+    }
+    rows = [(name, f"{value:.1f}") for name, value in figures["perplexity"].items()]
+    tables.append(markdown(("language model", f"perplexity of {len(texts)} sentences of WordNet and fortunes"), *rows))
     evaluation.write_json(options.output / "figures.json", figures)
     return "\n".join(tables)
 
