@@ -101,6 +101,9 @@ class Arguments(TrainingArguments):
     max_new_tokens: int = field(default=256, metadata={"help": "length of an answer to --eval"})
 
     learning_rate: float | None = field(default=None, metadata={"help": "1e-3 for the projector, 2e-4 with LoRA"})
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the projector where LoRA learns as well (default: --learning_rate)"}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "see TrainingArguments"})
     warmup_steps: float = field(default=0.03, metadata={"help": "steps, or their share of all if below 1"})
     logging_steps: float = field(default=10, metadata={"help": "see TrainingArguments"})
@@ -290,6 +293,20 @@ def load_model(args: Arguments) -> PeftModel:
 class AnswerTrainer(Trainer):
     """[`Trainer`] whose evaluation also generates answers, and compares them with those of the rows."""
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As in [`Trainer`], with a learning rate of its own for the projector if one is given."""
+        optimizer = super().create_optimizer(model)
+        rate = self.args.projector_learning_rate
+        if rate is not None:
+            named = (self.model if model is None else model).named_parameters()
+            projector = {parameter for name, parameter in named if "audio_projector" in name}
+            for group in [*optimizer.param_groups]:
+                own = [parameter for parameter in group["params"] if parameter in projector]
+                if own:
+                    group["params"] = [parameter for parameter in group["params"] if parameter not in projector]
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
+
     def compute_loss(self, model, inputs: dict[str, torch.Tensor], *args, **kwargs):
         """As in [`Trainer`]; what comes before the first label of all rows, the audio mostly, gets no logits."""
         is_label = (inputs["labels"] != IGNORED).any(0)
@@ -343,7 +360,7 @@ def refuse_another_run(args: Arguments):
     """An interrupted run continues only with the arguments that it was started with."""
     own = ("model", "stage", "data", "audio_column", "text_column", "instruction", "audio_tokens", "train_markers")
     own += ("aligner", "align_rows", "adapter")
-    own += ("lora_r", "lora_alpha", "learning_rate", "seed", "max_steps", "num_train_epochs")
+    own += ("lora_r", "lora_alpha", "learning_rate", "projector_learning_rate", "seed", "max_steps", "num_train_epochs")
     own = {name: getattr(args, name) for name in own}
     path = Path(args.output_dir) / "arguments.json"
     if path.is_file() and newest_checkpoint(args.output_dir):

@@ -69,7 +69,8 @@ def fetch_packages(folder: Path) -> Path:
                 raise RuntimeError(f"{' '.join(command)} failed; try `apt-get update` first. {done.stderr.strip()}")
         if (found := hashlib.sha256(package.read_bytes()).hexdigest()) != expected:
             raise RuntimeError(f"{package} has sha256 {found}, expected {expected}. Remove it and try again.")
-        subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
+        if not (folder / (TEXTS if name == "asterisk-core-sounds-en" else SOUNDS)).exists():
+            subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
     return folder
 
 

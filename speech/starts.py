@@ -18,6 +18,12 @@ SEEDS, STEPS, BATCH = (0, 1, 2), 70, 8
 LONGEST = 1.8  # seconds of the clips, so that a run takes minutes
 ASKED = 24  # held-out clips for the word error rate
 SMOOTH = 10  # steps
+RATE = 1e-3  # of LoRA, and of the projector unless it has its own
+STARTS = {  # where a run starts, and the learning rate of its projector
+    "random": ("random", RATE),
+    "closed form": ("closed form", RATE),
+    "closed form, slow projector": ("closed form", RATE / 10),
+}
 
 
 def write_short(rows: Path, path: Path, count: int) -> Path:
@@ -29,13 +35,14 @@ def write_short(rows: Path, path: Path, count: int) -> Path:
     return path
 
 
-def run(name: str, seed: int, model: Path, data: Path, held_out: Path) -> list[dict]:
+def run(name: str, seed: int, data: Path, held_out: Path) -> list[dict]:
     """The log of a run."""
-    output = BUILD / "starts" / f"{name}-{seed}"
+    start, projector_rate = STARTS[name]
+    output = BUILD / "starts" / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
     run_train(
         **{**SETTINGS, "save_steps": 1000},
         stage="lora",
-        model=model,
+        model=make_aligned(make_start(), ROUNDS[0]) if start == "closed form" else make_start(seed),
         data=data,
         eval=held_out,
         eval_strategy="steps",
@@ -44,7 +51,8 @@ def run(name: str, seed: int, model: Path, data: Path, held_out: Path) -> list[d
         max_new_tokens=24,
         output_dir=output,
         max_steps=STEPS,
-        learning_rate=1e-3,
+        learning_rate=RATE,
+        projector_learning_rate=projector_rate,
         logging_steps=1,
         seed=seed,
     )
@@ -61,7 +69,7 @@ def smooth(history: list[dict]) -> list[float]:
 def draw(found: dict[str, list[list[dict]]], path: Path):
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     loss, errors = figure.subplots(1, 2)
-    for colour, (name, histories) in zip(("tab:blue", "tab:orange"), found.items(), strict=True):
+    for colour, (name, histories) in zip(("tab:orange", "tab:blue", "tab:green"), found.items(), strict=True):
         for number, history in enumerate(histories):
             label = {"label": name} if number == 0 else {}
             loss.plot(smooth(history), color=colour, **label)
@@ -83,18 +91,15 @@ def main():
     rows = make_data(ROUNDS[0][1:4], HELD_OUT)[0]
     data = write_short(rows, BUILD / "starts" / "rows.jsonl", STEPS * BATCH)
     held_out = write_short(BUILD / "held-out" / "rows.jsonl", BUILD / "starts" / "held-out.jsonl", ASKED)
-    found = {}
-    for name in ("closed form", "random"):
-        found[name] = []
-        for seed in SEEDS:
-            if only is None or only == [name, str(seed)]:
-                model = make_aligned(make_start(), ROUNDS[0]) if name == "closed form" else make_start(seed)
-                found[name].append(run(name.replace(" ", "-"), seed, model, data, held_out))
+    found = {
+        name: [run(name, seed, data, held_out) for seed in SEEDS if only in (None, [name, str(seed)])]
+        for name in STARTS
+    }
     if only is None:
         for name, histories in found.items():
             losses = ", ".join(f"{smooth(history)[-1]:.2f}" for history in histories)
-            rates = ", ".join(f"{100 * h['eval_wer']:.1f}" for hs in histories for h in hs[-3:] if "eval_wer" in h)
-            print(f"{name}: loss {losses} at the end; word error rate {rates} %")
+            rates = [[line["eval_wer"] for line in history if "eval_wer" in line][-1] for history in histories]
+            print(f"{name}: loss {losses}; word error rate {', '.join(f'{rate:.0%}' for rate in rates)}")
         draw(found, upload.ROOT / "docs" / "starts.png")
 
 

@@ -358,6 +358,15 @@ def test_only_answers_get_logits(start, rows, tones, tmp_path, sound):
     assert shapes[0] < 30 and shapes[1] == batch["input_ids"].shape[1] > 150
 
 
+def test_projector_has_a_learning_rate_of_its_own(start, tones, tmp_path):
+    run(start, tones, tmp_path, stage="lora", lora_r=4, max_steps=2, learning_rate=1e-2, projector_learning_rate=1e-9)
+    learned = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    stored = load_file(start / "model.safetensors")["model.audio_projector.weight"]
+    (projector,) = (tensor for name, tensor in learned.items() if "audio_projector" in name)
+    assert torch.allclose(projector, stored.float(), atol=1e-7)
+    assert max(tensor.abs().max() for name, tensor in learned.items() if "lora_B" in name) > 1e-3
+
+
 def test_run_starts_from_an_adapter(start, tones, tmp_path):
     lora = {"stage": "lora", "lora_r": 4, "lora_dropout": 0}
     run(start, tones, tmp_path / "first", **lora, max_steps=2)
