@@ -50,6 +50,7 @@ SETTINGS = {
     "warmup_steps": 20,
     "lora_dropout": 0.0,
     "bf16": True,
+    "attn_implementation": "sdpa" if torch.cuda.is_available() else "eager",
     "use_cpu": not torch.cuda.is_available(),
     "save_steps": 100,
     "dataloader_num_workers": 1,
