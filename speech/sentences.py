@@ -22,14 +22,14 @@ from speech.sources import read_sources, words_of
 
 # How often a text of so many characters comes from each source. A synthesizer says about 15 characters a second.
 SHARES = {
-    (1, 18): {"word": 30, "phrase": 22, "wordnet": 16, "number": 18, "strings": 8, "letters": 2, "statement": 4},
-    (19, 68): {
+    (1, 15): {"word": 30, "phrase": 22, "wordnet": 16, "number": 18, "strings": 8, "letters": 2, "statement": 4},
+    (16, 74): {
         **{"wordnet": 42, "definition": 16, "strings": 14, "fortune": 4, "instruction": 6, "question": 6},
         **{"statement": 6, "number": 5, "letters": 1},
     },
-    (69, 130): {"wordnet": 22, "definition": 16, "strings": 6, "fortune": 10, "joined": 46},
+    (75, 145): {"wordnet": 22, "definition": 16, "strings": 6, "fortune": 10, "joined": 54},
 }
-LENGTHS = dict(zip(SHARES, (0.28, 0.48, 0.24), strict=True))
+LENGTHS = dict(zip(SHARES, (0.33, 0.39, 0.28), strict=True))
 SHORT, MIDDLE, LONG = SHARES
 HELD_OUT_SHARES = {"wordnet": 0.8, "fortune": 0.2}
 HELD_OUT_PART = 20  # one text of so many
@@ -130,10 +130,9 @@ class Dealer:
             return self.rng.choice(self.by_length[source, length])
         if source == "joined":
             parts = [self.draw(self.rng.choice(["wordnet", "wordnet", "definition"]), MIDDLE) for _ in range(2)]
-            parts[1] = self.rng.choice([parts[1], self.draw("phrase", SHORT), self.draw("wordnet", SHORT)])
-            if all(self.may_say(normalize(part)) for part in parts):
-                return " ".join(part[0].upper() + part[1:] + ("" if part[-1] in ".!?" else ".") for part in parts)
-            return ""
+            text = " ".join(part[0].upper() + part[1:] + ("" if part[-1] in ".!?" else ".") for part in parts)
+            fits = length[0] <= len(text) <= length[1] and all(self.may_say(normalize(part)) for part in parts)
+            return text if fits else ""
         while True:
             text = self.string(length) if source == "strings" else self.sources.templates.make(source, self.rng)
             if length[0] <= len(text) <= length[1]:
