@@ -64,11 +64,14 @@ def ask_whisper(options, folder: str, limit: int | None) -> list[dict]:
     """Predictions of Whisper as a whole, in windows of 30 s, in a file as eval.py writes it."""
     rows, output = read_rows(BUILD / folder)[:limit], options.output / f"{folder}-whisper"
     path = output / "predictions.jsonl"
-    if not path.is_file() or len(read_folder(output)[AS_GIVEN]) < len(rows):
+    evaluation.cut_broken_end(path)
+    done = len(read_folder(output)[AS_GIVEN]) if path.is_file() else 0
+    if done < len(rows):
+        output.mkdir(parents=True, exist_ok=True)
         processor = WhisperProcessor.from_pretrained(BUILD / "whisper")
         model = WhisperForConditionalGeneration.from_pretrained(BUILD / "whisper", dtype=torch.float32).eval()
-        lines = []
-        for start in range(0, len(rows), BATCH):
+        for start in range(done, len(rows), BATCH):
+            lines = []
             clips = [fetch_audio(BUILD / folder / row["audio"]).numpy() for row in rows[start : start + BATCH]]
             before = time.perf_counter()
             features = processor(clips, sampling_rate=16_000, return_tensors="pt").input_features
@@ -80,8 +83,8 @@ def ask_whisper(options, folder: str, limit: int | None) -> list[dict]:
                 line = {"row": number, "place": f"rows.jsonl:{number + 1}", "group": row.get(SETS[folder][1])}
                 line |= {"audio_filepath": None, "duration": row["seconds"], "time": round(seconds, 4)}
                 lines.append({**line, "text": row["text"], "pred_text": text.strip()})
-        output.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            with path.open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
     return read_folder(output)[AS_GIVEN][:limit]
 
 
