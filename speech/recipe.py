@@ -117,7 +117,10 @@ def last_loss(output: Path) -> float:
 def write_adapter(source: Path, folder: Path):
     """What ships of a run's adapter: LoRA in bfloat16, which halves it, and the projector as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads((source / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    config = json.loads((source / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": None,
+        "auto_mapping": None,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {
         name: tensor if "audio_projector" in name else tensor.bfloat16()
