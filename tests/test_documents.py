@@ -31,7 +31,13 @@ FILE = re.compile(rf"(?<![\w/.:*-])(?:[\w.-]+/)*[\w-][\w.-]*\.(?:{ENDINGS})\b")
 # What the commands of the documents are given or make.
 EXAMPLE_FILES = {
     *("train.jsonl", "test.jsonl", "clip.flac", "test_x.py", "preprocessor_config.json"),
-    *("audio_projector.safetensors", "run/audio_projector.safetensors", "loss.png", "summary.json"),
+    *(
+        "audio_projector.safetensors",
+        "run/audio_projector.safetensors",
+        "aligned/audio_projector.safetensors",
+        "loss.png",
+        "summary.json",
+    ),
 }
 PROGRAMS = ("accelerate", "make", "pip", "python", "pre-commit", "train.py", "upload.py", "vllm")
 
