@@ -32,6 +32,7 @@ SETTINGS = {
     "lora": ["--stage", "lora"],
 }
 TOKENS = 1_600  # a clip of 30 s in one row, with its text
+ANSWER = 100  # of them, which alone get logits
 
 
 def run(folder: Path, number: int, options: list[str]) -> tuple[float, float]:
@@ -58,7 +59,7 @@ def count_full_size() -> list[str]:
         sum(parameter.numel() for parameter in part.parameters())
         for part in (model.model.language_model.layers, model.model.audio_encoder)
     )
-    layers += model.lm_head.weight.numel()
+    head = model.lm_head.weight.numel()
     frozen = sum(parameter.numel() for parameter in model.parameters())
     projector = model.model.audio_projector.weight.numel()
     with torch.device("meta"):
@@ -66,11 +67,11 @@ def count_full_size() -> list[str]:
     lora = sum(parameter.numel() for parameter in peft.parameters() if parameter.requires_grad)
 
     # Inputs of the layers in 16 bits; logits and their gradients in 16 and 32 bits.
-    activations = text.num_hidden_layers * TOKENS * text.hidden_size * 2 + TOKENS * text.vocab_size * 12
+    activations = text.num_hidden_layers * TOKENS * text.hidden_size * 2 + ANSWER * text.vocab_size * 12
     rows = []
     for stage, learning in (("projector", projector), ("lora", projector + lora)):
         memory = frozen * 2 + learning * 16 + activations
-        operations = 6 * layers * TOKENS + 2 * encoder * config.audio_config.max_source_positions
+        operations = 6 * layers * TOKENS + 6 * head * ANSWER + 2 * encoder * config.audio_config.max_source_positions
         operations += 6 * (learning - projector) * TOKENS
         rows.append(
             f"| {stage} | {learning / 1e6:.1f} million | {memory / 1e9:.0f} GB | {operations / 1e12:.0f} TFLOP |"
