@@ -138,8 +138,9 @@ class Ridge:
         """
         ridge = RIDGE * self.products.diagonal().mean() * torch.eye(len(self.products), dtype=torch.float64)
         weight = torch.linalg.solve(self.products + ridge, self.targets)
-        explained = 2 * (weight * self.targets).sum() - (weight * (self.products @ weight)).sum()
-        scale = (self.energy / (weight * (self.products @ weight)).sum()).sqrt()
+        energy = (weight * (self.products @ weight)).sum()  # of the rows that it makes
+        explained = 2 * (weight * self.targets).sum() - energy
+        scale = (self.energy / energy).sqrt()
         return (weight * scale).T.float().contiguous(), float(explained) / self.energy
 
 

@@ -20,10 +20,10 @@ from transformers import HfArgumentParser
 import train
 import upload
 from speech import clips, parts, recordings
+from speech.recordings import BUILD
+from speech.run import ADAPTER
 
 
-BUILD = upload.ROOT / "build" / "speech"
-ADAPTER = upload.ROOT / "speech" / "adapter"
 ENCODER = "whisper-10s"  # padding to Whisper's own 30 s costs four times as much, and the projector learns no less
 MAX_LOSS = 5.5  # of the last ten steps of the short run; it is 11 before, and 4.7 by guessing without audio
 
