@@ -6,7 +6,7 @@ tokens, operations, time to the first token and memory of the cache. At a tenth 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -70,22 +70,28 @@ def measure_prefill(model, inputs: dict[str, torch.Tensor]) -> tuple[float, ...]
     return inputs["input_ids"].shape[1], counter.get_total_flops() / 1e12, seconds, cache / 1e6
 
 
+def measure_both(prompts: Iterable[tuple[float, int]], model, measure: Callable) -> Iterator[list]:
+    """For prompts of so many seconds and pictures, what is measured with fixed and with trimmed tokens."""
+    measured = {}
+    for seconds, pictures in prompts:
+        found = []
+        for kind in AUDIO_TOKEN_COUNTS:
+            inputs = make_inputs(model, seconds, kind, pictures)
+            length = inputs["input_ids"].shape[1]
+            if length not in measured:  # prompts of one length are the same: all fixed ones of up to 30 s
+                measured[length] = measure(model, inputs)
+            found.append(measured[length])
+        yield found
+
+
 def table_of_prefills(model) -> list[str]:
     """
     Raises:
         ValueError: if a clip of 3 s costs more than was promised.
     """
     measure_prefill(model, make_inputs(model, 1, "trimmed"))
-    measured = {}
     rows = ["| prompt | " + " | ".join(f"{column}, fixed | trimmed" for column in COLUMNS) + " |", "|---" * 9 + "|"]
-    for seconds, pictures in PROMPTS:
-        found = []
-        for kind in AUDIO_TOKEN_COUNTS:
-            inputs = make_inputs(model, seconds, kind, pictures)
-            length = inputs["input_ids"].shape[1]
-            if length not in measured:  # prompts of one length are the same: all fixed ones of up to 30 s
-                measured[length] = measure_prefill(model, inputs)
-            found.append(measured[length])
+    for (seconds, pictures), found in zip(PROMPTS, measure_both(PROMPTS, model, measure_prefill), strict=True):
         shares = [trimmed / fixed for fixed, trimmed in zip(*found, strict=True)]
         formats = ("{:,}", "{:.2f}", "{:.1f}", "{:.0f}")
         cells = [
@@ -103,25 +109,18 @@ def table_of_prefills(model) -> list[str]:
     return [*rows, "", f"{where()}; {note}; in brackets the share of fixed."]
 
 
-def make_step(model, inputs: dict[str, torch.Tensor]) -> Callable:
+def measure_step(model, inputs: dict[str, torch.Tensor]) -> float:
+    """Seconds of one step."""
     labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] > 0, -100)
-    return lambda: model(**inputs, labels=labels, use_cache=False).loss.backward()
+    return in_turns(lambda: model(**inputs, labels=labels, use_cache=False).loss.backward(), rounds=1)[0]
 
 
 def table_of_steps(model) -> list[str]:
     model.requires_grad_(False)
     model.model.audio_projector.requires_grad_(True)
     rows = ["| training step of the projector | clips per second, fixed | trimmed | times as fast |", "|---" * 4 + "|"]
-    measured = {}
-    for seconds in CLIPS:
-        found = []
-        for kind in AUDIO_TOKEN_COUNTS:
-            inputs = make_inputs(model, seconds, kind)
-            length = inputs["input_ids"].shape[1]
-            if length not in measured:
-                (measured[length],) = in_turns(make_step(model, inputs), rounds=1)
-            found.append(measured[length])
-        fixed, trimmed = found
+    both = measure_both([(seconds, 0) for seconds in CLIPS], model, measure_step)
+    for seconds, (fixed, trimmed) in zip(CLIPS, both, strict=True):
         rows.append(f"| {seconds} s | {1 / fixed:.2f} | {1 / trimmed:.2f} | {fixed / trimmed:.1f} |")
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     return [*rows, "", f"{size:.2f} billion random parameters in bfloat16, one clip and {TEXT} tokens of text a step."]
