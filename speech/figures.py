@@ -35,27 +35,29 @@ from speech.run import DTYPE, INSTRUCTION, MAX_NEW_TOKENS, REPO
 from upload import ROOT
 
 
-SETS = {  # folder in build/speech -> what its clips are, their column of groups, the arms that are asked
-    "recordings": ("a person", "group", ("silence", "swapped")),
-    "held-out": ("synthetic voices, held out", "source", ("silence", "swapped")),
-    "silences": ("nothing said", "group", ()),
+SETS = {  # folder in build/speech -> what its clips are, and their column of groups
+    "recordings": ("a person", "group"),
+    "held-out": ("synthetic voices, held out", "source"),
+    "silences": ("nothing said", "group"),
 }
+SPOKEN = ("recordings", "held-out")
 BASE = BUILD / "smollm2"
-NUM_FIXED = 60  # clips that are asked with fixed tokens too: 1,500 each, where trimmed ones are 50 a second
+NUM_AGAIN = 48  # rows that are asked again: silenced, with another clip, with 1,500 tokens where the clip has fewer
 BATCH = 8
 OFTEN = {"100 times or more": 100, "10 to 99 times": 10, "1 to 9 times": 1, "never": 0}  # the least of each
 
 
-def ask_model(options, folder: str, limit: int | None, audio_tokens: str = "trimmed") -> dict[str, list[dict]]:
+def ask_model(
+    options, folder: str, limit: int | None, audio_tokens: str = "trimmed", arms: tuple[str, ...] = ()
+) -> dict[str, list[dict]]:
     """Predictions of each arm, by eval.py; it keeps them in a folder of the output."""
-    _, group, arms = SETS[folder]
-    output = options.output / (folder if audio_tokens == "trimmed" else f"{folder}-{audio_tokens}")
+    output = options.output / "-".join([folder, audio_tokens, *arms])
     words = ["predict", options.repo, "--data", BUILD / folder / "rows.jsonl", "--output", output]
-    words += ["--audio-column", "audio", "--text-column", "text", "--group-column", group, "--instruction", INSTRUCTION]
-    words += ["--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", BATCH, "--audio-tokens", audio_tokens]
-    words += ["--dtype", str(DTYPE).removeprefix("torch.")]
-    words += ["--arms", *arms] if arms and audio_tokens == "trimmed" else []
-    evaluation.main([str(word) for word in [*words, *(["--limit", limit] if limit else [])]])
+    words += ["--audio-column", "audio", "--text-column", "text", "--group-column", SETS[folder][1]]
+    words += ["--instruction", INSTRUCTION, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", BATCH]
+    words += ["--audio-tokens", audio_tokens, "--dtype", str(DTYPE).removeprefix("torch.")]
+    words += [*(["--arms", *arms] if arms else []), *(["--limit", limit] if limit else [])]
+    evaluation.main([str(word) for word in words])
     evaluation.score(Namespace(folder=output))
     return {arm: rows[:limit] for arm, rows in read_folder(output).items()}
 
@@ -136,17 +138,25 @@ def markdown(head: tuple, *rows: tuple) -> str:
 
 
 def rates_table(scores: dict) -> str:
-    """Word error rates of each set and group, with the clips taken away, and of Whisper."""
+    """Word error rates of each set and group, and of Whisper."""
     rows = []
-    for folder in ("recordings", "held-out"):
-        given, whisper = scores[folder]["arms"], scores[f"{folder}-whisper"]["arms"][AS_GIVEN]
-        for group, found in given[AS_GIVEN].items():
+    for folder in SPOKEN:
+        whisper = scores[f"{folder}-whisper"]["arms"][AS_GIVEN]
+        for group, found in scores[folder]["arms"][AS_GIVEN].items():
             errors = "/".join(str(found[name]) for name in ("insertions", "deletions", "substitutions"))
-            arms = [percent(given[arm][group]["wer"]["value"]) for arm in SETS[folder][2]]
-            rates = (percent(found["wer"]), errors, *arms, percent(whisper[group]["wer"]))
+            rates = (percent(found["wer"]), errors, percent(whisper[group]["wer"]))
             rows.append((f"{SETS[folder][0]}, {group}", found["rows"], *rates))
-    head = ("clips", "rows", "WER %", "ins/del/sub", "WER %, clip silenced", "another clip", "Whisper base, WER %")
-    return markdown(head, *rows)
+    return markdown(("clips", "rows", "WER %", "ins/del/sub", "Whisper base, WER %"), *rows)
+
+
+def again_table(again: dict[str, dict[str, dict]]) -> str:
+    """Word error rates of the first rows of each set, by what was asked."""
+    arms = list(again[SPOKEN[0]])
+    rows = [
+        (f"the first {found[arms[0]]['rows']} of {SETS[folder][0]}", *(percent(found[arm]["wer"]) for arm in arms))
+        for folder, found in again.items()
+    ]
+    return markdown(("WER %", *arms), *rows)
 
 
 def silences_table(scores: dict) -> str:
@@ -160,18 +170,18 @@ def silences_table(scores: dict) -> str:
 
 def measure(options) -> str:
     """Asks for all predictions, writes `figures.json`, and returns the tables as Markdown."""
-    scores, given = {}, {}
+    scores, given, again = {}, {}, {}
     for folder in SETS:
         given[folder] = ask_model(options, folder, options.limit)
         scores[folder] = score_arms(given[folder])
         scores[f"{folder}-whisper"] = score_arms({AS_GIVEN: ask_whisper(options, folder, options.limit)})
-    few = min(options.limit or NUM_FIXED, NUM_FIXED)
-    by_tokens = {"trimmed": score(given["recordings"][AS_GIVEN][:few])}
-    by_tokens["fixed"] = score(ask_model(options, "recordings", few, "fixed")[AS_GIVEN])
-    tables = [rates_table(scores), silences_table(scores)]
-    rows = [(kind, found["rows"], percent(found["wer"])) for kind, found in by_tokens.items()]
-    tables.append(markdown(("audio tokens", "recordings of a person", "WER %"), *rows))
-    figures = {"limit": options.limit, "scores": scores, "by_tokens": by_tokens}
+    few = min(options.limit or NUM_AGAIN, NUM_AGAIN)
+    for folder in SPOKEN:
+        asked = ask_model(options, folder, few, arms=("silence", "swapped"))
+        asked["fixed tokens"] = ask_model(options, folder, few, "fixed")[AS_GIVEN]
+        again[folder] = {arm: score(rows) for arm, rows in asked.items()}
+    tables = [rates_table(scores), again_table(again), silences_table(scores)]
+    figures = {"limit": options.limit, "scores": scores, "again": again}
     if options.train:
         figures["recall"] = recall(given["recordings"][AS_GIVEN], count_words(options.train))
         counts = [(name, *found.values()) for name, found in figures["recall"].items()]

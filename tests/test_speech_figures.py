@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 
-from scoring import AS_GIVEN, score_arms
+from scoring import AS_GIVEN, score, score_arms
 from speech import figures
 
 
@@ -41,9 +41,9 @@ def test_recall_by_how_often_training_said_a_word():
 
 def test_tables_have_a_line_for_each_group():
     silent = [row(0, "hum", "", "you"), row(1, "hum", "", ""), row(2, "tone", "", ".")]
-    arms = {AS_GIVEN: ROWS, "silence": [{**one, "pred_text": "well"} for one in ROWS[:3]], "swapped": ROWS}
-    scores = {"recordings": score_arms(arms), "held-out": score_arms(arms), "silences": score_arms({AS_GIVEN: silent})}
-    scores |= {f"{name}-whisper": score_arms({AS_GIVEN: ROWS}) for name in ("recordings", "held-out")}
+    scores = {"silences": score_arms({AS_GIVEN: silent})}
+    for folder in figures.SPOKEN:
+        scores |= {name: score_arms({AS_GIVEN: ROWS}) for name in (folder, f"{folder}-whisper")}
     scores["silences-whisper"] = score_arms({AS_GIVEN: silent[::-1]})
     lines = figures.rates_table(scores).splitlines()
     assert len({line.count("|") for line in lines}) == 1
@@ -52,9 +52,16 @@ def test_tables_have_a_line_for_each_group():
         f"| {clips}, {group}" for clips in ("a person", "synthetic voices, held out") for group in groups
     ]
     rate = "100.00 [100.00, 100.00]"
-    assert lines[4] == f"| a person, shorter | 2 | {rate} | 0/1/0 | 100.00 | 100.00 | {rate} |"
+    assert lines[4] == f"| a person, shorter | 2 | {rate} | 0/1/0 | {rate} |"
     assert figures.silences_table(scores).splitlines()[2:] == [
         "| all | 3 | 1 | 1 |",
         "| hum | 2 | 1 | 1 |",
         "| tone | 1 | 0 | 0 |",
+    ]
+    silenced = [{**one, "pred_text": "well"} for one in ROWS[:3]]
+    again = {AS_GIVEN: score(ROWS[2:]), "silence": score(silenced[2:])}
+    assert figures.again_table({"recordings": again}).splitlines() == [
+        f"| WER % | {AS_GIVEN} | silence |",
+        "| --- | --- | --- |",
+        f"| the first 2 of a person | {rate} | {rate} |",
     ]
