@@ -40,7 +40,10 @@ class Round(NamedTuple):
     projector_learning_rate: float
 
 
-ROUNDS = (Round("first", "data-1", 6_000, 1, 480, 1e-3, 3e-4),)
+ROUNDS = (
+    Round("first", "data-1", 6_000, 1, 480, 1e-3, 3e-4),
+    Round("second", "data-2", 6_000, 2, 540, 7e-4, 2e-4),
+)
 SHORT = (Round("short", "data-short", 320, 3, 40, 1e-3, 3e-4),)
 HELD_OUT = ("held-out", 600, 0)
 SETTINGS = {

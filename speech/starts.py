@@ -14,7 +14,7 @@ import upload
 from speech.recipe import BUILD, HELD_OUT, ROUNDS, SETTINGS, make_aligned, make_data, make_start, run_train
 
 
-SEEDS, STEPS, BATCH = (0, 1, 2), 120, 8
+SEEDS, STEPS, BATCH = (0, 1, 2), 150, 8
 SHORTEST, LONGEST = 1.0, 2.4  # seconds of the clips, so that a run takes minutes
 KINDS = {"wordnet", "definition", "phrase", "fortune", "statement", "question", "instruction"}  # phrases, sentences
 ASKED = 32  # held-out clips for loss and word error rate
