@@ -42,7 +42,7 @@ SETS = {  # folder in build/speech -> what its clips are, and their column of gr
 }
 SPOKEN = ("recordings", "held-out")
 BASE = BUILD / "smollm2"
-NUM_AGAIN = 48  # rows that are asked again: silenced, with another clip, with 1,500 tokens where the clip has fewer
+NUM_AGAIN = 24  # rows that are asked again: silenced, with another clip, with 1,500 tokens where the clip has fewer
 BATCH = 8
 OFTEN = {"100 times or more": 100, "10 to 99 times": 10, "1 to 9 times": 1, "never": 0}  # the least of each
 

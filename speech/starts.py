@@ -19,8 +19,7 @@ SHORTEST, LONGEST = 1.0, 2.4  # seconds of the clips, so that a run takes minute
 KINDS = {"wordnet", "definition", "phrase", "fortune", "statement", "question", "instruction"}  # phrases, sentences
 ASKED = 32  # held-out clips for loss and word error rate
 SMOOTH = 10  # steps
-RATE = 1e-3  # of LoRA
-STARTS = {"random": RATE, "closed form": 3e-4}  # the learning rate of the projector; more overwrites what is there
+STARTS = ("random", "closed form")
 
 
 def write_short(rows: Path, path: Path, count: int) -> Path:
@@ -47,8 +46,8 @@ def run(name: str, seed: int, data: Path, held_out: Path) -> list[dict]:
         max_new_tokens=24,
         output_dir=output,
         max_steps=STEPS,
-        learning_rate=RATE,
-        projector_learning_rate=STARTS[name],
+        learning_rate=ROUNDS[0].learning_rate,
+        projector_learning_rate=ROUNDS[0].projector_learning_rate,
         logging_steps=1,
         seed=seed,
     )
