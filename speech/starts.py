@@ -70,7 +70,7 @@ def draw(found: dict[str, list[list[dict]]], path: Path):
             loss.plot(smooth(history), color=colour, **label)
             rates = [(line["step"], 100 * line["eval_wer"]) for line in history if "eval_wer" in line]
             errors.plot(*zip(*rates, strict=True), color=colour, marker=".", **label)
-    loss.set(xlabel="step", ylabel=f"loss, mean of {SMOOTH} steps")
+    loss.set(xlabel="step", ylabel=f"loss, mean of {SMOOTH} steps", ylim=(3.5, 6.5))
     errors.set(xlabel="step", ylabel="word error rate, %")
     for axes in (loss, errors):
         axes.grid(alpha=0.3)
