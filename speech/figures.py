@@ -193,6 +193,8 @@ def measure(options) -> str:
     }
     rows = [(name, f"{value:.1f}") for name, value in figures["perplexity"].items()]
     tables.append(markdown(("language model", f"perplexity of {len(texts)} sentences of WordNet and fortunes"), *rows))
+    if options.limit:
+        tables.append(f"The first {options.limit} clips of each set (`--limit {options.limit}`).\n")
     evaluation.write_json(options.output / "figures.json", figures)
     return "\n".join(tables)
 

