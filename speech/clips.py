@@ -1,9 +1,10 @@
 """
 Clips of synthetic speech with their texts, to train on: sentences -> synthesizers -> speakers, rooms, channels, noise.
 
-    python -m speech.clips --count N --seed S --output DIR [--held-out] [--exclude FILE]
+    python -m speech.clips --count N --seed S --output DIR [--mix NAME] [--held-out] [--exclude FILE]
 
-writes `DIR/clips/NNNNNN.flac` (16 kHz, mono, 0.3 to 10 s) and `DIR/rows.jsonl`, one object a line:
+writes `DIR/clips/NNNNNN.flac` (16 kHz, mono, 0.3 to 10 s, or to 20 s with `--mix lengthy`) and `DIR/rows.jsonl`, one
+object a line:
 
     {"audio": "clips/000123.flac", "text": "He left.", "seconds": 1.3, "engine": "piper", "voice": "joe",
      "source": "wordnet"}
@@ -21,6 +22,7 @@ import os
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -42,7 +44,7 @@ from demo.world import (
     espeak_variants,
     write_speech,
 )
-from speech.sentences import Text, deal, read_excluded
+from speech.sentences import MIXES, Text, deal, read_excluded
 from speech.sounds import RATE, SOUNDS, make_sound
 
 
@@ -52,7 +54,7 @@ HELD_OUT_ENGINES = {"flite": 50, "festival": 30, "espeak-ng": 20}
 NOTHING = 0.04  # part of the clips in which nothing is said
 OTHER_SPEAKER = 0.35  # part of the clips whose speaker Praat changes
 PADDED = 0.3  # part of the clips with silence or room noise before and behind the words
-SHORTEST, LONGEST = 0.3, 10.0  # seconds
+SHORTEST = 0.3  # seconds
 FASTEST = 32  # characters a second; a clip that is faster has lost words
 CHUNK = 500  # clips of one job
 GROUP = 8  # clips that are augmented together, padded to the longest
@@ -72,14 +74,14 @@ def cast(text: str, rng: random.Random, variants: list[str], held_out: bool) -> 
     return speech
 
 
-def is_whole(clip: torch.Tensor, text: str) -> bool:
-    """Whether samples are neither silent nor too short to say a text, nor longer than a clip may be."""
+def is_whole(clip: torch.Tensor, text: str, longest: float) -> bool:
+    """Whether samples are neither silent nor too short to say a text, nor longer than so many seconds."""
     seconds = len(clip) / RATE
-    return max(SHORTEST, len(text) / FASTEST) <= seconds <= LONGEST and clip.abs().max() > 0.01
+    return max(SHORTEST, len(text) / FASTEST) <= seconds <= longest and clip.abs().max() > 0.01
 
 
-def synthesize(speeches: list[Speech]) -> list[torch.Tensor | None]:
-    """float32 `[samples]` at 16 kHz for each; None where a synthesizer failed or a clip is too long."""
+def synthesize(speeches: list[Speech], longest: float) -> list[torch.Tensor | None]:
+    """float32 `[samples]` at 16 kHz for each; None where a synthesizer failed or a clip has more seconds."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{number}.wav" for number in range(len(speeches))]
         write_speech(speeches, paths)
@@ -87,13 +89,13 @@ def synthesize(speeches: list[Speech]) -> list[torch.Tensor | None]:
     made = []
     for clip, speech in zip(clips, speeches, strict=True):
         clip = change_speaker(clip, speech) if len(clip) > SHORTEST * RATE else torch.zeros(1)
-        made.append(clip if is_whole(clip, speech.text) else None)
+        made.append(clip if is_whole(clip, speech.text, longest) else None)
     return made
 
 
-def pad(clip: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """With up to a second of silence before and behind, as far as a clip may be that long."""
-    left = int(LONGEST * RATE) - len(clip)
+def pad(clip: torch.Tensor, rng: random.Random, longest: float) -> torch.Tensor:
+    """With up to a second of silence before and behind, of so many seconds at most."""
+    left = int(longest * RATE) - len(clip)
     before = min(left, round(rng.random() * RATE))
     return F.pad(clip, (before, min(left - before, round(rng.random() * RATE))))
 
@@ -117,9 +119,14 @@ def augment(clips: list[torch.Tensor], rng: random.Random) -> list[torch.Tensor]
     return changed
 
 
-def make_clips(texts: list[Text], seed: str, held_out: bool = False) -> list[tuple[np.ndarray, dict] | None]:
+def make_clips(
+    texts: list[Text], seed: str, held_out: bool = False, longest: float = 10.0
+) -> list[tuple[np.ndarray, dict] | None]:
     """
     A clip for each text, and its row without `audio`. Held out is every voice, and something is said in each clip.
+
+    Args:
+        longest: Seconds of the longest clip.
 
     Returns:
         (float32 `[samples]` at 16 kHz, row) for each text, or None where no clip could be made.
@@ -137,9 +144,9 @@ def make_clips(texts: list[Text], seed: str, held_out: bool = False) -> list[tup
         else:
             speeches.append(cast(text, rng, variants, held_out))
             numbers.append(number)
-    clips = synthesize(speeches)
+    clips = synthesize(speeches, longest)
     spoken = [index for index, clip in enumerate(clips) if clip is not None]
-    padded = [pad(clips[index], rng) if rng.random() < PADDED else clips[index] for index in spoken]
+    padded = [pad(clips[index], rng, longest) if rng.random() < PADDED else clips[index] for index in spoken]
     for index, clip in zip(spoken, augment(padded, rng), strict=True):
         text, source = texts[numbers[index]]
         row = {"text": text, "engine": speeches[index].engine, "voice": speeches[index].voice, "source": source}
@@ -147,11 +154,11 @@ def make_clips(texts: list[Text], seed: str, held_out: bool = False) -> list[tup
     return made
 
 
-def write_chunk(folder: Path, number: int, texts: list[Text], seed: int, held_out: bool) -> int:
+def write_chunk(folder: Path, number: int, texts: list[Text], seed: int, held_out: bool, longest: float) -> int:
     """Writes the clips of a chunk, then its rows; returns how many there are."""
     torch.set_num_threads(1)
     rows = []
-    for offset, clip in enumerate(make_clips(texts, f"{seed} {number}", held_out)):
+    for offset, clip in enumerate(make_clips(texts, f"{seed} {number}", held_out, longest)):
         if clip is None:
             continue
         samples, row = clip
@@ -169,15 +176,25 @@ def rows_of(folder: Path, number: int, size: int) -> Path:
     return folder / "chunks" / f"{number:04}-{size}.jsonl"
 
 
-def write_clips(folder: Path, count: int, seed: int, held_out: bool, exclude: Path | None, workers: int, report=None):
+def write_clips(
+    folder: Path,
+    count: int,
+    seed: int,
+    held_out: bool,
+    exclude: Path | None,
+    workers: int,
+    mix: str = "rare",
+    report: Callable[[str], object] | None = None,
+):
     """
-    Writes clips and rows.jsonl into a folder, in chunks; `report` is called with a line after each.
+    Writes clips and rows.jsonl into a folder, in chunks; `report` is called with a line after each. `mix` names one of
+    `speech.sentences.MIXES`.
 
     Raises:
         ValueError: if the folder holds clips of another seed or of other texts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"seed": seed, "held_out": held_out, "exclude": str(exclude and exclude.name)}
+    settings = {"seed": seed, "held_out": held_out, "exclude": str(exclude and exclude.name), "mix": mix}
     found = folder / "settings.json"
     if found.is_file() and json.loads(found.read_text()) != settings:
         raise ValueError(
@@ -187,13 +204,16 @@ def write_clips(folder: Path, count: int, seed: int, held_out: bool, exclude: Pa
     found.write_text(json.dumps(settings))
     for name in ("clips", "chunks"):
         (folder / name).mkdir(exist_ok=True)
-    texts = deal(count, seed, held_out, read_excluded(exclude) if exclude else ())
+    texts = deal(count, seed, held_out, read_excluded(exclude) if exclude else (), MIXES[mix])
     chunks = [texts[start : start + CHUNK] for start in range(0, count, CHUNK)]
     todo = [number for number in range(len(chunks)) if not rows_of(folder, number, len(chunks[number])).exists()]
     start, written = time.monotonic(), 0
     # Not forked: threads of torch do not survive that.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(write_chunk, folder, number, chunks[number], seed, held_out) for number in todo]
+        jobs = [
+            pool.submit(write_chunk, folder, number, chunks[number], seed, held_out, MIXES[mix].seconds)
+            for number in todo
+        ]
         for number, job in zip(todo, jobs, strict=True):
             written += job.result()
             if report:
@@ -205,14 +225,15 @@ def write_clips(folder: Path, count: int, seed: int, held_out: bool, exclude: Pa
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, required=True, help="clips; those of over 10 s are then left out")
+    parser.add_argument("--count", type=int, required=True, help="clips; those that are too long are then left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="folder of the clips")
+    parser.add_argument("--mix", choices=MIXES, default="rare", help="which texts: rare words, plain, or lengthy ones")
     parser.add_argument("--held-out", action="store_true", help="texts and voices that training never has")
     parser.add_argument("--exclude", type=Path, help="file of texts that are never said, one a line")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
-    write_clips(args.output, args.count, args.seed, args.held_out, args.exclude, args.workers, report=print)
+    write_clips(args.output, args.count, args.seed, args.held_out, args.exclude, args.workers, args.mix, print)
 
 
 if __name__ == "__main__":

@@ -24,28 +24,38 @@ from speech.recordings import BUILD
 from speech.run import ADAPTER
 
 
-ENCODER = "whisper-10s"  # padding to Whisper's own 30 s costs four times as much, and the projector learns no less
+# Padding to Whisper's own 30 s costs four times as much as to 10 s, and the projector learns no less.
+ENCODERS = {"rare": "whisper-10s", "plain": "whisper-10s", "lengthy": "whisper"}  # by the mix of texts
 MAX_LOSS = 5.5  # of the last ten steps of the short run; it is 11 before, and 4.7 by guessing without audio
+
+
+class Data(NamedTuple):
+    """A folder of clips."""
+
+    name: str
+    mix: str  # of their texts: speech.sentences.MIXES
+    clips: int
+    seed: int
 
 
 class Round(NamedTuple):
     """One run of `train.py --stage lora`, which starts from the adapter of the round before."""
 
     name: str
-    data: str  # folder of clips
-    clips: int
-    seed: int  # of the clips
+    data: Data
     steps: int
     learning_rate: float
     projector_learning_rate: float
 
 
 ROUNDS = (
-    Round("first", "data-1", 6_000, 1, 480, 1e-3, 3e-4),
-    Round("second", "data-2", 6_000, 2, 540, 7e-4, 2e-4),
+    Round("first", Data("data-1", "rare", 6_000, 1), 480, 1e-3, 3e-4),
+    Round("second", Data("data-2", "rare", 6_000, 2), 540, 7e-4, 2e-4),
+    Round("third", Data("data-3", "plain", 4_000, 3), 450, 7e-4, 2e-4),
+    Round("fourth", Data("data-4", "lengthy", 1_000, 4), 90, 3e-4, 1e-4),
 )
-SHORT = (Round("short", "data-short", 320, 3, 40, 1e-3, 3e-4),)
-HELD_OUT = ("held-out", 600, 0)
+SHORT = (Round("short", Data("data-short", "rare", 320, 3), 40, 1e-3, 3e-4),)
+HELD_OUT = Data("held-out", "rare", 600, 0)  # which has texts of its own
 SETTINGS = {
     "per_device_train_batch_size": 8,
     "train_sampling_strategy": "group_by_length",
@@ -77,37 +87,44 @@ def build_once(output: Path, **arguments) -> Path:
     return output if output.is_dir() else upload.build(output=str(output), **arguments)
 
 
-def make_start(seed: int = 0) -> Path:
-    """The repository of the parts with windows of 10 s, and a random projector."""
+def make_start(seed: int = 0, mix: str = "rare") -> Path:
+    """The repository of the parts with windows that the clips of a mix fit into, and a random projector."""
     parts.make_parts(BUILD)
-    bases = {"base": str(BUILD / "smollm2"), "audio_encoder": str(BUILD / ENCODER)}
+    bases = {"base": str(BUILD / "smollm2"), "audio_encoder": str(BUILD / ENCODERS[mix])}
     folder = BUILD / ("start" if seed == 0 else f"start-{seed}")
+    if ENCODERS[mix] == "whisper":
+        folder = folder.with_name(f"{folder.name}-30s")
     return build_once(folder, **bases, audio_tokens="trimmed", seed=seed)
 
 
-def make_data(*wanted: tuple[str, int, int]) -> list[Path]:
-    """The rows of folders of clips, given by their name, number and seed."""
+def make_data(*wanted: Data) -> list[Path]:
+    """The rows of folders of clips."""
     # What is asked at the end is never said in training.
     exclude = recordings.fetch_packages(BUILD / "debian") / recordings.TEXTS
-    for name, count, seed in wanted:
-        if not (BUILD / name / "rows.jsonl").is_file():
-            clips.write_clips(BUILD / name, count, seed, name == HELD_OUT[0], exclude, os.cpu_count())
-    return [BUILD / name / "rows.jsonl" for name, *_ in wanted]
+    for data in wanted:
+        if not rows_of(data).is_file():
+            is_held_out = data == HELD_OUT
+            clips.write_clips(BUILD / data.name, data.clips, data.seed, is_held_out, exclude, os.cpu_count(), data.mix)
+    return [rows_of(data) for data in wanted]
 
 
-def make_aligned(start: Path, round_: Round) -> Path:
-    """The same repository with a projector in closed form, from the clips of a round."""
-    output = BUILD / f"align-{round_.data}"
+def rows_of(data: Data) -> Path:
+    return BUILD / data.name / "rows.jsonl"
+
+
+def make_aligned(start: Path, data: Data) -> Path:
+    """The same repository with a projector in closed form, from some clips."""
+    output = BUILD / f"align-{data.name}"
     run_train(
         stage="align",
         model=start,
-        aligner=BUILD / ENCODER,
-        align_rows=round_.clips // 10,
-        data=BUILD / round_.data / "rows.jsonl",
+        aligner=BUILD / ENCODERS[data.mix],
+        align_rows=data.clips // 10,
+        data=rows_of(data),
         output_dir=output,
         audio_tokens="trimmed",
     )
-    aligned = BUILD / f"aligned-{round_.data}"
+    aligned = BUILD / f"aligned-{data.name}"
     return build_once(aligned, checkpoint=str(start), projector=str(output / train.PROJECTOR_FILE))
 
 
@@ -137,10 +154,11 @@ def main():
     parser.add_argument("--short", action="store_true", help="ten minutes, and nothing is shipped")
     is_short = parser.parse_args().short
     rounds = SHORT if is_short else ROUNDS
-    data = make_data(*((round_.data, round_.clips, round_.seed) for round_ in rounds))
-    model, adapter = make_aligned(make_start(), rounds[0]), {}
-    for round_, rows in zip(rounds, data, strict=True):
-        output = BUILD / f"run-{round_.name}"
+    all_rows, adapter = make_data(*(round_.data for round_ in rounds)), {}
+    for round_, rows in zip(rounds, all_rows, strict=True):
+        output, model = BUILD / f"run-{round_.name}", make_start(mix=round_.data.mix)
+        if not adapter:
+            model = make_aligned(model, round_.data)
         settings = SETTINGS | adapter | {"max_steps": round_.steps, "learning_rate": round_.learning_rate}
         settings |= {"projector_learning_rate": round_.projector_learning_rate}
         found = run_train(**settings, stage="lora", model=model, data=rows, output_dir=output)

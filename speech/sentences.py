@@ -20,20 +20,65 @@ from scoring import normalize
 from speech.sources import read_sources, words_of
 
 
-# How often a text of so many characters comes from each source. A synthesizer says about 15 characters a second.
-SHARES = {
-    (1, 15): {"word": 30, "phrase": 22, "wordnet": 16, "number": 18, "strings": 8, "letters": 2, "statement": 4},
-    (16, 74): {
-        **{"wordnet": 42, "definition": 16, "strings": 14, "fortune": 4, "instruction": 6, "question": 6},
-        **{"statement": 6, "number": 5, "letters": 1},
+SHORT, MIDDLE, LONG, LONGER = (1, 15), (16, 74), (75, 145), (146, 290)  # characters; 15 are said in a second
+NUM_JOINED = {LONG: 2, LONGER: 5}  # sentences that are joined to a text so long
+
+
+class Mix(NamedTuple):
+    """
+    Which texts are said in training.
+
+    Attributes:
+        seconds: The longest clip.
+        candidates: Of so many texts that one is said whose words were said the least.
+        joined: What the sentences that are joined come from.
+        lengths: How often a text has so many characters.
+        shares: How often it then comes from each source.
+    """
+
+    seconds: float
+    candidates: int
+    joined: tuple[str, ...]
+    lengths: dict[tuple[int, int], float]
+    shares: dict[tuple[int, int], dict[str, int]]
+
+
+RARE = Mix(
+    seconds=10.0,
+    candidates=5,
+    joined=("wordnet", "wordnet", "definition"),
+    lengths={SHORT: 0.33, MIDDLE: 0.39, LONG: 0.28},
+    shares={
+        SHORT: {"word": 30, "phrase": 22, "wordnet": 16, "number": 18, "strings": 8, "letters": 2, "statement": 4},
+        MIDDLE: {
+            **{"wordnet": 42, "definition": 16, "strings": 14, "fortune": 4, "instruction": 6, "question": 6},
+            **{"statement": 6, "number": 5, "letters": 1},
+        },
+        LONG: {"wordnet": 22, "definition": 16, "strings": 6, "fortune": 10, "joined": 54},
     },
-    (75, 145): {"wordnet": 22, "definition": 16, "strings": 6, "fortune": 10, "joined": 54},
-}
-LENGTHS = dict(zip(SHARES, (0.33, 0.39, 0.28), strict=True))
-SHORT, MIDDLE, LONG = SHARES
+)
+PLAIN = Mix(
+    seconds=10.0,
+    candidates=1,
+    joined=("wordnet", "wordnet", "wordnet", "fortune"),
+    lengths={SHORT: 0.2, MIDDLE: 0.55, LONG: 0.25},
+    shares={
+        SHORT: {"wordnet": 40, "phrase": 20, "number": 15, "word": 10, "statement": 10, "letters": 5},
+        MIDDLE: {
+            **{"wordnet": 60, "fortune": 8, "instruction": 8, "question": 8, "statement": 8, "number": 5},
+            **{"definition": 2, "letters": 1},
+        },
+        LONG: {"joined": 70, "fortune": 15, "wordnet": 10, "definition": 5},
+    },
+)
+LENGTHY = PLAIN._replace(
+    seconds=20.0,
+    lengths={SHORT: 0.2, MIDDLE: 0.4, LONG: 0.15, LONGER: 0.25},
+    shares=PLAIN.shares | {LONGER: {"joined": 100}},
+)
+MIXES = {"rare": RARE, "plain": PLAIN, "lengthy": LENGTHY}
 HELD_OUT_SHARES = {"wordnet": 0.8, "fortune": 0.2}
 HELD_OUT_PART = 20  # one text of so many
-CANDIDATES = 5  # of which the text is said that has the words that were said the least
 
 
 class Text(NamedTuple):
@@ -59,27 +104,27 @@ def read_excluded(path: str | Path) -> set[str]:
     return excluded - {""}
 
 
-def deal(count: int, seed: int, held_out: bool = False, exclude: Iterable[str] = ()) -> list[Text]:
+def deal(count: int, seed: int, held_out: bool = False, exclude: Iterable[str] = (), mix: Mix = RARE) -> list[Text]:
     """
-    The texts of `count` clips; the first ones do not depend on `count`. In training, of some candidates the one comes
-    next whose words were said the least.
+    The texts of `count` clips; the first ones do not depend on `count`.
 
     Args:
         exclude: Normalized texts that must not be said.
+        mix: Of what is said in training; what is held out has its own.
     """
-    dealer = Dealer(seed, held_out, frozenset(exclude))
+    dealer = Dealer(seed, held_out, frozenset(exclude), mix)
     return [dealer.deal() for _ in range(count)]
 
 
 class Dealer:
-    def __init__(self, seed: int, held_out: bool = False, excluded: frozenset[str] = frozenset()):
-        self.sources, self.rng, self.held_out = read_sources(), random.Random(seed), held_out
+    def __init__(self, seed: int, held_out: bool = False, excluded: frozenset[str] = frozenset(), mix: Mix = RARE):
+        self.sources, self.rng, self.held_out, self.mix = read_sources(), random.Random(seed), held_out, mix
         self.excluded, self.dealt = excluded, set()
         self.said = dict.fromkeys(self.sources.common, 0)
         self.by_length = {
             (name, length): [text for text in texts if length[0] <= len(text) <= length[1]]
             for name, texts in self.sources.texts.items()
-            for length in SHARES
+            for length in mix.shares
         }
         self.general = {
             name: [text for text in self.sources.texts[name] if 3 <= len(text.split()) <= 20]
@@ -91,8 +136,9 @@ class Dealer:
             source = self.rng.choices(list(HELD_OUT_SHARES), HELD_OUT_SHARES.values())[0]
             text = self.take(lambda: self.rng.choice(self.general[source]))
         else:
-            length = self.rng.choices(list(LENGTHS), LENGTHS.values())[0]
-            source = self.rng.choices(list(SHARES[length]), SHARES[length].values())[0]
+            length = self.rng.choices(list(self.mix.lengths), self.mix.lengths.values())[0]
+            shares = self.mix.shares[length]
+            source = self.rng.choices(list(shares), shares.values())[0]
             text = self.take(lambda: self.draw(source, length))
         for word in words_of(text):
             if word in self.said:
@@ -101,13 +147,13 @@ class Dealer:
 
     def take(self, draw) -> str:
         """A text that may be said and was not dealt yet; where there are hardly any left, one that was."""
-        found = {}
-        for attempt in range(20 * CANDIDATES * HELD_OUT_PART):
+        found, candidates = {}, self.mix.candidates
+        for attempt in range(20 * candidates * HELD_OUT_PART):
             text = draw()
             normalized = normalize(text)
-            if self.may_say(normalized) and (normalized not in self.dealt or attempt > 10 * CANDIDATES * HELD_OUT_PART):
+            if self.may_say(normalized) and (normalized not in self.dealt or attempt > 10 * candidates * HELD_OUT_PART):
                 found[text] = normalized
-                if self.held_out or len(found) == CANDIDATES:
+                if self.held_out or len(found) == candidates:
                     break
         text = max(found, key=self.rarity)
         self.dealt.add(found[text])
@@ -129,7 +175,7 @@ class Dealer:
         if source in self.sources.texts:
             return self.rng.choice(self.by_length[source, length])
         if source == "joined":
-            parts = [self.draw(self.rng.choice(["wordnet", "wordnet", "definition"]), MIDDLE) for _ in range(2)]
+            parts = [self.draw(self.rng.choice(self.mix.joined), MIDDLE) for _ in range(NUM_JOINED[length])]
             text = " ".join(part[0].upper() + part[1:] + ("" if part[-1] in ".!?" else ".") for part in parts)
             fits = length[0] <= len(text) <= length[1] and all(self.may_say(normalize(part)) for part in parts)
             return text if fits else ""

@@ -37,7 +37,7 @@ def run(name: str, seed: int, data: Path, held_out: Path) -> list[dict]:
     run_train(
         **{**SETTINGS, "save_steps": 1000},
         stage="lora",
-        model=make_start(seed) if name == "random" else make_aligned(make_start(), ROUNDS[0]),
+        model=make_start(seed) if name == "random" else make_aligned(make_start(), ROUNDS[0].data),
         data=data,
         eval=held_out,
         eval_strategy="steps",
@@ -83,7 +83,7 @@ def main():
     parser.add_argument("--only", nargs=2, metavar=("START", "SEED"), help="one of the runs, such as: random 0")
     only = parser.parse_args().only
     (BUILD / "starts").mkdir(parents=True, exist_ok=True)
-    rows = make_data(ROUNDS[0][1:4], HELD_OUT)[0]
+    rows = make_data(ROUNDS[0].data, HELD_OUT)[0]
     data = write_short(rows, BUILD / "starts" / "rows.jsonl", STEPS * BATCH)
     held_out = write_short(BUILD / "held-out" / "rows.jsonl", BUILD / "starts" / "held-out.jsonl", ASKED)
     found = {
