@@ -10,6 +10,8 @@ Everything lies in build/speech. The stages are upload.py's and train.py's own.
 import argparse
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ from speech.run import ADAPTER
 
 
 # Padding to Whisper's own 30 s costs four times as much as to 10 s, and the projector learns no less.
-ENCODERS = {"rare": "whisper-10s", "plain": "whisper-10s", "lengthy": "whisper"}  # by the mix of texts
+ENCODER, WHOLE = "whisper-10s", "whisper"
 MAX_LOSS = 5.5  # of the last ten steps of the short run; it is 11 before, and 4.7 by guessing without audio
 
 
@@ -39,25 +41,36 @@ class Data(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One run of `train.py --stage lora`, which starts from the adapter of the round before."""
+    """
+    One run of `train.py --stage lora`, which starts from the adapter of the round before.
+
+    Attributes:
+        encoder: The folder of Whisper, whose windows the clips have to fit into.
+        accumulated: In so many parts each step is computed, because long clips need memory.
+    """
 
     name: str
     data: Data
+    encoder: str
     steps: int
+    accumulated: int
     learning_rate: float
     projector_learning_rate: float
 
 
 ROUNDS = (
-    Round("first", Data("data-1", "rare", 6_000, 1), 480, 1e-3, 3e-4),
-    Round("second", Data("data-2", "rare", 6_000, 2), 540, 7e-4, 2e-4),
-    Round("third", Data("data-3", "plain", 4_000, 3), 450, 7e-4, 2e-4),
-    Round("fourth", Data("data-4", "lengthy", 1_000, 4), 90, 3e-4, 1e-4),
+    Round("first", Data("data-1", "rare", 6_000, 1), ENCODER, 480, 1, 1e-3, 3e-4),
+    Round("second", Data("data-2", "rare", 6_000, 2), ENCODER, 540, 1, 7e-4, 2e-4),
+    Round("third", Data("data-3", "plain", 4_000, 3), ENCODER, 450, 1, 7e-4, 2e-4),
+    Round("fourth", Data("data-4", "lengthy", 1_000, 4), WHOLE, 120, 2, 3e-4, 1e-4),
 )
-SHORT = (Round("short", Data("data-short", "rare", 320, 3), 40, 1e-3, 3e-4),)
+SHORT = (Round("short", Data("data-short", "rare", 320, 3), ENCODER, 40, 1, 1e-3, 3e-4),)
 HELD_OUT = Data("held-out", "rare", 600, 0)  # which has texts of its own
+BATCH = 8  # clips of a step
+# On a CPU two processes of one thread each are faster than one process of two threads.
+PROCESSES = 2 if not torch.cuda.is_available() and os.cpu_count() > 1 else 1
 SETTINGS = {
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": BATCH,
     "train_sampling_strategy": "group_by_length",
     "audio_tokens": "trimmed",
     "adam_beta2": 0.98,
@@ -66,20 +79,26 @@ SETTINGS = {
     "bf16": True,
     "attn_implementation": "sdpa" if torch.cuda.is_available() else "eager",
     "use_cpu": not torch.cuda.is_available(),
-    "save_steps": 100,
+    "save_steps": 60,
+    "save_total_limit": 10,  # speech.curve asks them all
     "dataloader_num_workers": 1,
     "encoder_cache": BUILD / "encoded",
 }
 
 
-def run_train(**arguments) -> dict:
+def run_train(processes: int = 1, **arguments) -> dict:
     """`train.py` with these arguments; a run that has ended is not repeated."""
     summary = Path(arguments["output_dir"]) / "summary.json"
     if not summary.is_file():
         words = [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
-        (args,) = HfArgumentParser(train.Arguments).parse_args_into_dataclasses(words)
-        with train.only_run(args):
-            train.train(args)
+        if processes > 1:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            threads = {"OMP_NUM_THREADS": str(os.cpu_count() // processes)}
+            subprocess.run([*launch, train.__file__, *words], check=True, env=os.environ | threads)
+        else:
+            (args,) = HfArgumentParser(train.Arguments).parse_args_into_dataclasses(words)
+            with train.only_run(args):
+                train.train(args)
     return json.loads(summary.read_text())
 
 
@@ -87,14 +106,12 @@ def build_once(output: Path, **arguments) -> Path:
     return output if output.is_dir() else upload.build(output=str(output), **arguments)
 
 
-def make_start(seed: int = 0, mix: str = "rare") -> Path:
-    """The repository of the parts with windows that the clips of a mix fit into, and a random projector."""
+def make_start(seed: int = 0, encoder: str = ENCODER) -> Path:
+    """The repository of the parts, with a random projector."""
     parts.make_parts(BUILD)
-    bases = {"base": str(BUILD / "smollm2"), "audio_encoder": str(BUILD / ENCODERS[mix])}
-    folder = BUILD / ("start" if seed == 0 else f"start-{seed}")
-    if ENCODERS[mix] == "whisper":
-        folder = folder.with_name(f"{folder.name}-30s")
-    return build_once(folder, **bases, audio_tokens="trimmed", seed=seed)
+    bases = {"base": str(BUILD / "smollm2"), "audio_encoder": str(BUILD / encoder)}
+    name = "-".join(["start", *([str(seed)] if seed else []), *(["whole"] if encoder == WHOLE else [])])
+    return build_once(BUILD / name, **bases, audio_tokens="trimmed", seed=seed)
 
 
 def make_data(*wanted: Data) -> list[Path]:
@@ -118,7 +135,7 @@ def make_aligned(start: Path, data: Data) -> Path:
     run_train(
         stage="align",
         model=start,
-        aligner=BUILD / ENCODERS[data.mix],
+        aligner=BUILD / ENCODER,
         align_rows=data.clips // 10,
         data=rows_of(data),
         output_dir=output,
@@ -156,12 +173,19 @@ def main():
     rounds = SHORT if is_short else ROUNDS
     all_rows, adapter = make_data(*(round_.data for round_ in rounds)), {}
     for round_, rows in zip(rounds, all_rows, strict=True):
-        output, model = BUILD / f"run-{round_.name}", make_start(mix=round_.data.mix)
+        output, model = BUILD / f"run-{round_.name}", make_start(encoder=round_.encoder)
         if not adapter:
             model = make_aligned(model, round_.data)
-        settings = SETTINGS | adapter | {"max_steps": round_.steps, "learning_rate": round_.learning_rate}
-        settings |= {"projector_learning_rate": round_.projector_learning_rate}
-        found = run_train(**settings, stage="lora", model=model, data=rows, output_dir=output)
+        settings = {
+            **SETTINGS,
+            **adapter,
+            "per_device_train_batch_size": BATCH // PROCESSES // round_.accumulated,
+            "gradient_accumulation_steps": round_.accumulated,
+            "max_steps": round_.steps,
+            "learning_rate": round_.learning_rate,
+            "projector_learning_rate": round_.projector_learning_rate,
+        }
+        found = run_train(PROCESSES, **settings, stage="lora", model=model, data=rows, output_dir=output)
         adapter = {"adapter": output / "adapter"}
         print(f"{round_.name}: loss {found['loss']}, {found['rows per second']} clips a second")
     if not is_short:

@@ -11,10 +11,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import upload
-from speech.recipe import BUILD, HELD_OUT, ROUNDS, SETTINGS, make_aligned, make_data, make_start, run_train
+from speech.recipe import BATCH, BUILD, HELD_OUT, ROUNDS, SETTINGS, make_aligned, make_data, make_start, run_train
 
 
-SEEDS, STEPS, BATCH = (0, 1, 2), 150, 8
+SEEDS, STEPS = (0, 1, 2), 150
 SHORTEST, LONGEST = 1.0, 2.4  # seconds of the clips, so that a run takes minutes
 KINDS = {"wordnet", "definition", "phrase", "fortune", "statement", "question", "instruction"}  # phrases, sentences
 ASKED = 32  # held-out clips for loss and word error rate

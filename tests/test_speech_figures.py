@@ -1,10 +1,12 @@
-"""The figures of the speech model: recall by how often training said a word, and the tables, from hand-made rows."""
+"""The figures of the speech model: recall by how often training said a word, tables and curve, from hand-made rows."""
 
 import json
 from collections import Counter
 
+import pytest
+
 from scoring import AS_GIVEN, score, score_arms
-from speech import figures
+from speech import curve, figures
 
 
 def row(number: int, group: str, text: str, given: str) -> dict:
@@ -65,3 +67,15 @@ def test_tables_have_a_line_for_each_group():
         "| --- | --- | --- |",
         f"| the first 2 of a person | {rate} | {rate} |",
     ]
+
+
+def test_curve_counts_the_clips_of_all_rounds_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(curve, "BUILD", tmp_path)
+    for name, step in (("first", 100), ("first", 60), ("second", 50), ("second", 60)):
+        folder = tmp_path / f"run-{name}" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").touch()
+    (tmp_path / "run-second" / "checkpoint-70").mkdir()  # half written
+    assert [*curve.find_checkpoints()] == [480, 800, 1200, 1280]
+    scale, power = curve.fit({clips: 40 * clips**-0.5 for clips in (480, 800, 1200, 1280)})
+    assert scale == pytest.approx(40) and power == pytest.approx(-0.5)

@@ -1,0 +1,109 @@
+"""
+How many clips does a word error rate take? Asks the checkpoints of the rounds of speech.recipe for telephone prompts:
+
+    python -m speech.curve    writes docs/curve.png, and prints a table
+
+Started again, it goes on.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from peft import PeftModel
+from transformers import AutoModel, AutoProcessor
+from transformers.utils import logging
+
+import upload
+from eval import answer
+from scoring import percent, score
+from speech.recipe import BATCH, BUILD, ROUNDS, WHOLE, make_start
+from speech.recordings import read_rows
+from speech.run import DTYPE, INSTRUCTION, MAX_NEW_TOKENS
+
+
+ASKED = 60  # prompts, evenly from all
+AIM = 0.20
+FITTED = 4  # of the last points
+
+
+def find_checkpoints() -> dict[int, Path]:
+    """The adapters that the rounds left, by the number of clips that were trained on."""
+    found, before = {}, 0
+    for round_ in ROUNDS:
+        paths = (BUILD / f"run-{round_.name}").glob("checkpoint-*/adapter_model.safetensors")
+        steps = {int(path.parent.name.rpartition("-")[2]): path.parent for path in paths}
+        found |= {before + BATCH * step: steps[step] for step in sorted(steps)}
+        before += BATCH * max(steps, default=0)
+    return found
+
+
+def ask(adapter: Path, rows: list[dict], batch: int = 8) -> list[dict]:
+    """Expected and given texts of prompts."""
+    repo = make_start(encoder=WHOLE)
+    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=DTYPE)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    asked = []
+    for row in rows:
+        clip = {"type": "audio", "path": str(BUILD / "recordings" / row["audio"])}
+        asked.append([{"role": "user", "content": [clip, {"type": "text", "text": INSTRUCTION}]}])
+    given = [
+        text
+        for start in range(0, len(asked), batch)
+        for text in answer(processor, model, asked[start : start + batch], MAX_NEW_TOKENS)
+    ]
+    return [{"text": row["text"], "pred_text": text} for row, text in zip(rows, given, strict=True)]
+
+
+def fit(points: dict[int, float]) -> tuple[float, float]:
+    """`scale` and `power` of `rate = scale * clips ** power`, by least squares of the logarithms."""
+    clips = torch.tensor([math.log(clips) for clips in points], dtype=torch.float64)
+    rates = torch.tensor([math.log(rate) for rate in points.values()], dtype=torch.float64)
+    power = ((clips - clips.mean()) * (rates - rates.mean())).sum() / (clips - clips.mean()).square().sum()
+    return math.exp(rates.mean() - power * clips.mean()), power.item()
+
+
+def draw(found: dict[int, dict], scale: float, power: float, reached: float, path: Path):
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(found, *([100 * rate[end] for rate in found.values()] for end in ("low", "high")), alpha=0.2)
+    axes.plot(found, [100 * rate["value"] for rate in found.values()], marker=".", label="measured, with 95% interval")
+    ends = [[*found][-FITTED:][0], reached]
+    axes.plot(ends, [100 * scale * clips**power for clips in ends], "--", label=f"of the last {FITTED}, continued")
+    axes.axhline(100 * AIM, color="grey", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="clips", ylabel=f"word error rate of {ASKED} telephone prompts, %")
+    axes.set_yticks([20, 30, 50, 70, 100], ["20", "30", "50", "70", "100"])
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    logging.set_verbosity_error()
+    rows = read_rows(BUILD / "recordings")
+    rows = rows[:: len(rows) // ASKED][:ASKED]
+    kept = BUILD / "curve.json"  # what was answered, by the adapter
+    answers = json.loads(kept.read_text()) if kept.is_file() else {}
+    found = {}
+    for clips, adapter in find_checkpoints().items():
+        name = str(adapter.relative_to(BUILD))
+        if name not in answers:
+            answers[name] = ask(adapter, rows)
+            kept.write_text(json.dumps(answers))
+        found[clips] = score(answers[name])["wer"]
+        print(f"| {clips:,} | {percent(found[clips])} |", flush=True)
+    scale, power = fit({clips: rate["value"] for clips, rate in [*found.items()][-FITTED:]})
+    if power >= 0:
+        raise SystemExit(f"The rate does not fall over the last {FITTED} checkpoints.")
+    reached = (AIM / scale) ** (1 / power)
+    print(f"{AIM:.0%} after {reached:,.0f} clips, if it goes on as in the last {FITTED}")
+    draw(found, scale, power, reached, upload.ROOT / "docs" / "curve.png")
+
+
+if __name__ == "__main__":
+    main()
