@@ -70,8 +70,10 @@ def fit(points: dict[int, float]) -> tuple[float, float]:
 def draw(found: dict[int, dict], scale: float, power: float, reached: float, path: Path):
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.fill_between(found, *([100 * rate[end] for rate in found.values()] for end in ("low", "high")), alpha=0.2)
-    axes.plot(found, [100 * rate["value"] for rate in found.values()], marker=".", label="measured, with 95% interval")
+    axes.fill_between([*found], *([100 * rate[end] for rate in found.values()] for end in ("low", "high")), alpha=0.2)
+    axes.plot(
+        [*found], [100 * rate["value"] for rate in found.values()], marker=".", label="measured, with 95% interval"
+    )
     ends = [[*found][-FITTED:][0], reached]
     axes.plot(ends, [100 * scale * clips**power for clips in ends], "--", label=f"of the last {FITTED}, continued")
     axes.axhline(100 * AIM, color="grey", linewidth=0.8)
