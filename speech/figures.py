@@ -120,7 +120,7 @@ def recall(rows: list[dict], training: Counter) -> dict[str, dict[str, int]]:
 @torch.no_grad()
 def perplexity(folder: Path, texts: list[str]) -> float:
     """Of texts by themselves, for the language model of a folder, per token; the first of each is given."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     loader = AutoModelForImageTextToText if config.model_type == "qwen2_vl" else AutoModel
     model = loader.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
