@@ -44,7 +44,7 @@ from demo.world import (
     espeak_variants,
     write_speech,
 )
-from speech.sentences import MIXES, Text, deal, read_excluded
+from speech.sentences import MIXES, RARE, Text, deal, read_excluded
 from speech.sounds import RATE, SOUNDS, make_sound
 
 
@@ -120,7 +120,7 @@ def augment(clips: list[torch.Tensor], rng: random.Random) -> list[torch.Tensor]
 
 
 def make_clips(
-    texts: list[Text], seed: str, held_out: bool = False, longest: float = 10.0
+    texts: list[Text], seed: str, held_out: bool = False, longest: float = RARE.seconds
 ) -> list[tuple[np.ndarray, dict] | None]:
     """
     A clip for each text, and its row without `audio`. Held out is every voice, and something is said in each clip.

@@ -11,19 +11,17 @@ import json
 import math
 from pathlib import Path
 
-import torch
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from peft import PeftModel
-from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 import upload
-from eval import answer
 from scoring import percent, score
 from speech.recipe import BATCH, BUILD, ROUNDS, WHOLE, make_start
 from speech.recordings import read_rows
-from speech.run import DTYPE, INSTRUCTION, MAX_NEW_TOKENS
+from speech.run import load, transcribe
 
 
 ASKED = 60  # prompts, evenly from all
@@ -44,28 +42,18 @@ def find_checkpoints() -> dict[int, Path]:
 
 def ask(adapter: Path, rows: list[dict], batch: int = 8) -> list[dict]:
     """Expected and given texts of prompts."""
-    repo = make_start(encoder=WHOLE)
-    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
-    model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=DTYPE)
+    processor, model = load(make_start(encoder=WHOLE))
     model = PeftModel.from_pretrained(model, adapter).eval()
-    asked = []
-    for row in rows:
-        clip = {"type": "audio", "path": str(BUILD / "recordings" / row["audio"])}
-        asked.append([{"role": "user", "content": [clip, {"type": "text", "text": INSTRUCTION}]}])
-    given = [
-        text
-        for start in range(0, len(asked), batch)
-        for text in answer(processor, model, asked[start : start + batch], MAX_NEW_TOKENS)
-    ]
+    recordings = [BUILD / "recordings" / row["audio"] for row in rows]
+    batches = (recordings[start : start + batch] for start in range(0, len(recordings), batch))
+    given = [text for paths in batches for text in transcribe(processor, model, paths)]
     return [{"text": row["text"], "pred_text": text} for row, text in zip(rows, given, strict=True)]
 
 
 def fit(points: dict[int, float]) -> tuple[float, float]:
     """`scale` and `power` of `rate = scale * clips ** power`, by least squares of the logarithms."""
-    clips = torch.tensor([math.log(clips) for clips in points], dtype=torch.float64)
-    rates = torch.tensor([math.log(rate) for rate in points.values()], dtype=torch.float64)
-    power = ((clips - clips.mean()) * (rates - rates.mean())).sum() / (clips - clips.mean()).square().sum()
-    return math.exp(rates.mean() - power * clips.mean()), power.item()
+    power, offset = np.polyfit(np.log([*points]), np.log([*points.values()]), 1)
+    return math.exp(offset), float(power)
 
 
 def draw(found: dict[int, dict], scale: float, power: float, reached: float, path: Path):

@@ -71,10 +71,13 @@ def load(repo: Path):
     return processor, AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=DTYPE).eval()
 
 
-def transcribe(processor, model, recording: Path) -> str:
-    asked = [{"type": "audio", "path": str(recording)}, {"type": "text", "text": INSTRUCTION}]
-    (given,) = answer(processor, model, [[{"role": "user", "content": asked}]], MAX_NEW_TOKENS)
-    return " ".join(given.split())
+def transcribe(processor, model, recordings: list[Path]) -> list[str]:
+    """What is said in each recording; all are asked in one batch."""
+    conversations = []
+    for recording in recordings:
+        asked = [{"type": "audio", "path": str(recording)}, {"type": "text", "text": INSTRUCTION}]
+        conversations.append([{"role": "user", "content": asked}])
+    return [" ".join(given.split()) for given in answer(processor, model, conversations, MAX_NEW_TOKENS)]
 
 
 def known_recordings() -> dict[Path, str]:
@@ -100,7 +103,7 @@ def main():
         samples = fetch_audio(recording)
         tokens = count_audio(len(samples), processor.tokens_per_window, processor.audio_tokens).tokens
         before = time.perf_counter()
-        given = transcribe(processor, model, recording)
+        (given,) = transcribe(processor, model, [recording])
         seconds = time.perf_counter() - before
         print(f"{recording.name:<34}{len(samples) / 16_000:>9.1f}{tokens:>8}{seconds:>9.1f}")
         print(f"    reference  {text}\n    answer     {given}", flush=True)
