@@ -63,6 +63,8 @@ ROUNDS = (
     Round("second", Data("data-2", "rare", 6_000, 2), ENCODER, 540, 1, 7e-4, 2e-4),
     Round("third", Data("data-3", "plain", 4_000, 3), ENCODER, 450, 1, 7e-4, 2e-4),
     Round("fourth", Data("data-4", "lengthy", 1_000, 4), WHOLE, 120, 2, 3e-4, 1e-4),
+    Round("fifth", Data("data-5", "plain", 2_600, 5), ENCODER, 300, 1, 7e-4, 2e-4),
+    Round("sixth", Data("data-6", "lengthier", 2_000, 6), WHOLE, 200, 4, 5e-4, 1.5e-4),
 )
 SHORT = (Round("short", Data("data-short", "rare", 320, 3), ENCODER, 40, 1, 1e-3, 3e-4),)
 HELD_OUT = Data("held-out", "rare", 600, 0)  # which has texts of its own

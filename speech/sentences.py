@@ -76,7 +76,8 @@ LENGTHY = PLAIN._replace(
     lengths={SHORT: 0.2, MIDDLE: 0.4, LONG: 0.15, LONGER: 0.25},
     shares=PLAIN.shares | {LONGER: {"joined": 100}},
 )
-MIXES = {"rare": RARE, "plain": PLAIN, "lengthy": LENGTHY}
+LENGTHIER = LENGTHY._replace(lengths={SHORT: 0.1, MIDDLE: 0.2, LONG: 0.2, LONGER: 0.5})
+MIXES = {"rare": RARE, "plain": PLAIN, "lengthy": LENGTHY, "lengthier": LENGTHIER}
 HELD_OUT_SHARES = {"wordnet": 0.8, "fortune": 0.2}
 HELD_OUT_PART = 20  # one text of so many
 
