@@ -26,7 +26,7 @@ from speech.run import load, transcribe
 
 ASKED = 60  # prompts, evenly from all
 AIM = 0.20
-FITTED = 4  # of the last points
+FITTED = 7  # of the last points
 
 
 def find_checkpoints() -> dict[int, Path]:
