@@ -228,7 +228,7 @@ def main():
     parser.add_argument("--count", type=int, required=True, help="clips; those that are too long are then left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="folder of the clips")
-    parser.add_argument("--mix", choices=MIXES, default="rare", help="which texts: rare words, plain ones, or more of the long ones")
+    parser.add_argument("--mix", choices=MIXES, default="rare", help="rare words, plain texts, or longer ones")
     parser.add_argument("--held-out", action="store_true", help="texts and voices that training never has")
     parser.add_argument("--exclude", type=Path, help="file of texts that are never said, one a line")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
