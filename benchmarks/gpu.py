@@ -2,14 +2,18 @@
 Full size on a GPU, with random bf16 weights that are made there: how much of the card's own rates this model reaches,
 beside the sum of its parts and transformers' Qwen2-Audio and Qwen2.5-Omni at their own sizes. Needs 40 GB on the card.
 
-    python -m benchmarks.gpu [--readme]
+    python -m benchmarks.gpu [--readme] [--limit SECONDS]
     python -m benchmarks.gpu --small      the same with small models, where there is no GPU: shows only that it runs
+
+Prefill and features come first; decoding, where each model is compiled twice, takes most of the time.
 """
 
 import gc
 import io
 import itertools
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +39,7 @@ from demo.bases import ASSETS
 
 TEXT = 64  # tokens beside a clip
 RATE = 16_000  # Hz
+COLUMNS = ("this model", "sum of the parts", "Qwen2-Audio", "Qwen2.5-Omni")
 AUDIO_BOS, AUDIO_EOS = 151_647, 151_648  # of both peers
 
 
@@ -43,9 +48,9 @@ class Scale:
     """How much is measured."""
 
     clips: int = 16  # of a prefill
-    batches: tuple[int, ...] = (1, 4, 16, 64)  # of decoding, the first one stream
+    batches: tuple[int, ...] = (1, 16, 64)  # of decoding, the first one stream
     steps: int = 64  # tokens of an answer
-    seconds: float = 10  # of a comparison
+    seconds: float = 4  # of a comparison
     matrix: int = 8192  # rows and columns of a large product
 
 
@@ -168,29 +173,33 @@ def peer_prompt(model: PreTrainedModel, audio_token: int, batch: int) -> dict:
 
 
 @torch.no_grad()
-def measure(subject: Subject, rates: tuple[float, float], scale: Scale) -> dict[str, str]:
-    operations, bandwidth = rates
+def measure_prefill(subject: Subject, rates: tuple[float, float], scale: Scale) -> Iterator[tuple[str, str]]:
+    """Figures of a prefill by their names."""
+    size = sum(parameter.numel() for parameter in subject.model.parameters())
+    yield "parameters", f"{size / 1e9:.2f} billion"
     inputs = subject.prompt(scale.clips)
+    yield f"prompt of a clip of 30 s and {TEXT} tokens", f"{inputs['input_ids'].shape[1]:,} tokens"
     with FlopCounterMode(display=False) as counter:
         subject.prefill(inputs)
     (prefill,) = in_turns(lambda: subject.prefill(inputs), seconds=scale.seconds)
-    share = counter.get_total_flops() / prefill / operations
-    found = {
-        f"prompt of a clip of 30 s and {TEXT} tokens": f"{inputs['input_ids'].shape[1]:,} tokens",
-        f"prefill of {scale.clips} such": f"{prefill * 1e3:,.0f} ms",
-        "that, as a share of the matrix rate": f"{share:.0%}",
-        "memory of it, above the weights": f"{added_memory(lambda: subject.prefill(inputs)) / 1e9:.1f} GB",
-    }
+    yield f"prefill of {scale.clips} such", f"{prefill * 1e3:,.0f} ms"
+    yield "that, as a share of the matrix rate", f"{counter.get_total_flops() / prefill / rates[0]:.0%}"
+    memory = added_memory(lambda: subject.prefill(inputs))
+    yield "memory of it, above the weights", f"{memory / 1e9:.1f} GB"
+
+
+@torch.no_grad()
+def measure_decoding(subject: Subject, rates: tuple[float, float], scale: Scale) -> Iterator[tuple[str, str]]:
+    """Figures of decoding by their names."""
     for batch in scale.batches:
         inputs = subject.prompt(batch)
         # Compiled where `generate` compiles with a static cache, on a GPU: the first answer waits for that.
         _, step = (decode_step(subject.generate, inputs, scale.steps, cache_implementation="static") for _ in range(2))
         if batch == 1:
-            found["decode of one stream, a token"] = f"{step * 1e3:.1f} ms"
+            yield "decode of one stream, a token", f"{step * 1e3:.1f} ms"
             read = subject.step_bytes(inputs["input_ids"].shape[1])
-            found["that, as a share of the memory rate"] = f"{read / step / bandwidth:.0%}"
-        found[f"tokens a second, {batch} stream{'s' if batch > 1 else ''}"] = f"{batch / step:,.0f}"
-    return found
+            yield "that, as a share of the memory rate", f"{read / step / rates[1]:.0%}"
+        yield f"tokens a second, {batch} stream{'s' if batch > 1 else ''}", f"{batch / step:,.0f}"
 
 
 def measure_sound(device: str, scale: Scale) -> list[str]:
@@ -228,34 +237,45 @@ def compare(options) -> str:
             {"text": text, "audio": audio},
             {"text": text, "audio": {**audio, "output_dim": 256}, "vision": vision},
         )
+    end = time.monotonic() + options.limit
     rates = measure_rates(device, dtype, scale)
-    table = {}
+    table = {name: {} for name in COLUMNS}
+
+    def fill(name: str, figures: Iterator[tuple[str, str]]):
+        while time.monotonic() < end and (found := next(figures, None)):
+            table[name][found[0]] = found[1]
+            print(f"{name}: {found[0]}: {found[1]}", file=sys.stderr, flush=True)
+
+    for name, figure in zip(("this model", "Qwen2-Audio"), measure_sound(device, scale), strict=True):
+        fill(name, iter([("seconds of sound to features in a second", figure)]))
     makers = (
         lambda: ours_and_parts(config, device, dtype),
         lambda: qwen2_audio(peers[0], device, dtype),
         lambda: qwen2_5_omni(peers[1], device, dtype),
     )
-    for make in makers:
-        for name, subject in make().items():
-            size = sum(parameter.numel() for parameter in subject.model.parameters())
-            table[name] = {"parameters": f"{size / 1e9:.2f} billion", **measure(subject, rates, scale)}
+    for measure, make in itertools.product((measure_prefill, measure_decoding), makers):
+        for name, subject in make().items() if time.monotonic() < end else ():
+            fill(name, measure(subject, rates, scale))
             del subject
             synchronize()
         torch.compiler.reset()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    here, beside = measure_sound(device, scale)
-    table["this model"]["seconds of sound to features in a second"] = here
-    table["Qwen2-Audio"]["seconds of sound to features in a second"] = f"{beside} (soundfile, soxr, its own extractor)"
 
     lines = [f"| | {' | '.join(table)} |", "|---|" + "---|" * len(table)]
-    for what in table["this model"]:
+    for what in dict.fromkeys(what for column in table.values() for what in column):
         lines.append(f"| {what} | {' | '.join(column.get(what, '') for column in table.values())} |")
-    note = f"{where()}; {rates[0] / 1e12:.1f} TFLOP/s and {rates[1] / 1e12:.2f} TB/s measured; random weights, {dtype}."
+    note = (
+        f"{where()}; {rates[0] / 1e12:.1f} TFLOP/s and {rates[1] / 1e12:.2f} TB/s measured; random weights, {dtype}. "
+        "Features: Qwen2-Audio's extractor, behind soundfile and soxr."
+    )
     return "\n".join([*lines, "", note])
 
 
 if __name__ == "__main__":
-    options = {"--small": {"action": "store_true", "help": "small models on the CPU, to try the script"}}
+    options = {
+        "--small": {"action": "store_true", "help": "small models on the CPU, to try the script"},
+        "--limit": {"type": float, "default": float("inf"), "help": "seconds after which no figure is begun"},
+    }
     report(__file__, __doc__, compare, options)
