@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -243,6 +244,20 @@ def content_of(row: dict) -> dict:
         return row
     found = json.loads(row["line"].lstrip("\ufeff"))  # of an editor that marks UTF-8
     return found if isinstance(found, dict) else {}
+
+
+def told_length(row: dict, name: str) -> float:
+    """
+    The length that a row tells under a name.
+
+    Raises:
+        BadRow: if that is no positive number.
+    """
+    with prefix_errors(place_of(row)):
+        length = content_of(row).get(name)
+        if isinstance(length, bool) or not isinstance(length, (int, float)) or not 0 < length < math.inf:
+            raise ValueError(f"the length `{name}` is {length!r}; expected a positive number")
+        return length
 
 
 def place_of(row: dict) -> str:

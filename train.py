@@ -44,7 +44,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
 from alignment import Aligner, fit_projector
-from chat_data import IGNORED, BadRow, ChatCollator, SkipBadRows, answer_text, columns_of, load_rows
+from chat_data import IGNORED, BadRow, ChatCollator, SkipBadRows, answer_text, columns_of, load_rows, told_length
 from checkpoints import CHECKSUMS, EMBEDDINGS, check_content, read_checksums, stored_tensors, write_checksums
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, TRAINED_AUDIO_TOKENS, check_audio_tokens
 from eval import answer
@@ -114,6 +114,9 @@ class Arguments(TrainingArguments):
         default=2, metadata={"help": "checkpoints kept; the newest may be half written"}
     )
     report_to: str = field(default="tensorboard", metadata={"help": "see TrainingArguments"})
+    length_column_name: str | None = field(
+        default=None, metadata={"help": "number in JSON lines to group rows by (default: their tokens are counted)"}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "rows are read whole"})
     prediction_loss_only: bool = field(default=True, metadata={"help": "logits of 152,064 words are not kept"})
 
@@ -128,6 +131,8 @@ class Arguments(TrainingArguments):
         if self.audio_tokens is not None:
             check_audio_tokens(self.audio_tokens, TRAINED_AUDIO_TOKENS)
         self.columns = columns_of(self.audio_column, self.text_column)
+        self.tells_length = self.length_column_name is not None
+        self.length_column_name = self.length_column_name or "length"
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.stage]
         if self.save_total_limit == 1:
@@ -155,17 +160,21 @@ def map_rows(dataset, function: Callable[[dict], object], args: Arguments) -> li
 def select_rows(dataset, collator: ChatCollator, args: Arguments):
     """
     Refuses bad rows or, with `--skip_bad_rows`, leaves them out. Adds the length of each row if rows are grouped by
-    length. Clips and pictures are opened only for `--skip_bad_rows` and for the lengths.
+    length. Clips and pictures are opened only for `--skip_bad_rows`, and to count tokens where the rows do not tell
+    their length.
 
     Raises:
         ValueError: that counts and names bad rows.
     """
-    opens_files = args.skip_bad_rows or args.train_sampling_strategy not in ("random", "sequential")
+    is_grouped = args.train_sampling_strategy not in ("random", "sequential")
+    is_told = is_grouped and args.tells_length
+    opens_files = args.skip_bad_rows or (is_grouped and not is_told)
 
-    def measure(row) -> int | str:
-        """The tokens of a row (its messages, if `opens_files` is false), or what is wrong with it."""
+    def measure(row) -> float | str:
+        """The length of a row, told or in tokens (of its messages, if no file is opened), or what is wrong with it."""
         try:
-            return collator.inputs(row)["input_ids"].shape[1] if opens_files else len(collator.messages(row))
+            length = collator.inputs(row)["input_ids"].shape[1] if opens_files else len(collator.messages(row))
+            return told_length(row, args.length_column_name) if is_told else length
         except BadRow as error:
             return str(error)
 
@@ -179,7 +188,7 @@ def select_rows(dataset, collator: ChatCollator, args: Arguments):
             raise ValueError(text)
         logger.warning(text)
         dataset = dataset.select([index for index, result in enumerate(found) if not isinstance(result, str)])
-    if opens_files:
+    if is_grouped:
         lengths = [result for result in found if not isinstance(result, str)]
         dataset = dataset.add_column(args.length_column_name, lengths)
     return dataset

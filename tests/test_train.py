@@ -315,6 +315,28 @@ def test_rows_are_grouped_by_their_length(start, tones, tmp_path):
     assert run(start, tones, tmp_path, train_sampling_strategy="group_by_length", max_steps=2)["steps"] == 2
 
 
+def test_rows_tell_their_length(start, tones, tmp_path, monkeypatch):
+    settings = {"train_sampling_strategy": "group_by_length", "length_column_name": "seconds"}
+    rows = [json.loads(line) for line in (tones / "train.jsonl").read_text().splitlines()]
+    for row, seconds in zip(rows, range(len(rows), 0, -1), strict=True):
+        row["seconds"] = seconds / 2
+    told = tones / "told.jsonl"  # beside the clips
+    told.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (args,) = train.HfArgumentParser(train.Arguments).parse_args_into_dataclasses(
+        arguments(start, tones, tmp_path, **settings, data=told)
+    )
+    collator = train.ChatCollator(AutoProcessor.from_pretrained(start, trust_remote_code=True), needs_audio=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(collator, "inputs", None)  # no file is opened
+        dataset = train.select_rows(train.load_rows(args.data), collator, args)
+    assert dataset["seconds"] == [row["seconds"] for row in rows]
+    assert run(start, tones, tmp_path / "out", **settings, data=told, max_steps=2)["steps"] == 2
+    for wrong in (None, True, -1, "long", float("nan")):
+        told.write_text(json.dumps(rows[0]) + "\n" + json.dumps({**rows[1], "seconds": wrong}) + "\n")
+        with pytest.raises(ValueError, match=r"1 of 2 rows.*\n.*told.jsonl:2: the length `seconds` is"):
+            train.select_rows(train.load_rows(args.data), collator, args)
+
+
 def test_cached_encoder_encodes_a_window_once(start, tones, trained, tmp_path, monkeypatch):
     cache, seen = tmp_path / "cache", []
     forward = train.WhisperEncoder.forward
