@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 import upload
 from scoring import percent, score
-from speech.recipe import BATCH, BUILD, ROUNDS, WHOLE, make_start
+from speech.recipe import BUILD, ROUNDS, WHOLE, make_start
 from speech.recordings import read_rows
 from speech.run import load, transcribe
 
@@ -35,8 +35,8 @@ def find_checkpoints() -> dict[int, Path]:
     for round_ in ROUNDS:
         paths = (BUILD / f"run-{round_.name}").glob("checkpoint-*/adapter_model.safetensors")
         steps = {int(path.parent.name.rpartition("-")[2]): path.parent for path in paths}
-        found |= {before + BATCH * step: steps[step] for step in sorted(steps)}
-        before += BATCH * max(steps, default=0)
+        found |= {before + round_.batch * step: steps[step] for step in sorted(steps)}
+        before += round_.batch * max(steps, default=0)
     return found
 
 

@@ -1,7 +1,7 @@
 """
 Trains the speech adapter from the published parts, through every stage; each goes on where it was interrupted:
 
-    python -m speech.recipe            all stages, hours of two CPU cores; the adapter goes to speech/adapter
+    python -m speech.recipe            all stages, hours; the adapter goes to speech/adapter
     python -m speech.recipe --short    ten minutes: 320 clips, and the loss has to fall below MAX_LOSS
 
 Everything lies in build/speech. The stages are upload.py's and train.py's own.
@@ -46,34 +46,39 @@ class Round(NamedTuple):
 
     Attributes:
         encoder: The folder of Whisper, whose windows the clips have to fit into.
-        accumulated: In so many parts each step is computed, because long clips need memory.
+        batch: Clips of a step.
+        accumulated: In so many parts a CPU computes each step, because long clips need memory.
     """
 
     name: str
-    data: Data
+    data: tuple[Data, ...]
     encoder: str
     steps: int
+    batch: int
     accumulated: int
     learning_rate: float
     projector_learning_rate: float
 
 
+BATCH = 8  # clips of a step on a CPU
+RARE_WORDS = Data("data-1", "rare", 6_000, 1), Data("data-2", "rare", 6_000, 2)
+PLAIN_TEXTS = Data("data-3", "plain", 4_000, 3), Data("data-5", "plain", 2_600, 5)
+LONG_CLIPS = Data("data-4", "lengthy", 1_000, 4), Data("data-6", "lengthier", 2_000, 6)
 ROUNDS = (
-    Round("first", Data("data-1", "rare", 6_000, 1), ENCODER, 480, 1, 1e-3, 3e-4),
-    Round("second", Data("data-2", "rare", 6_000, 2), ENCODER, 540, 1, 7e-4, 2e-4),
-    Round("third", Data("data-3", "plain", 4_000, 3), ENCODER, 450, 1, 7e-4, 2e-4),
-    Round("fourth", Data("data-4", "lengthy", 1_000, 4), WHOLE, 120, 2, 3e-4, 1e-4),
-    Round("fifth", Data("data-5", "plain", 2_600, 5), ENCODER, 300, 1, 7e-4, 2e-4),
-    Round("sixth", Data("data-6", "lengthier", 2_000, 6), WHOLE, 200, 4, 5e-4, 1.5e-4),
+    Round("first", RARE_WORDS[:1], ENCODER, 480, BATCH, 1, 1e-3, 3e-4),
+    Round("second", RARE_WORDS[1:], ENCODER, 540, BATCH, 1, 7e-4, 2e-4),
+    Round("third", PLAIN_TEXTS[:1], ENCODER, 450, BATCH, 1, 7e-4, 2e-4),
+    Round("fourth", LONG_CLIPS[:1], WHOLE, 120, BATCH, 2, 3e-4, 1e-4),
+    Round("fifth", PLAIN_TEXTS[1:], ENCODER, 300, BATCH, 1, 7e-4, 2e-4),
+    Round("sixth", LONG_CLIPS[1:], WHOLE, 200, BATCH, 4, 5e-4, 1.5e-4),
 )
-SHORT = (Round("short", Data("data-short", "rare", 320, 3), ENCODER, 40, 1, 1e-3, 3e-4),)
+SHORT = (Round("short", (Data("data-short", "rare", 320, 3),), ENCODER, 40, BATCH, 1, 1e-3, 3e-4),)
 HELD_OUT = Data("held-out", "rare", 600, 0)  # which has texts of its own
-BATCH = 8  # clips of a step
 # On a CPU two processes of one thread each are faster than one process of two threads.
 PROCESSES = 2 if not torch.cuda.is_available() and os.cpu_count() > 1 else 1
 SETTINGS = {
-    "per_device_train_batch_size": BATCH,
     "train_sampling_strategy": "group_by_length",
+    "length_column_name": "seconds",
     "audio_tokens": "trimmed",
     "adam_beta2": 0.98,
     "warmup_steps": 20,
@@ -81,10 +86,10 @@ SETTINGS = {
     "bf16": True,
     "attn_implementation": "sdpa" if torch.cuda.is_available() else "eager",
     "use_cpu": not torch.cuda.is_available(),
-    "save_steps": 60,
     "save_total_limit": 10,  # speech.curve asks them all
-    "dataloader_num_workers": 1,
-    "encoder_cache": BUILD / "encoded",
+    "dataloader_num_workers": os.cpu_count() if torch.cuda.is_available() else 1,
+    # A GPU encodes clips faster than it reads their rows.
+    **({} if torch.cuda.is_available() else {"encoder_cache": BUILD / "encoded"}),
 }
 
 
@@ -92,7 +97,8 @@ def run_train(processes: int = 1, **arguments) -> dict:
     """`train.py` with these arguments; a run that has ended is not repeated."""
     summary = Path(arguments["output_dir"]) / "summary.json"
     if not summary.is_file():
-        words = [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
+        given = {name: value if isinstance(value, list) else [value] for name, value in arguments.items()}
+        words = [str(word) for name, values in given.items() for word in (f"--{name}", *values)]
         if processes > 1:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             threads = {"OMP_NUM_THREADS": str(os.cpu_count() // processes)}
@@ -173,21 +179,25 @@ def main():
     parser.add_argument("--short", action="store_true", help="ten minutes, and nothing is shipped")
     is_short = parser.parse_args().short
     rounds = SHORT if is_short else ROUNDS
-    all_rows, adapter = make_data(*(round_.data for round_ in rounds)), {}
-    for round_, rows in zip(rounds, all_rows, strict=True):
+    make_data(*(data for round_ in rounds for data in round_.data))
+    adapter = {}
+    for round_ in rounds:
         output, model = BUILD / f"run-{round_.name}", make_start(encoder=round_.encoder)
         if not adapter:
-            model = make_aligned(model, round_.data)
+            model = make_aligned(model, round_.data[0])
+        accumulated = 1 if torch.cuda.is_available() else round_.accumulated
         settings = {
             **SETTINGS,
             **adapter,
-            "per_device_train_batch_size": BATCH // PROCESSES // round_.accumulated,
-            "gradient_accumulation_steps": round_.accumulated,
+            "data": [rows_of(data) for data in round_.data],
+            "per_device_train_batch_size": round_.batch // PROCESSES // accumulated,
+            "gradient_accumulation_steps": accumulated,
             "max_steps": round_.steps,
+            "save_steps": max(60, round_.steps // 10),
             "learning_rate": round_.learning_rate,
             "projector_learning_rate": round_.projector_learning_rate,
         }
-        found = run_train(PROCESSES, **settings, stage="lora", model=model, data=rows, output_dir=output)
+        found = run_train(PROCESSES, **settings, stage="lora", model=model, output_dir=output)
         adapter = {"adapter": output / "adapter"}
         print(f"{round_.name}: loss {found['loss']}, {found['rows per second']} clips a second")
     if not is_short:

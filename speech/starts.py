@@ -35,9 +35,11 @@ def run(name: str, seed: int, data: Path, held_out: Path) -> list[dict]:
     """The log of a run."""
     output = BUILD / "starts" / f"{name.replace(' ', '-')}-{seed}"
     run_train(
-        **{**SETTINGS, "save_steps": 1000},
+        **SETTINGS,
+        save_steps=1000,
+        per_device_train_batch_size=BATCH,
         stage="lora",
-        model=make_start(seed) if name == "random" else make_aligned(make_start(), ROUNDS[0].data),
+        model=make_start(seed) if name == "random" else make_aligned(make_start(), ROUNDS[0].data[0]),
         data=data,
         eval=held_out,
         eval_strategy="steps",
@@ -83,7 +85,7 @@ def main():
     parser.add_argument("--only", nargs=2, metavar=("START", "SEED"), help="one of the runs, such as: random 0")
     only = parser.parse_args().only
     (BUILD / "starts").mkdir(parents=True, exist_ok=True)
-    rows = make_data(ROUNDS[0].data, HELD_OUT)[0]
+    rows = make_data(ROUNDS[0].data[0], HELD_OUT)[0]
     data = write_short(rows, BUILD / "starts" / "rows.jsonl", STEPS * BATCH)
     held_out = write_short(BUILD / "held-out" / "rows.jsonl", BUILD / "starts" / "held-out.jsonl", ASKED)
     found = {
