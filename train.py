@@ -115,7 +115,7 @@ class Arguments(TrainingArguments):
     )
     report_to: str = field(default="tensorboard", metadata={"help": "see TrainingArguments"})
     length_column_name: str | None = field(
-        default=None, metadata={"help": "number in JSON lines to group rows by (default: their tokens are counted)"}
+        default=None, metadata={"help": "number in the rows to group them by (default: their tokens are counted)"}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "rows are read whole"})
     prediction_loss_only: bool = field(default=True, metadata={"help": "logits of 152,064 words are not kept"})
@@ -190,6 +190,8 @@ def select_rows(dataset, collator: ChatCollator, args: Arguments):
         dataset = dataset.select([index for index, result in enumerate(found) if not isinstance(result, str)])
     if is_grouped:
         lengths = [result for result in found if not isinstance(result, str)]
+        if args.length_column_name in dataset.column_names:
+            dataset = dataset.remove_columns(args.length_column_name)
         dataset = dataset.add_column(args.length_column_name, lengths)
     return dataset
 
@@ -516,8 +518,9 @@ def train(args: Arguments) -> dict:
     trained = processor.trained_audio_tokens
     collator = ChatCollator(processor, args.stage != "lora", trained, args.instruction)
     with args.main_process_first(desc="reading the data"):
-        dataset = load_rows(args.data, args.streaming, args.columns)
-        eval_dataset = load_rows(args.eval, columns=args.columns) if args.eval else None
+        keep = (args.length_column_name,) if args.tells_length else ()
+        dataset = load_rows(args.data, args.streaming, args.columns, keep)
+        eval_dataset = load_rows(args.eval, columns=args.columns, keep=keep) if args.eval else None
     dataset = select_rows(dataset, collator, args)
     if eval_dataset is not None:
         eval_dataset = select_rows(eval_dataset, collator, args)

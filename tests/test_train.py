@@ -331,6 +331,11 @@ def test_rows_tell_their_length(start, tones, tmp_path, monkeypatch):
         dataset = train.select_rows(train.load_rows(args.data), collator, args)
     assert dataset["seconds"] == [row["seconds"] for row in rows]
     assert run(start, tones, tmp_path / "out", **settings, data=told, max_steps=2)["steps"] == 2
+    recordings = {"audio": [str(tones / f"train-{number}.wav") for number in range(16)], "text": ["a tone"] * 16}
+    recordings["seconds"] = [row["seconds"] for row in rows]
+    datasets.Dataset.from_dict(recordings).save_to_disk(tmp_path / "recordings")
+    columns = train.load_rows([str(tmp_path / "recordings")], columns=("audio", "text"), keep=("seconds",))
+    assert train.select_rows(columns, collator, args)["seconds"] == dataset["seconds"]
     for wrong in (None, True, -1, "long", float("nan")):
         told.write_text(json.dumps(rows[0]) + "\n" + json.dumps({**rows[1], "seconds": wrong}) + "\n")
         with pytest.raises(ValueError, match=r"1 of 2 rows.*\n.*told.jsonl:2: the length `seconds` is"):
