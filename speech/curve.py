@@ -67,7 +67,8 @@ def draw(found: dict[int, dict], scale: float, power: float, reached: float, pat
     axes.plot(ends, [100 * scale * clips**power for clips in ends], "--", label=f"of the last {FITTED}, continued")
     axes.axhline(100 * AIM, color="grey", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="clips", ylabel=f"word error rate of {ASKED} telephone prompts, %")
-    for axis, ticks in ((axes.xaxis, (3_000, 5_000, 10_000, 20_000, 40_000, 80_000)), (axes.yaxis, (20, 30, 50, 70, 100))):
+    clips, rates = (3_000, 5_000, 10_000, 20_000, 40_000, 80_000), (20, 30, 50, 70, 100)
+    for axis, ticks in ((axes.xaxis, clips), (axes.yaxis, rates)):
         axis.set_ticks(ticks, [f"{tick:,}" for tick in ticks])
         axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
