@@ -190,7 +190,7 @@ def select_rows(dataset, collator: ChatCollator, args: Arguments):
         dataset = dataset.select([index for index, result in enumerate(found) if not isinstance(result, str)])
     if is_grouped:
         lengths = [result for result in found if not isinstance(result, str)]
-        if args.length_column_name in dataset.column_names:
+        if args.length_column_name in dataset.column_names:  # but empty for JSON lines, which have it in `line`
             dataset = dataset.remove_columns(args.length_column_name)
         dataset = dataset.add_column(args.length_column_name, lengths)
     return dataset

@@ -65,8 +65,10 @@ BATCH = 8  # clips of a step on a CPU
 RARE_WORDS = Data("data-1", "rare", 6_000, 1), Data("data-2", "rare", 6_000, 2), Data("data-8", "rare", 11_500, 8)
 PLAIN_TEXTS = Data("data-3", "plain", 4_000, 3), Data("data-5", "plain", 2_600, 5), Data("data-9", "plain", 8_500, 9)
 LONG_CLIPS = (
-    *(Data("data-4", "lengthy", 1_000, 4), Data("data-6", "lengthier", 2_000, 6)),
-    *(Data("data-7", "lengthier", 4_000, 7), Data("data-10", "lengthier", 5_000, 10)),
+    Data("data-4", "lengthy", 1_000, 4),
+    Data("data-6", "lengthier", 2_000, 6),
+    Data("data-7", "lengthier", 4_000, 7),
+    Data("data-10", "lengthier", 5_000, 10),
 )
 ALL_CLIPS = RARE_WORDS + PLAIN_TEXTS + LONG_CLIPS
 ROUNDS = (
@@ -82,8 +84,9 @@ ROUNDS = (
 )
 SHORT = (Round("short", (Data("data-short", "rare", 320, 3),), ENCODER, 40, BATCH, 1, 1e-3, 3e-4),)
 HELD_OUT = Data("held-out", "rare", 600, 0)  # which has texts of its own
+ON_GPU = torch.cuda.is_available()
 # On a CPU two processes of one thread each are faster than one process of two threads.
-PROCESSES = 2 if not torch.cuda.is_available() and os.cpu_count() > 1 else 1
+PROCESSES = 2 if not ON_GPU and os.cpu_count() > 1 else 1
 SETTINGS = {
     "train_sampling_strategy": "group_by_length",
     "length_column_name": "seconds",
@@ -92,12 +95,12 @@ SETTINGS = {
     "warmup_steps": 20,
     "lora_dropout": 0.0,
     "bf16": True,
-    "attn_implementation": "sdpa" if torch.cuda.is_available() else "eager",
-    "use_cpu": not torch.cuda.is_available(),
+    "attn_implementation": "sdpa" if ON_GPU else "eager",
+    "use_cpu": not ON_GPU,
     "save_total_limit": 10,  # speech.curve asks them all
-    "dataloader_num_workers": os.cpu_count() if torch.cuda.is_available() else 1,
+    "dataloader_num_workers": os.cpu_count() if ON_GPU else 1,
     # A GPU encodes clips faster than it reads their rows.
-    **({} if torch.cuda.is_available() else {"encoder_cache": BUILD / "encoded"}),
+    **({} if ON_GPU else {"encoder_cache": BUILD / "encoded"}),
 }
 
 
@@ -193,7 +196,7 @@ def main():
         output, model = BUILD / f"run-{round_.name}", make_start(encoder=round_.encoder)
         if not adapter:
             model = make_aligned(model, round_.data[0])
-        accumulated = 1 if torch.cuda.is_available() else round_.accumulated
+        accumulated = 1 if ON_GPU else round_.accumulated
         settings = {
             **SETTINGS,
             **adapter,

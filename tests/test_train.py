@@ -336,6 +336,8 @@ def test_rows_tell_their_length(start, tones, tmp_path, monkeypatch):
     datasets.Dataset.from_dict(recordings).save_to_disk(tmp_path / "recordings")
     columns = train.load_rows([str(tmp_path / "recordings")], columns=("audio", "text"), keep=("seconds",))
     assert train.select_rows(columns, collator, args)["seconds"] == dataset["seconds"]
+    both = datasets.concatenate_datasets([train.load_rows(args.data), columns])
+    assert train.select_rows(both, collator, args)["seconds"] == [*dataset["seconds"]] * 2
     for wrong in (None, True, -1, "long", float("nan")):
         told.write_text(json.dumps(rows[0]) + "\n" + json.dumps({**rows[1], "seconds": wrong}) + "\n")
         with pytest.raises(ValueError, match=r"1 of 2 rows.*\n.*told.jsonl:2: the length `seconds` is"):
