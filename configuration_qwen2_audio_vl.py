@@ -44,6 +44,7 @@ CODE_FILES = (
     "configuration_qwen2_audio_vl.py",
     "modeling_qwen2_audio_vl.py",
     "processing_qwen2_audio_vl.py",
+    "mrope_positions.py",
     "audio_utils.py",
     "audio_decoding.py",
 )

@@ -13,10 +13,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.versions import require_version
 
-from .configuration_qwen2_audio_vl import ENCODER_STRIDE, HOP_LENGTH, Qwen2AudioVLConfig, count_audio
+from .configuration_qwen2_audio_vl import ENCODER_STRIDE, Qwen2AudioVLConfig
+from .mrope_positions import MRopePositions, cached_length
 
 
-AUDIO_TOKEN_TYPE = 3  # in `mm_token_type_ids`, beside 0 text, 1 image, 2 video
 # transformers 5.24 renamed the argument, and takes the old name as well; older releases know that one alone.
 CACHE = "cache" if "cache" in inspect.signature(Qwen2VLModel.forward).parameters else "past_key_values"
 
@@ -33,7 +33,7 @@ class FrozenAudioEncoder:
         return loaded
 
 
-class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
+class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
     """Qwen2-VL without its head, with audio. Keeps no state between calls."""
 
     config: Qwen2AudioVLConfig
@@ -72,15 +72,16 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
             kwargs: [`WhisperEncoder`]'s, such as `output_hidden_states`.
 
         Returns:
-            `last_hidden_state` `(windows, tokens, d_model)` of the encoder, and `pooler_output` `(windows, tokens,
-            hidden size)`: what takes the place of the audio tokens, 1500 per window in Whisper's own sizes; with a
-            mask `(1, tokens of all windows, hidden size)`.
+            `last_hidden_state` `(windows, tokens, d_model)` of the encoder, and `pooler_output`, the embeddings that
+            take the place of the audio tokens: `(windows, tokens, hidden size)`, 1500 tokens per window in Whisper's
+            own sizes; with a mask `(tokens of all windows, hidden size)`, the rows that it keeps. A compiled graph
+            does not know how many it keeps, and returns all rows, those that are kept first.
 
         Raises:
             ValueError: if the mel bins or frames are not those of the encoder, or the mask is not that of the features.
         """
         encoder, bins = self.audio_encoder, self.config.audio_config.num_mel_bins
-        frames = self.config.audio_config.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
+        frames = self.config.audio_config.max_source_positions * ENCODER_STRIDE
         if input_features.ndim == 3 and input_features.shape[2] and input_features.shape[2] % frames == 0:
             input_features = input_features.unflatten(2, (-1, frames)).transpose(1, 2).flatten(0, 1)
         if input_features.ndim != 3 or input_features.shape[1:] != (bins, frames):
@@ -88,23 +89,20 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
                 f"input_features has shape {tuple(input_features.shape)}, but the audio encoder takes (windows, {bins} "
                 f"mel bins, {frames} frames): the feature extractor belongs to another encoder."
             )
-        mask = kept = None
+        input_features, mask, kept = match_weight(input_features, encoder.conv1.weight), None, None
         if input_features_mask is not None:
-            if isinstance(input_features_mask, list):  # as vLLM gives it
-                input_features_mask = torch.stack(input_features_mask)
-            if input_features_mask.numel() != len(input_features) * frames:
-                raise ValueError(
-                    f"input_features_mask has shape {tuple(input_features_mask.shape)}, but the features are "
-                    f"{len(input_features)} windows of {frames} frames."
-                )
-            mask = input_features_mask.reshape(-1, frames).bool()
+            mask = self.get_frame_mask(input_features, input_features_mask)
             kept = mask[:, ::ENCODER_STRIDE]
-            input_features, mask, kept = (part[kept.any(1)] for part in (input_features, mask, kept))
+            if not becomes_graph():
+                input_features, mask, kept = (part[kept.any(1)] for part in (input_features, mask, kept))
         # Whisper ignores the mask, but an encoder that stores its outputs need not store the rows outside of it.
         kwargs["attention_mask"] = mask
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.audio_encoder_learns):
-            outputs = encoder(match_weight(input_features, encoder.conv1.weight), return_dict=True, **kwargs)
-        rows = outputs.last_hidden_state if kept is None else outputs.last_hidden_state[kept].unsqueeze(0)
+            outputs = encoder(input_features, return_dict=True, **kwargs)
+        rows = outputs.last_hidden_state
+        if kept is not None:
+            kept = kept.to(rows.device)
+            rows = rows.flatten(0, 1)[(~kept.flatten()).int().argsort(stable=True)] if becomes_graph() else rows[kept]
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=self.audio_projector(match_weight(rows, self.audio_projector.weight)),
@@ -112,155 +110,56 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
             attentions=outputs.attentions,
         )
 
-    def find_tokens(
-        self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Where a token stands: bool `(batch, sequence)`, from ids or, where there are none, embeddings."""
-        if input_ids is not None and input_ids.numel():
-            return input_ids == token_id
-        token = torch.tensor(token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+    def get_frame_mask(self, input_features: torch.Tensor, input_features_mask: torch.Tensor | list) -> torch.Tensor:
+        """`input_features_mask` as bool `(windows, frames)` on the device of the features, which it has to fit."""
+        if isinstance(input_features_mask, list):  # as vLLM gives it
+            input_features_mask = torch.stack(input_features_mask)
+        frames = self.config.audio_config.max_source_positions * ENCODER_STRIDE
+        if input_features_mask.numel() != len(input_features) * input_features.shape[-1]:
+            raise ValueError(
+                f"input_features_mask has shape {tuple(input_features_mask.shape)}, but the features are "
+                f"{len(input_features)} windows of {input_features.shape[-1]} frames."
+            )
+        return input_features_mask.reshape(-1, frames).to(input_features.device).bool()
 
     def get_audio_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Where the audio tokens stand, as [`find_tokens`] tells."""
-        return self.find_tokens(self.config.audio_token_id, input_ids, inputs_embeds)
+        """Where the audio tokens stand: bool `(batch, sequence)`, from ids or, where there are none, embeddings."""
+        if input_ids is not None and input_ids.numel():
+            return input_ids == self.config.audio_token_id
+        token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def place_audio(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, num_embeddings: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def check_audio(self, is_audio: torch.Tensor, num_embeddings: int | torch.Tensor, has_whole_windows: bool = False):
         """
-        Which of the embeddings each audio token takes: all of them in their order; or, where there are fewer tokens,
-        each run of tokens between the two markers is a clip, which takes the first embeddings of its windows.
-
         Args:
-            input_ids, inputs_embeds: `(batch, sequence)` and `(batch, sequence, hidden size)` of the same tokens.
-            num_embeddings: Those of all windows, or of what `get_audio_features` kept.
-
-        Returns:
-            Where the audio tokens stand, bool `(batch, sequence)`, and the number of the embedding that each of them
-            takes, int64 `(batch, sequence)`.
+            is_audio: Where the audio tokens stand, bool `(batch, sequence)`.
+            num_embeddings: The audio embeddings that were given for them.
+            has_whole_windows: Whether these are all rows of their windows, as of features without a mask.
 
         Raises:
-            ValueError: if there are too few or too many embeddings for the tokens.
+            ValueError: if they differ in number, or if whole windows were given for clips of other lengths. A compiled
+                graph fails on the device instead.
         """
-        is_audio = self.get_audio_mask(input_ids, inputs_embeds)
         num_tokens, per_window = is_audio.sum(), self.config.audio_config.max_source_positions
-        numbers = (is_audio.flatten().cumsum(0) - 1).view_as(is_audio)
-        if not becomes_graph() and num_tokens == num_embeddings:
-            return is_audio, numbers
-
-        place = torch.arange(is_audio.shape[1], device=is_audio.device).expand_as(is_audio)
-        is_first, is_last = is_audio & ~F.pad(is_audio, (1, -1)), is_audio & ~F.pad(is_audio, (-1, 1))
-        row = (place - torch.where(is_first, place, 0).cummax(1).values) % per_window
-        opens_window = is_audio & (row == 0)
-        clip_numbers = (opens_window.flatten().cumsum(0) - 1).view_as(is_audio) * per_window + row
-        bos = self.find_tokens(self.config.audio_bos_token_id, input_ids, inputs_embeds)
-        eos = self.find_tokens(self.config.audio_eos_token_id, input_ids, inputs_embeds)
-        is_marked = ~((is_first & ~F.pad(bos, (1, -1))) | (is_last & ~F.pad(eos, (-1, 1)))).any()
-        needed = opens_window.sum()
-        fits = is_marked & (needed * per_window == num_embeddings)
+        fits = num_tokens == num_embeddings
+        if has_whole_windows:
+            place = torch.arange(is_audio.shape[1], device=is_audio.device)
+            starts, ends = is_audio & ~F.pad(is_audio, (1, -1)), is_audio & ~F.pad(is_audio, (-1, 1))
+            length = place - (starts * place).cummax(1).values + 1  # of the run of audio tokens, up to each place
+            fits = fits & ~(ends & (length % per_window != 0)).any()
         if becomes_graph():
-            is_all = num_tokens == num_embeddings
-            torch._assert_async(is_all | fits, "Audio tokens and audio features do not match.")
-            return is_audio, torch.where(is_all, numbers, clip_numbers)
-        if not fits:
-            what = f"take {int(needed)} windows, but {num_embeddings // per_window} were given"
+            torch._assert_async(fits, "Audio tokens and audio features do not match.")
+        elif not fits:
+            trimmed = (
+                f" These are of whole windows, so that every clip must have a multiple of {per_window} tokens. With "
+                "trimmed audio tokens pass the input_features_mask that the processor returns beside input_features."
+            )
             raise ValueError(
                 f"Audio tokens and audio features do not match: the prompt has {int(num_tokens)} audio tokens, but "
-                f"{num_embeddings} audio embeddings were given. Where they differ in number, each run of audio tokens "
-                f"between the two markers must be a clip, with a window for every {per_window} tokens; these runs "
-                f"{what if is_marked else 'lack markers'}. The processor makes both from one call."
+                f"{int(num_embeddings)} audio embeddings were given. Every audio token in input_ids needs its "
+                "embedding, and every embedding its token; the processor makes both from one call."
+                + (trimmed if has_whole_windows else "")
             )
-        return is_audio, clip_numbers
-
-    def embed_audio(
-        self,
-        is_audio: torch.Tensor,
-        numbers: torch.Tensor,
-        input_features: torch.Tensor | None,
-        audio_outputs: BaseModelOutputWithPooling | None,
-    ) -> BaseModelOutputWithPooling:
-        """
-        The embeddings of some of the audio tokens that [`place_audio`] placed, and of no others, but in a compiled
-        graph, which does not know how many are taken, of all rows.
-
-        Args:
-            is_audio, numbers: Of [`place_audio`]; `is_audio` may leave tokens out.
-            input_features, audio_outputs: Log-mel windows, or what [`get_audio_features`] returned for them.
-        """
-        if becomes_graph() or is_audio.sum() == self.count_embeddings(input_features, audio_outputs):
-            return self.get_audio_features(input_features, return_dict=True) if audio_outputs is None else audio_outputs
-        taken = numbers[is_audio]
-        if audio_outputs is not None:
-            embeddings = audio_outputs.pooler_output.flatten(0, -2)[taken]
-            return BaseModelOutputWithPooling(pooler_output=embeddings.unsqueeze(0))
-        frames = input_features.new_zeros(len(input_features), input_features.shape[-1], dtype=torch.bool)
-        frames.view(-1, ENCODER_STRIDE)[taken.to(frames.device)] = True
-        return self.get_audio_features(input_features, frames, return_dict=True)
-
-    def count_embeddings(
-        self, input_features: torch.Tensor | None, audio_outputs: BaseModelOutputWithPooling | None
-    ) -> int:
-        """The audio embeddings that were given, or that whole windows `(windows, mel bins, frames)` would become."""
-        if audio_outputs is not None:
-            return audio_outputs.pooler_output[..., 0].numel()
-        num_samples = len(input_features) * input_features.shape[-1] * HOP_LENGTH
-        return count_audio(num_samples, self.config.audio_config.max_source_positions).tokens
-
-    def get_rope_index(self, input_ids, mm_token_type_ids, *args, **kwargs):
-        """
-        As in Qwen2-VL, with audio counted as text: each audio token advances all three axes by one.
-
-        Raises:
-            ValueError: if there are more images or videos in the tokens than grids.
-        """
-        mm_token_type_ids = mm_token_type_ids.masked_fill(mm_token_type_ids == AUDIO_TOKEN_TYPE, 0)
-        try:
-            return super().get_rope_index(input_ids, mm_token_type_ids, *args, **kwargs)
-        except (StopIteration, TypeError) as error:
-            raise ValueError(
-                "The prompt has placeholders of more images or videos than image_grid_thw and video_grid_thw have "
-                "rows. Every picture needs its row there and its pixels; the processor makes all from one call."
-            ) from error
-
-    def compute_3d_position_ids(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        image_grid_thw: torch.Tensor | None = None,
-        video_grid_thw: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> torch.Tensor | None:
-        """
-        M-RoPE positions `(3, batch, sequence)` of the tokens given, which follow those in the cache; None where plain
-        counting is right. Qwen2-VL keeps the distance between a token's place and its position (`rope_deltas`) on the
-        model, where the next call or another thread finds it; here it is kept on the cache that it belongs to.
-        """
-        cache = past_key_values if cache is None else cache
-        past_length = cached_length(cache)
-        offset = getattr(cache, "mrope_offset", None) if past_length else None
-        batch, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
-        if input_ids is not None and (image_grid_thw is not None or video_grid_thw is not None):
-            if mm_token_type_ids is None:
-                mm_token_type_ids = (input_ids == self.config.image_token_id) + 2 * (
-                    input_ids == self.config.video_token_id
-                )
-            if attention_mask is not None:
-                attention_mask = attention_mask[:, -length:]
-            positions, _ = self.get_rope_index(
-                input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, attention_mask=attention_mask
-            )
-        elif offset is None:
-            return None
-        else:
-            positions = torch.arange(length, device=offset.device).expand(3, batch, length)
-        if offset is not None:
-            # Beams and returned sequences may have multiplied the rows since the offset was taken.
-            positions = positions + offset.repeat_interleave(batch // len(offset), dim=0).to(positions.device)
-        return positions + past_length
 
     @can_return_tuple
     def forward(
@@ -280,22 +179,21 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         is_prefill = inputs_embeds.shape[1] > 1
         mm_encoder_outputs = kwargs.get("mm_encoder_outputs") or {}
-        input_features, audio_outputs = take_audio(kwargs)
+        input_features, input_features_mask, audio_outputs = take_audio(kwargs)
         if input_features is not None or audio_outputs is not None:
-            num_embeddings = self.count_embeddings(input_features, audio_outputs)
-            is_audio, numbers = self.place_audio(input_ids, inputs_embeds, num_embeddings)
-            audio_outputs = self.embed_audio(is_audio, numbers, input_features, audio_outputs)
+            is_audio = self.get_audio_mask(input_ids, inputs_embeds)
+            if audio_outputs is None:
+                audio_outputs = self.get_audio_features(input_features, input_features_mask, return_dict=True)
+            num_embeddings = audio_outputs.pooler_output[..., 0].numel()
+            if input_features_mask is not None and becomes_graph():
+                num_embeddings = self.get_frame_mask(input_features, input_features_mask)[:, ::ENCODER_STRIDE].sum()
+            self.check_audio(is_audio, num_embeddings, is_whole_windows(audio_outputs))
             if "audio" in mm_encoder_outputs:  # the caller's place for it, filled as upstream fills those of pictures
                 mm_encoder_outputs["audio"] = audio_outputs
             audio_embeds = audio_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-            is_audio = is_audio.unsqueeze(-1).to(inputs_embeds.device)
-            if becomes_graph():
-                audio_embeds = audio_embeds.flatten(0, -2)[numbers.clamp(0, num_embeddings - 1)]
-                inputs_embeds = torch.where(is_audio, audio_embeds, inputs_embeds)
-            else:
-                inputs_embeds = inputs_embeds.masked_scatter(is_audio, audio_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(is_audio[..., None].to(inputs_embeds.device), audio_embeds)
         elif is_prefill and not is_embedded:  # a decode step must not wait for the device
-            check_audio(self.get_audio_mask(input_ids, None).sum(), 0)
+            self.check_audio(self.get_audio_mask(input_ids, None), 0)
 
         if position_ids is None:
             position_ids = self.compute_3d_position_ids(
@@ -318,12 +216,9 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         )
         if audio_outputs is not None and hasattr(outputs, "audio_outputs"):  # since transformers 5.24
             outputs["audio_outputs"] = audio_outputs
-        cache, offset = getattr(outputs, CACHE), None
+        cache = getattr(outputs, CACHE)
         if is_prefill and isinstance(cache, Cache):  # not the paged cache of `generate_batch`, which takes text alone
-            if position_ids is not None:
-                last = position_ids[-1] if position_ids.ndim == 3 else position_ids
-                offset = last[:, -1:] + 1 - cache.get_seq_length()
-            cache.mrope_offset = offset
+            self.keep_positions(cache, position_ids, inputs_embeds.shape[:2], attention_mask)
         return outputs
 
 
@@ -348,9 +243,9 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             return Qwen2AudioVLModel._from_config(config, **kwargs)
         return super()._from_config(config, **kwargs)
 
-    def get_audio_features(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_audio_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
         """See [`Qwen2AudioVLModel.get_audio_features`]."""
-        return self.model.get_audio_features(input_features, **kwargs)
+        return self.model.get_audio_features(*args, **kwargs)
 
     def forward(
         self,
@@ -368,6 +263,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         mm_token_type_ids: torch.IntTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -378,6 +274,9 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         Args:
             input_features (`torch.Tensor` of shape `(windows, mel bins, frames)`, *optional*):
                 Log-mel windows in the order of their placeholders, row after row of the batch.
+            input_features_mask (`torch.Tensor` of shape `(windows, frames)`, *optional*):
+                Not 0 where a frame belongs to a clip; with trimmed audio tokens the processor returns it. Without it
+                every window has its full number of audio tokens.
             inputs_embeds (`torch.Tensor` of shape `(batch, sequence, hidden size)`, *optional*):
                 With `input_features`, those of the audio tokens are replaced; without, they are taken as complete.
             mm_token_type_ids (`torch.IntTensor` of shape `(batch, sequence)`, *optional*):
@@ -389,7 +288,8 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
                 The name of `past_key_values` since transformers 5.24; either is taken on all releases.
 
         Raises:
-            ValueError: if the audio tokens and the audio features differ in number, in either direction.
+            ValueError: if the audio tokens and the audio features differ in number, in either direction, or clips of
+                trimmed tokens come without their mask.
         """
         # Not by upstream's decorator, whose signature has no names: compiled steps would be compiled anew for others.
         return_dict = kwargs.pop("return_dict", None)
@@ -411,6 +311,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             mm_token_type_ids=mm_token_type_ids,
             logits_to_keep=logits_to_keep,
             input_features=input_features,
+            input_features_mask=input_features_mask,
             **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
             return_dict=True,
@@ -454,6 +355,8 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
                 f"The cache holds {past_length} tokens but the prompt only {text_positions.shape[1]}. Give the "
                 "input_ids of the whole conversation, or the new input_ids with the attention_mask of the whole."
             )
+        if past_length and input_ids is not None:
+            self.model.check_cached_pictures(cache, input_ids[:, :-new])
         new_positions = self.model.compute_3d_position_ids(
             None if input_ids is None else input_ids[:, -new:],
             None if inputs_embeds is None else inputs_embeds[:, -new:],
@@ -472,43 +375,53 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         # Called before the prompt is repeated for beams and returned sequences. Every clip is encoded here, once, and
         # its embeddings are repeated with their row; repeating input_features one by one would mix the rows up.
         audio = self._prepare_audio(input_ids, model_kwargs, expand_size)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        # Upstream counts by the tokens how many of the pictures belong to each row; only new ones are given.
+        new_ids, num_new = input_ids.clone(), count_new(model_kwargs)
+        new_ids[:, :-num_new] = 0
+        _, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=new_ids, **model_kwargs
         )
         if audio is not None:
             model_kwargs["mm_encoder_outputs"] = {**(model_kwargs.get("mm_encoder_outputs") or {}), "audio": audio}
-        return input_ids, model_kwargs
+        return input_ids.repeat_interleave(expand_size, dim=0), model_kwargs
 
     def _prepare_audio(self, input_ids, model_kwargs: dict, expand_size: int) -> BaseModelOutputWithPooling | None:
         """Takes the audio out of `model_kwargs`; returns the embeddings of the tokens that the cache does not hold."""
-        input_features, audio = take_audio(model_kwargs)
-        inputs_embeds, past_length = model_kwargs.get("inputs_embeds"), cached_length(model_kwargs.get(CACHE))
-        first_new = past_length - model_kwargs["position_ids"].shape[-1]  # counted from the end
+        input_features, input_features_mask, audio = take_audio(model_kwargs)
+        is_audio = self.model.get_audio_mask(input_ids, model_kwargs.get("inputs_embeds"))
+        is_new = is_audio[:, -count_new(model_kwargs) :]
         if input_features is None and audio is None:
-            if inputs_embeds is None:
-                check_audio(self.model.get_audio_mask(input_ids[:, first_new:], None).sum(), 0)
+            if model_kwargs.get("inputs_embeds") is None:
+                self.model.check_audio(is_new, 0)
             return None
 
-        # The processor was given either the whole conversation or only its new turn; what is in the cache is left out.
-        num_embeddings = self.model.count_embeddings(input_features, audio)
-        try:
-            is_audio, numbers = self.model.place_audio(input_ids, inputs_embeds, num_embeddings)
-        except ValueError:
-            if not past_length:
-                raise
-            new_ids, new_embeds = (
-                None if given is None else given[:, first_new:] for given in (input_ids, inputs_embeds)
-            )
-            is_audio, numbers = self.model.place_audio(new_ids, new_embeds, num_embeddings)
-        is_new, numbers = is_audio[:, first_new:], numbers[:, first_new:]
+        if audio is not None:
+            is_whole, num_embeddings = is_whole_windows(audio), audio.pooler_output[..., 0].numel()
+        else:
+            is_whole = input_features_mask is None
+            frames = torch.ones_like(input_features[:, 0]) if is_whole else input_features_mask
+            frames = self.model.get_frame_mask(input_features, frames)
+            num_embeddings = int(frames[:, ::ENCODER_STRIDE].sum())
+        # The processor was given either the whole conversation or only its new turn, which the numbers tell.
+        is_given = is_audio if num_embeddings == is_audio.sum() else is_new
+        self.model.check_audio(is_given, num_embeddings, is_whole)
         tokens = is_new.sum(1).tolist()
         if not any(tokens):
             return None
-        audio = self.model.embed_audio(is_new, numbers, input_features, audio)
-        rows = audio.pooler_output.flatten(0, -2).split(tokens)
-        return BaseModelOutputWithPooling(
-            pooler_output=torch.cat([row for row in rows for _ in range(expand_size)])[None]
-        )
+        is_needed = torch.zeros_like(is_given)
+        is_needed[:, -is_new.shape[1] :] = True
+        is_needed = is_needed[is_given]  # one value for each embedding: what is in the cache is left out
+        if audio is None:
+            if not is_needed.all():
+                rows = frames[:, ::ENCODER_STRIDE].clone()
+                rows[rows.clone()] = is_needed.to(rows.device)
+                input_features_mask = rows.repeat_interleave(ENCODER_STRIDE, dim=1)
+            audio = self.model.get_audio_features(input_features, input_features_mask, return_dict=True)
+            embeddings = audio.pooler_output.flatten(0, -2)
+        else:
+            embeddings = audio.pooler_output.flatten(0, -2)[is_needed.to(audio.pooler_output.device)]
+        repeated = [row for row in embeddings.split(tokens) for _ in range(expand_size)]
+        return BaseModelOutputWithPooling(pooler_output=torch.cat(repeated)[None])
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         cache = kwargs.get(CACHE)
@@ -528,19 +441,28 @@ def match_weight(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return tensor.to(dtype) if weight.is_meta else tensor.to(weight.device, dtype)
 
 
-def cached_length(cache: Cache | None) -> int:
-    return 0 if cache is None else cache.get_seq_length()
+def count_new(model_kwargs: dict) -> int:
+    """The tokens of a prompt that its cache does not hold."""
+    return model_kwargs["position_ids"].shape[-1] - cached_length(model_kwargs.get(CACHE))
 
 
-def take_audio(kwargs: dict) -> tuple[torch.Tensor | None, BaseModelOutputWithPooling | None]:
-    """Moves the log-mel windows, or what the encoder made of them, out of `kwargs`; other modalities stay there."""
+def is_whole_windows(outputs: BaseModelOutputWithPooling) -> bool:
+    """Whether these are outputs of [`Qwen2AudioVLModel.get_audio_features`] without a mask."""
+    return outputs.last_hidden_state is not None and outputs.pooler_output.ndim == 3
+
+
+def take_audio(kwargs: dict) -> tuple[torch.Tensor | None, torch.Tensor | None, BaseModelOutputWithPooling | None]:
+    """Moves log-mel windows and their mask, or the encoder's outputs for them, out of `kwargs`."""
     mm_encoder_outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
-    input_features, audio_outputs = kwargs.pop("input_features", None), mm_encoder_outputs.pop("audio", None)
+    input_features, mask = (kwargs.pop(name, None) for name in ("input_features", "input_features_mask"))
+    audio_outputs = mm_encoder_outputs.pop("audio", None)
     if input_features is not None and audio_outputs is not None:
         raise ValueError("Give either input_features or mm_encoder_outputs['audio'], not both.")
+    if input_features is None and mask is not None:
+        raise ValueError("Give input_features_mask only together with the input_features that it belongs to.")
     if mm_encoder_outputs:
         kwargs["mm_encoder_outputs"] = mm_encoder_outputs  # no argument of upstream's forward before 5.18
-    return input_features, audio_outputs
+    return input_features, mask, audio_outputs
 
 
 def becomes_graph() -> bool:
@@ -551,17 +473,6 @@ def becomes_graph() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def check_audio(num_tokens: int | torch.Tensor, num_embeddings: int):
-    if becomes_graph():
-        torch._assert_async(num_tokens == num_embeddings, "Audio tokens and audio features do not match.")
-    elif num_tokens != num_embeddings:
-        raise ValueError(
-            f"Audio tokens and audio features do not match: the prompt has {int(num_tokens)} audio tokens, but "
-            f"{num_embeddings} audio embeddings were given. Every audio token in input_ids needs its embedding from "
-            "input_features, and every window in input_features its tokens; the processor makes both from one call."
-        )
 
 
 Qwen2AudioVLForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -36,7 +36,7 @@ TORCHES = {  # with the transformers that take them
 }
 CI = ("5.16.1", "5.20.2")
 WORKERS = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile")
-PARTS = ["configuration", "conversations", "processing", "modeling", "trimmed", "ecosystem"]
+PARTS = ["configuration", "conversations", "dialogues", "processing", "modeling", "trimmed", "ecosystem"]
 PARTS += ["remote_code", "serving", "accelerated"]
 CORE = [f"tests/test_{part}.py" for part in PARTS]
 MAIN = "git+https://github.com/huggingface/transformers"

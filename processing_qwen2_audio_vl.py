@@ -174,7 +174,8 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         Returns:
             [`BatchFeature`] with `input_ids`, `attention_mask`, `mm_token_type_ids` (0 text, 1 image, 2 video,
             3 audio), the pixels and grids of images and videos, and `input_features`, float32 `(windows, mel bins,
-            frames)` in the order of their placeholders.
+            frames)` in the order of their placeholders; with trimmed audio tokens also `input_features_mask`, int64
+            `(windows, frames)`, 1 where a frame belongs to a clip.
 
         Raises:
             TypeError: on arguments that no part knows.
@@ -210,13 +211,17 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             windows = inputs["input_features"].split([count.windows for count in counts])
             inputs["input_features"] = [torch.cat(list(clip), dim=1) for clip in windows]
             inputs["input_features_mask"] = [
-                (torch.arange(clip.shape[1]) < ENCODER_STRIDE * count.tokens).to(clip)
-                for clip, count in zip(inputs["input_features"], counts, strict=True)
+                self.mask_frames(count).flatten().to(inputs["input_features"][0]) for count in counts
             ]
         return inputs
 
     def _count(self, num_samples: int, audio_tokens: str | None) -> AudioCount:
         return count_audio(num_samples, self.tokens_per_window, audio_tokens or self.audio_tokens)
+
+    def mask_frames(self, count: AudioCount) -> torch.Tensor:
+        """`input_features_mask` of one clip, int64 `(windows, frames)`: 1 for the frames that become its tokens."""
+        places = torch.arange(count.windows * self.feature_extractor.nb_max_frames)
+        return (places < ENCODER_STRIDE * count.tokens).long().view(count.windows, -1)
 
     def _check_audio_tokens(self, audio_tokens: str | None, has_audio: bool):
         asked = audio_tokens or self.audio_tokens
@@ -267,11 +272,15 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         return super()._process_videos(frames, **{**kwargs, "do_sample_frames": False, "video_metadata": metadata})
 
     def _process_audio(self, audio, **kwargs):
-        tokens = [self._count(len(samples), kwargs.get("audio_tokens")).tokens for samples in audio]
-        for num_tokens in tokens:  # checked before the spectrogram is computed
-            self._check_length(num_tokens)
+        counts = [self._count(len(samples), kwargs.get("audio_tokens")) for samples in audio]
+        for count in counts:  # checked before the spectrogram is computed
+            self._check_length(count.tokens)
         windows = [window for samples in audio for window in split_windows(samples, self.feature_extractor)]
-        data = {"input_features": log_mel(windows, self.feature_extractor), "tokens_per_clip": tokens}
+        data = {"input_features": log_mel(windows, self.feature_extractor)}
+        if (kwargs.get("audio_tokens") or self.audio_tokens) == "trimmed":
+            masks = [self.mask_frames(count) for count in counts]
+            data["input_features_mask"] = torch.cat(masks).to(data["input_features"].device)
+        data["tokens_per_clip"] = [count.tokens for count in counts]
         return data, [self.replace_audio_token(data, idx) for idx in range(len(audio))]
 
     def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
@@ -284,6 +293,10 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         if audio_lengths is not None:
             counted.num_audio_tokens = [self._count(n, kwargs.get("audio_tokens")).tokens for n in audio_lengths]
         return counted
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "input_features_mask"]
 
     @property
     def unused_input_names(self) -> list[str]:

@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from configuration_qwen2_audio_vl import ENCODER_STRIDE
 from upload import ROOT
 
 
@@ -101,7 +102,8 @@ def make_prompt(
     config, device = model.config, model.device
     audio = config.audio_config
     generator = torch.Generator().manual_seed(0)
-    if audio_tokens is None:
+    is_trimmed = audio_tokens is not None
+    if not is_trimmed:
         audio_tokens = windows * audio.max_source_positions
     image_tokens = [config.image_token_id] * (PICTURE // config.vision_config.spatial_merge_size) ** 2
     clip = torch.tensor(
@@ -123,6 +125,9 @@ def make_prompt(
         "mm_token_type_ids": (ids == config.image_token_id).int() + 3 * (ids == config.audio_token_id),
         "input_features": features.to(model.dtype),
     }
+    if is_trimmed:
+        frames = torch.arange(windows * features.shape[-1]) < ENCODER_STRIDE * audio_tokens
+        inputs["input_features_mask"] = frames.long().view(windows, -1).repeat(batch * clips, 1)
     if pictures:
         vision, count = config.vision_config, batch * clips * pictures
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2

@@ -389,15 +389,17 @@ def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: flo
         ends = [] if audio_tokens == "trimmed" else None
         rows = source.windows(texts, rng.random() if training else 0, num_windows, ends) if texts else None
         lengths = ends or [16_000 * WINDOW * num_windows] * len(texts)
-        counts = iter([count_audio(length, 50 * WINDOW, audio_tokens) for length in lengths])
-        slots = [[[model.config.audio_token_id] * next(counts).tokens for _ in said] for said, _, _ in made]
+        counts = [count_audio(length, 50 * WINDOW, audio_tokens) for length in lengths]
+        tokens = iter([[model.config.audio_token_id] * count.tokens for count in counts])
+        slots = [[next(tokens) for _ in said] for said, _, _ in made]
         odd = training and rng.random() < 0.25
         batch = prompts.batch(skill, slots, pictures, [answer for *_, answer in made], odd)
         if texts:
             windows = list(rows.reshape(-1, 16_000 * WINDOW))
             if ends is not None:  # only those that a clip reaches
-                counts = [count_audio(end, 50 * WINDOW).windows for end in ends]
-                windows = [w for row, n in zip(rows, counts, strict=True) for w in row.split(16_000 * WINDOW)[:n]]
+                pairs = zip(rows, counts, strict=True)
+                windows = [w for row, count in pairs for w in row.split(16_000 * WINDOW)[: count.windows]]
+                batch["input_features_mask"] = torch.cat([processor.mask_frames(count) for count in counts])
             batch["input_features"] = log_mel(windows, processor.feature_extractor)
         return batch
 

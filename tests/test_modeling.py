@@ -135,7 +135,7 @@ def test_joined_windows_are_encoded_like_separate_ones(audio_tokens, lengths, pr
     expected = model.get_audio_features(plain).pooler_output
     for (row, mask), windows, length in zip(rows, expected.split([1, 3]), lengths, strict=True):
         own = model.get_audio_features(row[None], input_features_mask=[mask]).pooler_output
-        torch.testing.assert_close(own, windows.flatten(0, 1)[None, :length])
+        torch.testing.assert_close(own, windows.flatten(0, 1)[:length])
         torch.testing.assert_close(model.get_audio_features(row[None]).pooler_output, windows)
 
 
@@ -297,6 +297,14 @@ def test_features_of_another_extractor_are_an_error(kinds, model):
             model.get_audio_features(wrong)
 
 
+AUDIO = ("input_features", "input_features_mask")
+
+
+def joined(names, *inputs) -> dict[str, torch.Tensor]:
+    """Those of the model inputs that are there, of several calls of the processor after each other."""
+    return {name: torch.cat([each[name] for each in inputs]) for name in names if name in inputs[0]}
+
+
 def conversation_in_two_turns(processor, first, second):
     """Model inputs of a first turn, and a function that gives those of both turns, after the model's answer."""
     kwargs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -328,14 +336,10 @@ def test_second_turn_on_a_reused_cache(features, interlude, with_image, processo
     if interlude:
         greedy(model, kinds["text"]())  # a call without the image
     whole, turn = both(output.sequences[:, inputs["input_ids"].shape[1] :])
-    all_features = torch.cat([inputs["input_features"], turn["input_features"]])
-    vision = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
-    expected = step_logits(model, {**whole, **vision, "input_features": all_features})
-    continued = step_logits(
-        model,
-        {**whole, "input_features": all_features if features == "whole conversation" else turn["input_features"]},
-        past_key_values=output.past_key_values,
-    )
+    all_audio, vision = joined(AUDIO, inputs, turn), joined(("pixel_values", "image_grid_thw"), inputs)
+    expected = step_logits(model, {**whole, **vision, **all_audio})
+    given = all_audio if features == "whole conversation" else joined(AUDIO, turn)
+    continued = step_logits(model, {**whole, **given}, past_key_values=output.past_key_values)
     torch.testing.assert_close(continued, expected, atol=2e-5, rtol=0)
 
 
@@ -347,11 +351,26 @@ def test_second_turn_may_bring_an_image(processor, model, sound, thumbnail):
     )
     output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     whole, turn = both(output.sequences[:, inputs["input_ids"].shape[1] :])
-    names = ("pixel_values", "image_grid_thw", "input_features")
-    expected = step_logits(model, {**whole, **{name: torch.cat([inputs[name], turn[name]]) for name in names}})
-    new = {name: turn[name] for name in names}
-    continued = step_logits(model, {**whole, **new}, past_key_values=output.past_key_values)
+    names = ("pixel_values", "image_grid_thw", *AUDIO)
+    expected = step_logits(model, {**whole, **joined(names, inputs, turn)})
+    continued = step_logits(model, {**whole, **joined(names, turn)}, past_key_values=output.past_key_values)
     torch.testing.assert_close(continued, expected, atol=2e-5, rtol=0)
+
+
+def test_second_turn_on_a_cache_without_positions(processor, model, sound, thumbnail):
+    """Positions are kept on the cache; a new cache of the same tensors has none, and after a picture they matter."""
+    for first, is_known in (([image(thumbnail), audio(sound(1.3, 1))], False), ([audio(sound(1.3, 1))], True)):
+        inputs, both = conversation_in_two_turns(processor, first, [text("And?")])
+        output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        whole, _ = both(output.sequences[:, inputs["input_ids"].shape[1] :])
+        expected = step_logits(model, whole, past_key_values=copy.deepcopy(output.past_key_values))
+        bare = copy.deepcopy(output.past_key_values)
+        del bare.mrope_positions
+        if is_known:
+            torch.testing.assert_close(step_logits(model, whole, past_key_values=bare), expected, atol=2e-5, rtol=0)
+        else:
+            with pytest.raises(ValueError, match="The cache holds images or videos, but not their positions"):
+                greedy(model, whole, past_key_values=bare)
 
 
 def test_second_turn_needs_its_audio(processor, model, sound):
@@ -418,11 +437,10 @@ def test_audio_with_inputs_embeds(kinds, model):
         expected = model(input_ids=ids, **inputs, logits_to_keep=2).logits
         assert torch.equal(model(inputs_embeds=embeds, **inputs, logits_to_keep=2).logits, expected)
     expected = greedy(model, {"input_ids": ids, **inputs})
-    mask, features = inputs["attention_mask"], inputs["input_features"]
     tokens = model.generate(
         inputs_embeds=embeds,
-        attention_mask=mask,
-        input_features=features,
+        attention_mask=inputs["attention_mask"],
+        **joined(AUDIO, inputs),
         max_new_tokens=4,
         min_new_tokens=4,
         do_sample=False,
@@ -432,16 +450,16 @@ def test_audio_with_inputs_embeds(kinds, model):
 
 def test_precomputed_audio_features(kinds, model):
     inputs = kinds["mixed batch of two audios"]()
-    features = inputs.pop("input_features")
+    features = {name: inputs.pop(name) for name in AUDIO if name in inputs}
     with torch.no_grad():
-        outputs = {"audio": model.get_audio_features(features)}
-        expected = model(**inputs, input_features=features, logits_to_keep=1).logits
+        outputs = {"audio": model.get_audio_features(**features)}
+        expected = model(**inputs, **features, logits_to_keep=1).logits
         assert torch.equal(model(**inputs, mm_encoder_outputs=outputs, logits_to_keep=1).logits, expected)
     for more in ({}, {"num_beams": 2}):
-        expected = greedy(model, {**inputs, "input_features": features}, **more)
+        expected = greedy(model, {**inputs, **features}, **more)
         assert torch.equal(greedy(model, inputs, mm_encoder_outputs=dict(outputs), **more), expected)
     with pytest.raises(ValueError, match="either input_features or mm_encoder_outputs"):
-        model(**inputs, input_features=features, mm_encoder_outputs=outputs)
+        model(**inputs, **features, mm_encoder_outputs=outputs)
 
 
 def test_positions_count_audio_as_text(kinds, model):

@@ -2,6 +2,7 @@
 Audio tokens in proportion to the clip. Tests of test_modeling.py run here once more, with a `processor` that trims.
 """
 
+import copy
 import json
 import sys
 
@@ -9,10 +10,14 @@ import pytest
 import torch
 from helpers import TOKENS, audio, text
 from test_modeling import (  # noqa: F401
+    AUDIO,
+    conversation_in_two_turns,
     frames,
     greedy,
+    joined,
     kinds,
     parts,
+    step_logits,
     test_assisted_decoding,
     test_audio_with_inputs_embeds,
     test_batch_equals_its_rows,
@@ -124,25 +129,69 @@ def test_handler_does_what_the_folder_says(demo_repo, examples, tmp_path):
 
 def test_wrong_numbers_are_errors_that_name_both(ask, model, sound, processor):
     inputs = ask(audio(sound(0.7, 1)), audio(sound(1.9, 2)), text("Which?"))
-    features, ids, audio_id = inputs["input_features"], inputs["input_ids"], processor.audio_token_id
+    features, mask, ids = inputs["input_features"], inputs["input_features_mask"], inputs["input_ids"]
     one_more = ids.clone()
-    one_more[0, (ids[0] == processor.audio_eos_token_id).nonzero()[-1]] = audio_id
-    unmarked = ids.masked_fill(ids == processor.audio_eos_token_id, 5)
+    one_more[0, (ids[0] == processor.audio_eos_token_id).nonzero()[-1]] = processor.audio_token_id
+    without = r"130 audio tokens, but 150 audio embeddings .* pass the input_features_mask"
     for changes, message in (
-        ({"input_features": features[:2]}, r"130 audio tokens, but 100 .* take 3 windows, but 2 were given"),
-        (
-            {"input_features": features.repeat(2, 1, 1)},
-            r"130 audio tokens, but 300 .* take 3 windows, but 6 were given",
-        ),
-        ({"input_features": None}, r"130 audio tokens, but 0 audio embeddings"),
-        ({"input_ids": one_more}, r"131 audio tokens, but 150 .* lack markers"),
-        ({"input_ids": unmarked}, r"130 audio tokens, but 150 .* lack markers"),
+        ({"input_features_mask": None}, without),
+        ({"input_features_mask": None, "input_features": features[:2]}, r"130 audio tokens, but 100 .*_mask"),
+        ({"input_features": features[:2], "input_features_mask": mask[:2]}, r"130 audio tokens, but 85 audio emb"),
+        ({"input_features": features[:2]}, r"input_features_mask has shape \(3, 100\), but the features are 2 windows"),
+        ({"input_features": None, "input_features_mask": None}, r"130 audio tokens, but 0 audio embeddings"),
+        ({"input_features": None}, r"input_features_mask only together with the input_features"),
+        ({"input_ids": one_more}, r"131 audio tokens, but 130 audio embeddings"),
+        ({"input_features": features.repeat(2, 1, 1), "input_features_mask": mask.repeat(2, 1)}, r"130 .* but 260 "),
     ):
         for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
             with pytest.raises(ValueError, match=message):
                 call(**{**inputs, **changes})
+    encoded = {"audio": model.get_audio_features(features)}
+    given = {name: value for name, value in inputs.items() if not name.startswith("input_features")}
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=without):
+            call(**given, mm_encoder_outputs=dict(encoded))
     with pytest.raises(ValueError, match="input_features_mask has shape"):
         model.get_audio_features(features, input_features_mask=torch.ones(3, 50))
+
+
+def test_numbers_that_coincide_are_no_match_of_windows(ask, model, sound):
+    """Two clips of half a window have as many tokens as one whole window has rows."""
+    inputs = ask([audio(sound(0.5, 1)), text("One")], [audio(sound(0.5, 2)), text("Two")])
+    del inputs["input_features_mask"]
+    inputs["input_features"] = inputs["input_features"][:1]
+    for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=r"50 audio tokens, but 50 .* a multiple of 50 .*input_features_mask"):
+            call(**inputs)
+    encoded = {"audio": model.get_audio_features(inputs.pop("input_features"))}
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"50 audio tokens, but 50 .* a multiple of 50 .*input_features_mask"):
+            call(**inputs, mm_encoder_outputs=dict(encoded))
+
+
+def test_second_clip_as_long_as_the_first(processor, model, sound):
+    """The new turn's window has as many rows as the tokens of both turns, of which the first is in the cache."""
+    first, second = [audio(sound(0.5, 1)), text("What?")], [audio(sound(0.5, 2)), text("And this?")]
+    inputs, both = conversation_in_two_turns(processor, first, second)
+    output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    whole, turn = both(output.sequences[:, inputs["input_ids"].shape[1] :])
+    expected = step_logits(model, {**whole, **joined(AUDIO, inputs, turn)})
+    for given in (joined(AUDIO, turn), joined(AUDIO, inputs, turn)):
+        cache = copy.deepcopy(output.past_key_values)
+        continued = step_logits(model, {**whole, **given}, past_key_values=cache)
+        torch.testing.assert_close(continued, expected, atol=2e-5, rtol=0)
+
+
+def test_mask_marks_the_rows_of_each_clip(processor, model, sound):
+    inputs = processor(text="<|audio_pad|><|audio_pad|>", audio=[sound(0.01), sound(1.5)], return_tensors="pt")
+    mask = inputs["input_features_mask"]
+    assert mask.tolist() == [[1] * 2 + [0] * 98, [1] * 100, [1] * 50 + [0] * 50]
+    assert "input_features_mask" in processor.model_input_names
+    fixed = processor(text="<|audio_pad|>", audio=sound(0.1), audio_tokens="fixed")
+    assert "input_features_mask" not in fixed
+    whole = model.get_audio_features(inputs["input_features"]).pooler_output
+    kept = model.get_audio_features(inputs["input_features"], mask).pooler_output
+    torch.testing.assert_close(kept, torch.cat([whole[0, :1], whole[1], whole[2, :25]]))
 
 
 def test_projector_works_on_kept_rows_only(ask, fresh_model, sound):
@@ -166,4 +215,4 @@ def test_forward_compiles_as_one_graph(ask, fresh_model, sound):
         with torch.no_grad():
             torch.testing.assert_close(compiled(**inputs).logits, fresh_model(**inputs).logits)
             with pytest.raises(RuntimeError, match="Audio tokens and audio features do not match"):
-                compiled(**{**inputs, "input_features": inputs["input_features"][1:]})
+                compiled(**{**inputs, "input_features_mask": inputs["input_features_mask"].roll(50, 1).tril()})

@@ -56,6 +56,7 @@ def test_folder_holds_all_that_a_user_loads(repo):
         "handler.py",
         "model.safetensors",
         "modeling_qwen2_audio_vl.py",
+        "mrope_positions.py",
         "processing_qwen2_audio_vl.py",
         "processor_config.json",
         "requirements.txt",
