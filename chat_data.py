@@ -192,7 +192,7 @@ class ChatCollator:
     def inputs(self, row: dict, audio_tokens: str | None = None) -> dict[str, torch.Tensor]:
         """Model inputs of one row, unpadded, and `labels`: the answers and the ends of their turns, -100 elsewhere."""
         messages = self.messages(row)
-        with prefix_errors(place_of(row)):
+        with prefix_errors(place_of(row)), refuse_unreadable():
             inputs = self.processor.apply_chat_template(
                 messages,
                 tokenize=True,
@@ -276,6 +276,20 @@ def prefix_errors(place: str):
         raise BadRow(f"{place}: {str(error) or type(error).__name__}") from error
 
 
+@contextmanager
+def refuse_unreadable():
+    """
+    Turns whatever a decoder raises on a broken file into a ValueError: Pillow raises SyntaxError, struct.error and
+    DecompressionBombError, AVIF RuntimeError. Memory that runs out is not the fault of the file.
+    """
+    try:
+        yield
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
 def answer_text(content) -> str:
     if isinstance(content, str):
         return content
@@ -285,7 +299,8 @@ def answer_text(content) -> str:
 def locate(name: str, source, folder: Path):
     """Makes relative paths absolute, and pictures that `datasets` holds as bytes pictures."""
     if name == "image" and isinstance(source, dict) and source.get("bytes"):
-        return Image.open(io.BytesIO(source["bytes"]))
+        with refuse_unreadable():
+            return Image.open(io.BytesIO(source["bytes"]))
     is_path = isinstance(source, str) and not re.match(r"\w+:", source) and len(source) < 1024  # base64 is longer
     if name not in ("image", "video", "audio", "url", "path") or not is_path:
         return source

@@ -36,7 +36,17 @@ from transformers.image_utils import load_image
 from transformers.utils import logging
 
 from audio_utils import AUDIO_TYPES, fetch_audio, iter_audio_sources
-from chat_data import BadRow, ChatCollator, answer_text, columns_of, content_of, load_rows, place_of, prefix_errors
+from chat_data import (
+    BadRow,
+    ChatCollator,
+    answer_text,
+    columns_of,
+    content_of,
+    load_rows,
+    place_of,
+    prefix_errors,
+    refuse_unreadable,
+)
 from checkpoints import sha256
 from results_page import write_page
 from scoring import AS_GIVEN, compare, file_of, read_folder, read_predictions, score_arms, table
@@ -160,6 +170,7 @@ def short_place(row: dict) -> str:
     return f"{Path(source).name}:{number}" if Path(source).exists() else place_of(row)
 
 
+@refuse_unreadable()
 def open_content(content):
     """Reads sound and pictures of a message's content."""
     if not isinstance(content, list):
@@ -179,15 +190,22 @@ def open_content(content):
 
 
 def answer(processor, model, conversations: list[list[dict]], max_new_tokens: int) -> list[str]:
-    """The greedy answers to conversations that end with a user's message."""
-    inputs = processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-    ).to(model.device)
+    """
+    The greedy answers to conversations that end with a user's message.
+
+    Raises:
+        ValueError: if their content cannot be read; videos are opened here.
+    """
+    with refuse_unreadable():
+        inputs = processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        )
+    inputs = inputs.to(model.device)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -4,21 +4,30 @@ import json
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
+import av
 import datasets
+import numpy as np
 import pytest
 from accelerate.commands import launch
 from huggingface_hub import ModelCard
+from PIL import Image
+from serving import serve
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 import card
 import eval as evaluation
 import upload
-from demo.ask import EXAMPLES, write_questions, write_transcripts
+from demo.ask import EXAMPLES, read_examples, write_questions, write_transcripts
 from demo.world import WORLD
 from scoring import AS_GIVEN, read_folder, read_predictions
 
@@ -154,6 +163,89 @@ def test_rows_that_fail_are_counted_and_named(demo_repo, recordings, tmp_path, c
     evaluation.main(["score", str(tmp_path / "results")])
     scores = json.loads((tmp_path / "results" / "scores.json").read_text())["arms"][AS_GIVEN]["all"]
     assert (scores["rows"], scores["failed"], scores["wer"]["value"]) == (5, 4, 0)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> Path:
+    """Files that their decoders refuse with errors of many types, and a video, a picture and a clip that are whole."""
+    folder = tmp_path_factory.mktemp("broken")
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "good.png")
+    content = bytearray((folder / "good.png").read_bytes())
+    content[content.index(b"IDAT", content.index(b"IDAT") + 4)] ^= 0x80  # the second chunk of data: SyntaxError
+    (folder / "flipped.png").write_bytes(content)
+    content = bytearray((folder / "good.png").read_bytes())
+    content[16:24] = struct.pack(">II", 60_000, 60_000)  # width and height: DecompressionBombError
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (folder / "huge.png").write_bytes(content)
+    Image.new("RGB", (32, 32)).save(folder / "whole.avif")
+    (folder / "zeroed.avif").write_bytes((folder / "whole.avif").read_bytes()[:-20] + bytes(20))  # RuntimeError
+    with av.open(folder / "good.mp4", "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        file.mux([*stream.encode(av.VideoFrame.from_ndarray(noise[:64, :64].copy())), *stream.encode(None)])
+    (folder / "cut.mp4").write_bytes((folder / "good.mp4").read_bytes()[:-500])
+    (folder / "nothing.webm").write_bytes(b"\x1a\x45\xdf\xa3 and nothing more")
+    clip = (EXAMPLES / read_examples()[0]["audio"][0]).read_bytes()
+    (folder / "good.wav").write_bytes(clip)
+    (folder / "cut.wav").write_bytes(clip[:40])
+    return folder
+
+
+def about(type: str, source) -> dict:
+    content = [{"type": type, type: source}, {"type": "text", "text": "What is this?"}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "one"}]}
+
+
+def test_content_that_no_decoder_reads_is_an_error_of_its_row(demo_repo, broken, tmp_path):
+    names = {
+        "image": ["good.png", "flipped.png", "huge.png", "zeroed.avif"],
+        "video": ["good.mp4", "cut.mp4", "nothing.webm"],
+        "audio": ["cut.wav", "good.wav"],
+    }
+    rows = [about(type, name) for type, files in names.items() for name in files]
+    data = write_lines(broken / "broken.jsonl", rows)
+    rows = predict(demo_repo, data, tmp_path / "results")
+    assert ["error" in row for row in rows] == [False, True, True, True, False, True, True, True, False]
+    assert "broken.jsonl:2: SyntaxError: broken PNG file" in rows[1]["error"]
+    assert "broken.jsonl:3: DecompressionBombError: " in rows[2]["error"]
+
+
+def test_pictures_that_datasets_holds_are_errors_of_their_rows(demo_repo, broken, tmp_path):
+    item = {"type": datasets.Value("string"), "image": datasets.Image(decode=False), "text": datasets.Value("string")}
+    message = {"role": datasets.Value("string"), "content": datasets.List(item)}
+    rows = [
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": {"bytes": content}}]}, answered]}
+        for content in ((broken / name).read_bytes() for name in ("flipped.png", "huge.png", "good.png"))
+        for answered in [{"role": "assistant", "content": [{"type": "text", "text": "one"}]}]
+    ]
+    features = datasets.Features({"messages": datasets.List(message)})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    rows = predict(demo_repo, tmp_path / "saved", tmp_path / "results", "--batch-size", 2)
+    assert ["error" in row for row in rows] == [True, True, False]
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Of a server with OpenAI's API that always gives the same answer."""
+
+    async def models(request):
+        return JSONResponse({"object": "list", "data": [{"id": "someone", "object": "model"}]})
+
+    async def answer(request):
+        await request.json()
+        return JSONResponse({"id": "1", "choices": [{"message": {"role": "assistant", "content": "one"}}]})
+
+    routes = [Route("/v1/models", models), Route("/v1/chat/completions", answer, methods=["POST"])]
+    with serve(Starlette(routes=routes)) as address:
+        yield f"{address}/v1"
+
+
+def test_a_server_is_not_sent_what_no_decoder_reads(demo_repo, broken, tmp_path, address):
+    data = write_lines(broken / "served.jsonl", [about("image", name) for name in ("flipped.png", "good.png")])
+    rows = predict(demo_repo, data, tmp_path, "--backend", "vllm", "--url", address)
+    assert [row.get("pred_text") for row in rows] == [None, "one"]
+    assert "served.jsonl:1: SyntaxError" in rows[0]["error"]
 
 
 @pytest.mark.parametrize(
