@@ -47,9 +47,9 @@ from chat_data import (
     prefix_errors,
     refuse_unreadable,
 )
-from checkpoints import sha256
+from checkpoints import only_run, sha256
 from results_page import write_page
-from scoring import AS_GIVEN, compare, file_of, read_folder, read_predictions, score_arms, table
+from scoring import AS_GIVEN, compare, file_of, read_folder, read_prediction, score_arms, table
 from upload import resolve
 
 
@@ -59,6 +59,7 @@ ARMS = ("silence", "swapped", "no-image", "text")
 RATE = 16_000  # samples a second
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 BUFFER = 16  # batches that are sorted by length together
+LINES = {"encoding": "utf-8", "errors": "backslashreplace"}  # half of a surrogate pair is an escape of JSON
 THUMBNAIL = 320  # pixels a side of the pictures that the report shows
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "av", "numpy", "kaldialign")
 # What a run that goes on must have in common with the one that was stopped.
@@ -333,29 +334,35 @@ def write_media(question: Question, folder: Path) -> list[str]:
     return names
 
 
-def cut_broken_end(path: Path):
-    """Removes a last line that a kill has left unfinished."""
-    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
-
-
 def rank_files(folder: Path, arm: str) -> list[Path]:
     """What the processes of a run on several devices wrote; the first one writes into the file itself."""
     return sorted(folder.glob(f"{file_of(arm)}.rank-*"))
 
 
 def rows_done(folder: Path, arm: str) -> dict[int, dict]:
-    paths = [path for path in (folder / file_of(arm), *rank_files(folder, arm)) if path.is_file()]
-    for path in paths:
-        cut_broken_end(path)
-    return {row["row"]: row for path in paths for row in read_predictions(path)}
+    """
+    The predictions of an arm by their row. Two runs at a time could write a row twice, where the first line counts, or
+    write into each other's lines; such a line, or one that a kill cut short, does not count.
+    """
+    done = {}
+    for path in (folder / file_of(arm), *rank_files(folder, arm)):
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = read_prediction(line, f"{path}:{number}")
+            except ValueError as error:
+                logger.warning(f"Left out, its row is asked again: {error}")
+                continue
+            done.setdefault(row["row"], row)
+    return done
 
 
 def merge(folder: Path, arm: str):
-    """One file of all rows in their order."""
+    """Writes one file of all rows in their order, each once, in the place of all files of an arm."""
     done, path = rows_done(folder, arm), folder / file_of(arm)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(done[row], ensure_ascii=False) + "\n" for row in sorted(done)))
+    with unfinished.open("w", **LINES) as file:
+        file.writelines(json.dumps(done[row], ensure_ascii=False) + "\n" for row in sorted(done))
     unfinished.replace(path)
     for part in rank_files(folder, arm):
         part.unlink()
@@ -407,7 +414,7 @@ def refuse_another_run(folder: Path, manifest: dict):
     """
     path = folder / "manifest.json"
     if not path.is_file():
-        if rows_done(folder, AS_GIVEN):
+        if (folder / file_of(AS_GIVEN)).is_file():
             raise ValueError(f"{folder} holds predictions but no manifest.json; name a new --output.")
         return
     then, now = json.loads(path.read_text()), json.loads(json.dumps(manifest))
@@ -417,13 +424,16 @@ def refuse_another_run(folder: Path, manifest: dict):
 
 def write_json(path: Path, content: dict):
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", **LINES)
     unfinished.replace(path)
 
 
 def predict_arm(arm: str, questions: Questions, backend, options: argparse.Namespace):
     """Asks what was not asked yet, and writes a line for each row as soon as it is there."""
     state, folder = PartialState(), Path(options.output)
+    if state.is_main_process:
+        merge(folder, arm)
+    state.wait_for_everyone()
     done = rows_done(folder, arm)
     state.wait_for_everyone()  # before any of them writes
     name = file_of(arm) + (f".rank-{state.process_index}" if state.process_index else "")
@@ -433,7 +443,7 @@ def predict_arm(arm: str, questions: Questions, backend, options: argparse.Names
     total = min(filter(None, (known, options.limit)), default=None)
     errors = words = same = 0
     with (
-        (folder / name).open("a", encoding="utf-8") as file,
+        (folder / name).open("a", **LINES) as file,
         tqdm(desc=arm, total=total, initial=len(done), unit="row", disable=state.process_index > 0) as bar,
     ):
 
@@ -576,7 +586,8 @@ def main(arguments: list[str] | None = None):
             print(table(score(options)))
             print(f"\n{Path(options.folder) / 'report.html'} has every answer.")
         else:
-            predict(options)
+            with only_run(options.output, "--output", PartialState().is_main_process):
+                predict(options)
     except (ValueError, OSError) as error:
         parser.exit(1, f"eval.py {options.command}: {error}\n")
 

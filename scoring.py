@@ -309,17 +309,30 @@ def read_predictions(path: str | Path) -> list[dict]:
     if not lines[-1]:
         lines.pop()  # what follows the last newline
     for number, line in enumerate(lines, start=1):
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: expected a JSON object in UTF-8; {error}.") from error
-        check_prediction(row, place)
+        row = read_prediction(line, f"{path}:{number}")
         if row["row"] in seen:
-            raise ValueError(f"{place}: row {row['row']} is in line {seen[row['row']]} too; expected each row once.")
+            raise ValueError(
+                f"{path}:{number}: row {row['row']} is in line {seen[row['row']]} too; expected each row once. "
+                "`eval.py predict` with the same arguments keeps the first of them."
+            )
         seen[row["row"]] = number
         rows.append(row)
     return rows
+
+
+def read_prediction(line: bytes, place: str) -> dict:
+    """
+    A line of a file of predictions; see [`read_predictions`].
+
+    Raises:
+        ValueError: if it is not as it has to be; the message begins with the place.
+    """
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: expected a JSON object in UTF-8; {error}.") from error
+    check_prediction(row, place)
+    return row
 
 
 def check_prediction(row, place: str):
@@ -385,6 +398,7 @@ def table(scores: dict) -> str:
     for head, *cells in zip(*lines, strict=True):
         if any(cells):
             cells = [" ".join(text.replace("|", "\\|").split()) for text in (head, *cells)]
+            cells = [text.encode(errors="backslashreplace").decode() for text in cells]  # half of a surrogate pair
             width = max(map(len, cells))
             columns.append([cells[0].ljust(width), "-" * width, *(text.ljust(width) for text in cells[1:])])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in zip(*columns, strict=True))

@@ -14,14 +14,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import torch
 from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -45,7 +43,7 @@ from transformers.utils import logging
 
 from alignment import Aligner, fit_projector
 from chat_data import IGNORED, BadRow, ChatCollator, SkipBadRows, answer_text, columns_of, load_rows, told_length
-from checkpoints import CHECKSUMS, EMBEDDINGS, check_content, read_checksums, stored_tensors, write_checksums
+from checkpoints import CHECKSUMS, EMBEDDINGS, check_content, only_run, read_checksums, stored_tensors, write_checksums
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, TRAINED_AUDIO_TOKENS, check_audio_tokens
 from eval import answer
 from scoring import score
@@ -404,23 +402,6 @@ def refuse_another_run(args: Arguments):
     unfinished.replace(path)
 
 
-@contextmanager
-def only_run(args: Arguments):
-    """
-    Raises:
-        ValueError: if another run that is alive writes into the same folder.
-    """
-    if args.process_index:
-        yield
-        return
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(Path(args.output_dir) / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise ValueError(f"--output_dir {args.output_dir} is in use by another run; name a new folder.") from error
-
-
 def write_projector(adapter: Path, path: Path, audio_tokens: str):
     """What `upload.py build --projector` reads: the projector and, if they learned, the rows of the two markers."""
     tensors = {}
@@ -566,7 +547,7 @@ def main(arguments: list[str] | None = None):
     parser = HfArgumentParser(Arguments, description=__doc__.strip().splitlines()[0])
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments)
-        with only_run(args):
+        with only_run(args.output_dir, "--output_dir", args.process_index == 0):
             summary = train(args)
     except ValueError as error:
         parser.exit(1, f"train.py: {error}\n")

@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pytest
 from accelerate.commands import launch
+from filelock import FileLock
 from huggingface_hub import ModelCard
 from PIL import Image
 from serving import serve
@@ -125,6 +126,39 @@ def test_run_that_was_killed_goes_on(demo_repo, recordings, results_of_recording
     path.write_bytes(whole[: random.Random(seed).randrange(len(whole))])
     again = predict(demo_repo, recordings, tmp_path / "results", *RECORDINGS)
     assert told(again) == told(read_predictions(results_of_recordings / "predictions.jsonl"))
+
+
+def test_one_run_at_a_time_writes_into_a_folder(demo_repo, recordings, results_of_recordings, tmp_path, capsys):
+    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit):
+        predict(demo_repo, recordings, tmp_path, *RECORDINGS)
+    assert "is in use by another run" in capsys.readouterr().err
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
+def test_what_two_runs_at_a_time_left_is_mended(demo_repo, recordings, results_of_recordings, tmp_path):
+    """Rows twice, with two answers; a line within a line; and a file of a second process."""
+    folder = shutil.copytree(results_of_recordings, tmp_path / "results")
+    first, second, third, _ = read_predictions(folder / "predictions.jsonl")
+    other = {**first, "pred_text": "of the other run"}
+    within = json.dumps(second)[:50] + json.dumps(other)
+    write_lines(folder / "predictions.jsonl", [first, within, second, other, "", {**second, "time": 7}])
+    write_lines(folder / "predictions.jsonl.rank-1", [third, {**other, "pred_text": "of the other process"}, "{"])
+    again = predict(demo_repo, recordings, folder, *RECORDINGS)
+    assert again[:3] == [first, second, third]
+    assert told(again) == told(read_predictions(results_of_recordings / "predictions.jsonl"))
+    assert not list(folder.glob("*.rank-*"))
+
+
+def test_a_group_that_utf8_cannot_hold_is_written_down(demo_repo, recordings, tmp_path):
+    """JSON may hold half of a surrogate pair."""
+    row = {**json.loads(recordings.read_text().splitlines()[0]), "voice": "\ud83d"}
+    row["wav"] = str(recordings.parent / row["wav"])
+    data = write_lines(tmp_path / "odd.jsonl", [row])
+    for _ in range(2):  # the second one merges
+        (found,) = predict(demo_repo, data, tmp_path / "results", *RECORDINGS, "--group-column", "voice")
+        assert (found["group"], found["pred_text"]) == ("\ud83d", row["sentence"])
+    evaluation.main(["score", str(tmp_path / "results")])
+    assert "\ud83d" in json.loads((tmp_path / "results" / "scores.json").read_text())["arms"][AS_GIVEN]
 
 
 @pytest.fixture(scope="module")

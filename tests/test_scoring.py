@@ -384,6 +384,7 @@ def test_table():
     without = table(score_arms({"as given": [row("the cat sat", "the cat", time=None)]}))
     assert not any(head in without for head in ("accuracy", "nothing said", "RTFx"))
     assert table(score_arms({})) == ""
+    assert "\\ud83d" in table(score_arms({"as given": rows(("a", "a"), group="\ud83d")}))
 
 
 def write(path, *lines: str | bytes) -> str:
