@@ -40,8 +40,10 @@ from chat_data import (
     BadRow,
     ChatCollator,
     answer_text,
+    changed_data,
     columns_of,
     content_of,
+    describe_data,
     load_rows,
     place_of,
     prefix_errors,
@@ -49,7 +51,7 @@ from chat_data import (
 )
 from checkpoints import only_run, sha256
 from results_page import write_page
-from scoring import AS_GIVEN, compare, file_of, read_folder, read_prediction, score_arms, table
+from scoring import ALL, AS_GIVEN, compare, file_of, read_folder, read_prediction, score_arms, table
 from upload import resolve
 
 
@@ -62,8 +64,8 @@ BUFFER = 16  # batches that are sorted by length together
 LINES = {"encoding": "utf-8", "errors": "backslashreplace"}  # half of a surrogate pair is an escape of JSON
 THUMBNAIL = 320  # pixels a side of the pictures that the report shows
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "av", "numpy", "kaldialign")
-# What a run that goes on must have in common with the one that was stopped.
-LASTING = ("model", "data", "columns", "instruction", "group_column", "transcript_column", "backend", "generation")
+# What a run that goes on must have in common with the one that was stopped, beside the data.
+LASTING = ("model", "columns", "instruction", "group_column", "transcript_column", "backend", "generation")
 
 
 class Question(NamedTuple):
@@ -116,6 +118,7 @@ class Questions:
             if said is None and content.get("messages") is None:  # a recording with its transcript
                 said = text
             group = content.get(self.group_column)
+            refuse_group(group)
             return Question(
                 row=index,
                 place=short_place(row),
@@ -163,6 +166,29 @@ class Questions:
             if other.clips and other.group == question.group and not is_same:
                 return other
         raise BadRow(f"{question.place}: no other row has a clip that says something else")
+
+
+def refuse_group(group):
+    """
+    Raises:
+        ValueError: if a group would take the name of the scores over all rows.
+    """
+    if str(group) == ALL:
+        raise ValueError(f"the group is named {ALL!r}, as the scores over all rows are; rename it")
+
+
+def check_groups(rows: datasets.Dataset, column: str):
+    """
+    Raises:
+        BadRow: if the group of a row has a name that cannot be scored. Other faults are found where rows are read.
+    """
+    for row in rows.select_columns([name for name in ("line", "place", column) if name in rows.column_names]):
+        try:
+            group = content_of(row).get(column)
+        except (ValueError, RecursionError):
+            continue
+        with prefix_errors(place_of(row)):
+            refuse_group(group)
 
 
 def short_place(row: dict) -> str:
@@ -373,18 +399,11 @@ def make_manifest(options: argparse.Namespace) -> dict:
     origin = resolve(options.repo)
     patterns = ("*.safetensors", "*.py")
     weights, code = ({file.name: sha256(file) for file in sorted(origin.folder.glob(each))} for each in patterns)
-    files = {name: Path(name) for name in options.data if Path(name).exists()}
-    data = [
-        {
-            "name": files[name].name if name in files else name,
-            "sha256": sha256(files[name]) if name in files and files[name].is_file() else None,
-        }
-        for name in options.data
-    ]
+    columns = columns_of(options.audio_column, options.text_column)
     return {
         "model": {"name": origin.name, "revision": origin.commit, "weights": weights, "code": code},
-        "data": data,
-        "columns": columns_of(options.audio_column, options.text_column),
+        "data": describe_data(options.data, columns),
+        "columns": columns,
         "instruction": options.instruction,
         "group_column": options.group_column,
         "transcript_column": options.transcript_column,
@@ -418,7 +437,8 @@ def refuse_another_run(folder: Path, manifest: dict):
             raise ValueError(f"{folder} holds predictions but no manifest.json; name a new --output.")
         return
     then, now = json.loads(path.read_text()), json.loads(json.dumps(manifest))
-    if differing := [f"{name} was {then.get(name)}, is {now[name]}" for name in LASTING if then.get(name) != now[name]]:
+    differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in LASTING if then.get(name) != now[name]]
+    if differing := [*differing, *changed_data(then["data"], now["data"])]:
         raise ValueError(f"{folder} holds the predictions of another run; name a new --output. {'; '.join(differing)}")
 
 
@@ -521,6 +541,8 @@ def predict(options: argparse.Namespace) -> Path:
     rows = load_rows(options.data, options.streaming, columns, keep)
     if not options.streaming and options.limit is not None:
         rows = rows.select(range(min(options.limit, len(rows))))
+    if not options.streaming and options.group_column is not None:
+        check_groups(rows, options.group_column)
     extra = {} if options.audio_tokens is None else {"audio_tokens": options.audio_tokens}
     processor = AutoProcessor.from_pretrained(options.repo, trust_remote_code=True, **extra)
     questions = Questions(

@@ -1,6 +1,7 @@
 """Evaluation: rows -> predictions -> scores -> card, by the demo checkpoint: arms, kills, bad rows, recordings."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -28,6 +29,7 @@ from starlette.routing import Route
 import card
 import eval as evaluation
 import upload
+from chat_data import describe_data
 from demo.ask import EXAMPLES, read_examples, write_questions, write_transcripts
 from demo.world import WORLD
 from scoring import AS_GIVEN, read_folder, read_predictions
@@ -113,7 +115,9 @@ def test_predictions_say_what_they_are_of(results, questions, demo_repo):
     manifest = json.loads((results / "manifest.json").read_text())
     assert manifest["rows"] == len(rows) and manifest["failed"] == 0
     assert manifest["model"]["weights"] == card.weights_of(demo_repo)
-    assert manifest["data"] == [{"name": "questions.jsonl", "sha256": manifest["data"][0]["sha256"]}]
+    assert [{**source, "sha256": "", "files": ""} for source in manifest["data"]] == [
+        {"name": "questions.jsonl", "sha256": "", "files": ""}
+    ]
     assert (results / "report.html").read_text().count("<audio") >= 20
 
 
@@ -298,6 +302,100 @@ def test_what_cannot_be_asked_is_refused(demo_repo, questions, results, capsys, 
         grouped = ("--group-column", "skill", "--transcript-column", "said")
         predict(demo_repo, questions, results, *grouped, *more)
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def write_set(folder: Path, form: str, recordings: Path, text: str) -> Path:
+    """A set of one recording under a name that does not tell its content: JSON lines, a saved folder, or Parquet."""
+    clip = next(recordings.parent.glob("*.wav"))
+    if form == "lines":
+        folder.mkdir()
+        shutil.copyfile(clip, folder / "clip.wav")
+        return write_lines(folder / "data.jsonl", [{"wav": "clip.wav", "sentence": text}])
+    features = datasets.Features({"wav": datasets.Audio(decode=False), "sentence": datasets.Value("string")})
+    rows = datasets.Dataset.from_list([{"wav": {"bytes": clip.read_bytes()}, "sentence": text}], features=features)
+    if form == "saved":
+        rows.save_to_disk(folder)
+    else:
+        folder.mkdir()
+        rows.to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["lines", "saved", "parquet"])
+def test_other_data_under_the_same_name_are_refused(demo_repo, recordings, tmp_path, capsys, form, streaming):
+    data = write_set(tmp_path / "data", form, recordings, "one")
+    more = [*RECORDINGS, "--no-media", *["--streaming"] * streaming]
+    assert predict(demo_repo, data, tmp_path / "results", *more) == predict(
+        demo_repo, data, tmp_path / "results", *more
+    )
+    shutil.rmtree(tmp_path / "data")
+    write_set(tmp_path / "data", form, recordings, "three red stars")
+    with pytest.raises(SystemExit):
+        predict(demo_repo, data, tmp_path / "results", *more)
+    changed = {"lines": "sha256 of data.jsonl", "saved": "fingerprint of data", "parquet": "files of data"}
+    error = capsys.readouterr().err
+    assert "holds the predictions of another run" in error and f"{changed[form]} was " in error
+
+
+def test_a_clip_that_changed_is_refused(demo_repo, recordings, tmp_path, capsys):
+    data = write_set(tmp_path / "data", "lines", recordings, "one")
+    predict(demo_repo, data, tmp_path / "results", *RECORDINGS)
+    os.utime(data.parent / "clip.wav", (0, 0))
+    with pytest.raises(SystemExit):
+        predict(demo_repo, data, tmp_path / "results", *RECORDINGS)
+    assert "files of data.jsonl was " in capsys.readouterr().err
+    # A run of before that was written down goes on, and writes it down.
+    manifest = json.loads((tmp_path / "results" / "manifest.json").read_text())
+    described = manifest["data"][0]
+    manifest["data"] = [{"name": described["name"], "sha256": described["sha256"]}]
+    (tmp_path / "results" / "manifest.json").write_text(json.dumps(manifest))
+    predict(demo_repo, data, tmp_path / "results", *RECORDINGS)
+    assert json.loads((tmp_path / "results" / "manifest.json").read_text())["data"][0].keys() == described.keys()
+
+
+def test_the_revision_of_a_set_of_the_hub_is_known(recordings, tmp_path, monkeypatch):
+    """Without a network `datasets` takes the revision that it downloaded last."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_set(tmp_path / "data", "parquet", recordings, "one")
+    built = datasets.load_dataset(str(tmp_path / "data"), split="train", cache_dir=str(tmp_path / "built"))
+    for number, revision in enumerate(("0" * 40, "1" * 40)):
+        folder = tmp_path / "cache" / "someone___a-set" / "default" / "0.0.0" / revision
+        shutil.copytree(Path(built.cache_files[0]["filename"]).parent, folder)
+        os.utime(folder, (number, number))
+        assert describe_data(["someone/a-set"]) == [{"name": "someone/a-set", "revision": revision}]
+
+
+def test_many_rows_are_described_in_seconds(tmp_path):
+    lines = ({"messages": about("audio", f"clips/{number}.wav")["messages"]} for number in range(20_000))
+    data = write_lines(tmp_path / "data.jsonl", [*lines, "{", "[" * 9_999, "7", {"messages": 7}, {"messages": [7]}])
+    start = time.perf_counter()
+    (described,) = describe_data([str(data)])
+    assert time.perf_counter() - start < 5
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "19999.wav").touch()
+    (again,) = describe_data([str(data)])
+    assert described["sha256"] == again["sha256"] and described["files"] != again["files"]
+
+
+@pytest.mark.parametrize("form", ["lines", "saved"])
+def test_a_group_named_all_is_refused_before_the_model_is_loaded(tmp_path, capsys, form):
+    rows = [{"wav": "clip.wav", "sentence": "one", "voice": voice} for voice in ("low", "all")]
+    if form == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    else:
+        write_lines(tmp_path / "data.jsonl", ["{", *rows[1:]])
+    data = tmp_path / ("data" if form == "saved" else "data.jsonl")
+    with pytest.raises(SystemExit):
+        predict(tmp_path / "no-model", data, tmp_path / "results", "--group-column", "voice", *RECORDINGS)
+    assert f"{data}:2: the group is named 'all', as the scores over all rows are" in capsys.readouterr().err
+
+
+def test_a_streamed_group_named_all_is_an_error_of_its_row(demo_repo, recordings, tmp_path):
+    data = write_set(tmp_path / "data", "lines", recordings, "all")
+    more = (*RECORDINGS, "--group-column", "sentence", "--streaming")
+    (row,) = predict(demo_repo, data, tmp_path / "results", *more)
+    assert "the group is named 'all'" in row["error"]
 
 
 def test_a_server_that_is_not_there(demo_repo, recordings, tmp_path, capsys):

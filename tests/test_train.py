@@ -547,3 +547,24 @@ def test_pictures_that_no_decoder_reads_are_left_out_by_name(start, tones, photo
     with pytest.raises(ValueError, match="saved:2: SyntaxError: broken PNG file"):
         run(start, tones, tmp_path / "out", **more)
     assert run(start, tones, tmp_path / "left-out", **more, skip_bad_rows=True)["rows"] == (None if streaming else 1)
+
+
+def test_other_content_under_the_same_name_is_another_run(start, tones, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (args,) = train.HfArgumentParser(train.Arguments).parse_args_into_dataclasses(
+        arguments(start, tones, tmp_path / "run")
+    )
+    train.refuse_another_run(args)
+    clip = tones / "train-3.wav"
+    changed = clip.stat().st_mtime
+    try:
+        os.utime(clip, (0, 0))
+        with pytest.raises(ValueError, match="holds checkpoints of another run: files of train.jsonl was .*, is "):
+            train.refuse_another_run(args)
+        path = tmp_path / "run" / "arguments.json"
+        written = json.loads(path.read_text())
+        del written["content of data"]  # as a run wrote them that did not describe its data
+        path.write_text(json.dumps(written))
+        train.refuse_another_run(args)
+    finally:
+        os.utime(clip, (changed, changed))
