@@ -26,6 +26,10 @@ RULE = {
 # References that the leaderboard does not score; the second one stands in the transcripts of TED-LIUM.
 NOTHING_SAID = ("", "ignore time segment in scoring")
 
+# Of a text that is aligned. The time and memory of an alignment grow with the square: these take a second and 80 MB.
+MAX_CHARACTERS, MAX_WORDS = 10_000, 2_000
+TOO_LONG = "(too long)"  # in the place of a longer answer; no normalized text has brackets
+
 RESAMPLES = 1_000
 REPEATING = 2.4  # `compression_ratio_threshold` of openai/whisper's transcribe.py
 CLOSED_CLASSES, CLOSED_WORDS, CLOSED_ROWS = 20, 3, 2  # at most, at most in each, at least for each
@@ -97,7 +101,25 @@ NORMALIZER = LeaderboardNormalizer(LEADERBOARD)
 def normalize(text: str) -> str:
     """The words that are compared, with one space between them."""
     text = text.encode("utf-8", errors="replace").decode()  # half of a surrogate pair, which JSON can hold
-    return " ".join(NORMALIZER(text).split())
+    text = re.sub(r"[<\[][^>\]]*[>\]]", "", mask_unclosed(text, "<[", ">]"))  # as Whisper does, which it then need not
+    return " ".join(NORMALIZER(mask_unclosed(text, "(", ")")).split())
+
+
+def mask_unclosed(text: str, opening: str, closing: str) -> str:
+    """
+    Puts another symbol in the place of brackets that nothing closes: the normalizer makes either a space, but it
+    searches to the end of the text from each bracket.
+    """
+    end = 1 + max(text.rfind(bracket) for bracket in closing)
+    return text[:end] + text[end:].translate(dict.fromkeys(map(ord, opening), "{"))
+
+
+def normalize_short(text: str) -> str | None:
+    """As [`normalize`]; None if the text is longer than 10,000 characters, or 2,000 words, before or after."""
+    if len(text) > MAX_CHARACTERS:
+        return None
+    normalized = normalize(text)  # it can be 18 times as long
+    return normalized if len(normalized) <= MAX_CHARACTERS and normalized.count(" ") < MAX_WORDS else None
 
 
 def align(reference: str, given: str) -> list[tuple[str, str]]:
@@ -112,9 +134,10 @@ def align(reference: str, given: str) -> list[tuple[str, str]]:
 class Comparison:
     """One row: its reference and answer, and how far they are apart."""
 
-    reference: str  # normalized
-    answer: str | None  # normalized; None if the row failed
+    reference: str  # normalized, unless it is too long
+    answer: str | None  # normalized; None if the row failed, TOO_LONG if it is
     repeating: bool = False
+    too_long: bool = False  # to be aligned; no word counts as right
     duration: float | None = None  # seconds
     time: float | None = None  # seconds
     insertions: int = 0  # words
@@ -135,24 +158,42 @@ class Comparison:
 
 def compare(row: dict) -> Comparison:
     """One line of predictions.jsonl; see [`read_predictions`]."""
-    reference = normalize(row["text"])
+    reference = normalize_short(row["text"])
+    too_long = reference is None
+    if too_long:
+        reference = " ".join(row["text"].split())
     if "error" in row:
         return Comparison(reference, None)
-    answer = normalize(row["pred_text"])
+    answer = normalize_short(row["pred_text"])
+    facts = {
+        "repeating": is_repeating(row["pred_text"]),
+        "duration": row.get("duration"),
+        "time": row.get("time"),
+    }
+    if too_long or answer is None:
+        words, characters = len(reference.split()), len(reference)
+        return Comparison(
+            reference,
+            TOO_LONG if answer is None else answer,
+            too_long=True,
+            deletions=words,
+            words=words,
+            character_errors=characters,
+            characters=characters,
+            **facts,
+        )
     words = kaldialign.edit_distance(reference.split(), answer.split(), merge_compounds=True)
     characters = kaldialign.edit_distance(reference, answer)
     return Comparison(
         reference,
         answer,
-        repeating=is_repeating(row["pred_text"]),
-        duration=row.get("duration"),
-        time=row.get("time"),
         insertions=words["ins"],
         deletions=words["del"],
         substitutions=words["sub"],
         words=words["ref_len"],
         character_errors=characters["total"],
         characters=characters["ref_len"],
+        **facts,
     )
 
 
@@ -184,6 +225,9 @@ def score(rows: list[dict], seed: int = 0) -> dict:
     was said, are counted in `nothing_said`; like the leaderboard, the error rates leave them out. Only `repeating` and
     `rtfx` take them in. A rate of no rows is None.
 
+    An answer or a reference of more than 10,000 characters or 2,000 words is not aligned: all words and characters of
+    the reference count as deleted. A reference that is too long itself counts as it is written, not normalized.
+
     Args:
         rows: Lines of predictions.jsonl; see [`read_predictions`].
         seed: Of the bootstrap: the same rows and seed give the same intervals.
@@ -197,6 +241,7 @@ def score(rows: list[dict], seed: int = 0) -> dict:
         `empty`: the share of answers that are empty once normalized, though something was said.
         `repeating`: the share of answers that repeat themselves.
         `nothing_said`: `rows`, and how many of them are `answered` with a word.
+        `too_long`: rows that are not aligned; not there if there are none.
         If the references are classes (see [`is_closed`]), `accuracy` (`value`, `low` and `high`): the share of rows
         whose normalized answer is the reference; and `confusion`: `counts[i][j]` rows of `references[i]` have
         `answers[j]`, the last of which is "other".
@@ -230,6 +275,8 @@ def summarize(comparisons: list[Comparison], seed: int) -> dict:
         "repeating": mean([row.repeating for row in answered]),
         "nothing_said": {"rows": len(silent), "answered": sum(row.answer != "" for row in silent)},
     }
+    if too_long := sum(row.too_long for row in answered):
+        scores["too_long"] = too_long
     if is_closed([row.reference for row in comparisons]):  # failed ones too: the same for all arms
         scores |= {"accuracy": accuracy, "confusion": confuse(comparisons)}
     return scores
@@ -377,6 +424,7 @@ def read_folder(folder: str | Path) -> dict[str, list[dict]]:
 COLUMNS = {  # of the table: head -> what a cell says of a score
     "rows": lambda scored: f"{scored['rows']}",
     "failed": lambda scored: f"{scored['failed']}",
+    "too long": lambda scored: str(scored.get("too_long", "")),
     "WER %": lambda scored: percent(scored["wer"]),
     "macro WER %": lambda scored: percent(scored["macro_wer"]),
     "CER %": lambda scored: percent(scored["cer"]),

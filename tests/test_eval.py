@@ -453,6 +453,21 @@ def test_scores_that_the_predictions_do_not_give_are_refused(scored, results, tm
         upload.check_files(scored)
 
 
+def test_files_too_large_to_be_read_are_named(demo_repo, tmp_path):
+    folder = shutil.copytree(demo_repo, tmp_path / "repo")
+    (folder / "evaluation").mkdir()
+    names = ["README.md", "config.json", "SHA256SUMS"]
+    names += [f"evaluation/{name}" for name in ("manifest.json", "scores.json", "predictions-silence.jsonl")]
+    for name in names:
+        path, limit = folder / name, card.LARGEST[Path(name).name.replace("-silence", "*")]
+        content = path.read_bytes() if path.exists() else None
+        with path.open("ab") as file:
+            file.truncate(limit + 1)  # which takes no space on the disk
+        with pytest.raises(ValueError, match=f"{name}: {limit + 1:,} bytes are past the limit of {limit:,}"):
+            upload.check_files(folder)
+        path.unlink() if content is None else path.write_bytes(content)
+
+
 def start(repo, data, output, *more, launcher=()) -> subprocess.Popen:
     command = [sys.executable, *launcher, str(upload.ROOT / "eval.py"), "predict", str(repo), "--data", str(data)]
     command += ["--output", str(output), *SHORT, "--batch-size", "1", *more]

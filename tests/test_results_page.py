@@ -346,3 +346,15 @@ def test_page_in_a_browser(report, browser, tmp_path):
     assert problems == [] and set(requests) <= {"file", "data"}
     assert len(report.read_bytes()) < 1e6 and set(MEDIA_TYPES) == {".mp3", ".jpg"}
     context.close()
+
+
+def test_a_text_that_is_too_long_is_shown_by_its_start(folder):
+    page = written(folder, [prediction(0, "one red star", "[" * 1_000_000), prediction(1, "one " * 3_000, "one")])
+    second, first = page.all("article")  # the worst one first
+    assert "3 errors in 3 words" in first.text and "3,000 errors in 3,000 words" in second.text
+    assert "the start of 1,000,000 characters" in first.text
+    assert first.text.count("too long to be aligned") == second.text.count("too long to be aligned") == 1
+    scores = copy.deepcopy(SCORES)
+    scores["arms"]["as given"]["all"]["too_long"] = 2
+    page = written(folder, [prediction(0, "one", "two")], scores)
+    assert "1 row failed; 2 rows too long to be aligned." in page.all("main")[0].text

@@ -3,8 +3,13 @@ Predictions -> scores. The normalized texts below are those of the leaderboard's
 open_asr_leaderboard.json names.
 """
 
+import itertools
 import json
+import multiprocessing
+import resource
+import time
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 
 import jiwer
 import numpy as np
@@ -446,3 +451,62 @@ def test_a_bad_line_is_named(line, message, tmp_path):
     assert message in str(raised.value)
     with pytest.raises(ValueError, match="predictions.jsonl:2: "):
         read_folder(tmp_path)
+
+
+def test_a_text_that_is_too_long_has_no_word_right():
+    short, long = "the cat sat", "the cat sat " * 1_000
+    many, wide = "1 " * 2_001, "ﷺ" * 600  # too many words; too many characters once they are normalized
+    for answer in (long, many, wide):
+        scores = score(rows((short, answer), (short, short)))
+        assert (scores["too_long"], scores["deletions"], scores["words"]) == (1, 3, 6)
+        assert (scores["wer"]["value"], scores["cer"]["value"], scores["empty"]) == (0.5, 0.5, 0)
+    scores = score(rows((long, long), (long, None)))
+    assert (scores["too_long"], scores["wer"]["value"], scores["words"]) == (1, 1, 3_000)
+    for reference in ("", " " * 20_000):
+        scores = score(rows((reference, long)))
+        assert (scores["too_long"], scores["nothing_said"]["answered"], scores["words"]) == (1, 1, 0)
+    assert "| too long |" in table(score_arms({"as given": rows((short, long))}))
+    assert "too_long" not in score(rows((short, short)))
+
+
+HOSTILE_TEXTS = {
+    "words": " ".join(f"w{number}" for number in range(8_000)),
+    "as many words as are aligned": " ".join(f"{number:04}x" for number in range(1_666)),
+    "characters": "abcdefgh" * 1_250,
+    **{symbol: symbol * 40_000 for symbol in ("[", "<", "(", " ", "\n", "1", "[ ", "( ", "<(", "(a", ".", "'", "ﷺ")},
+    **{f"short {symbol!r}": symbol * 10_000 for symbol in ("[", "<", "(", " ", "1", ".", "'", "ﷺ")},
+    "closed once": "[" * 5_000 + "(" * 4_990 + "[)]",
+    "closed": "(" * 5_000 + ")" * 5_000,
+    "numbers": "one million and a half " * 400,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TEXTS)
+def test_no_text_takes_long(name):
+    """A row takes 0.6 s of one core at most; the limit leaves room for a busy machine."""
+    text = HOSTILE_TEXTS[name]
+    start = time.process_time()
+    score(rows((text, text[::-1])))
+    assert time.process_time() - start < 5
+
+
+def test_unclosed_brackets_are_normalized_as_by_the_leaderboard():
+    rng = np.random.default_rng(0)
+    for _ in range(2_000):
+        text = "".join(rng.choice(list("[]<>()()[ .'$1aum{"), size=rng.integers(20)))
+        assert normalize(text) == " ".join(scoring.NORMALIZER(text).split())
+
+
+def memory_of_a_row(text: str, answer: str) -> int:
+    """MiB that a row takes, by the peak of the process that this runs in."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert not scoring.compare({"text": text, "pred_text": answer}).too_long
+    align(text, answer)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+
+
+def test_a_row_takes_little_memory():
+    words = list(map("".join, itertools.product("bcdfghjk", repeat=4)))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        taken = pool.submit(memory_of_a_row, " ".join(words[:2000]), " ".join(words[2000:4000])).result()
+    assert 50 < taken < 100
