@@ -207,7 +207,8 @@ def write_page(folder: Path, predictions: dict[str, list[dict]], scores: dict, l
 
     Args:
         folder: Holds `manifest.json`, and the media that the predictions name.
-        predictions: The predictions of each arm; the rows of the arm "as given" are shown.
+        predictions: The predictions of each arm, as `scoring.read_predictions` gives them; the rows of the arm "as
+            given" are shown.
         scores: What `scoring` makes of them.
         limit: The greatest number of rows, because each carries its media.
 
@@ -459,7 +460,9 @@ def make_row(folder: Path, row: Comparison, group: int, answers: dict[str, Compa
     facts = [f"{prediction['duration']:.1f} s of audio"] if prediction.get("duration") else []
     facts += [f"answered in {prediction['time']:.2f} s"] if prediction.get("time") is not None else []
     media += f"<p><small>{', '.join(facts)}</small></p>" if facts else ""
-    parts = {"Question": f'<span class="question">{text(prediction["prompt"])}</span>'}
+    parts = {}
+    if prediction.get("prompt") is not None:
+        parts["Question"] = f'<span class="question">{text(prediction["prompt"])}</span>'
     parts["Reference"] = passage(prediction["text"])
     if row.failed:
         parts["Error"] = f'<span class="error">{text(prediction["error"])}</span>'

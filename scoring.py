@@ -47,7 +47,11 @@ FIELDS = {  # of a line of predictions.jsonl: types, and what an error calls the
     "text": ((str,), "a string"),
     "pred_text": ((str,), "a string"),
     "error": ((str,), "a string"),
+    "prompt": ((str, type(None)), "a string or null"),
+    "media": ((list, type(None)), "a list of strings or null"),
 }
+OPTIONAL = ("prompt", "media")  # what the report shows of a row where it is there
+MAX_SECONDS = 10_000_000  # of `duration` and `time`: four months
 
 
 class LeaderboardNormalizer(EnglishTextNormalizer):
@@ -344,12 +348,12 @@ def score_arms(predictions: dict[str, list[dict]], seed: int = 0) -> dict:
 def read_predictions(path: str | Path) -> list[dict]:
     """
     The lines of a file of predictions: `row` (its number, from 0), `place` (its file and line), `group`,
-    `audio_filepath`, `duration` and `time` (seconds), `text` (the reference), and `pred_text` (the answer) or, if it
-    failed, `error`.
+    `audio_filepath`, `duration` and `time` (seconds, at most 10,000,000), `text` (the reference), and `pred_text` (the
+    answer) or, if it failed, `error`. A line may have `prompt` and `media`, the names of files, which the report shows.
 
     Raises:
-        ValueError: if a line is no JSON object, lacks one of these keys, has another type there, or has the `row` of
-            a line before it. The message begins with file and line.
+        ValueError: if a line is no JSON object, lacks one of the other keys, has another type there, or has the `row`
+            of a line before it. The message begins with file and line.
     """
     rows, seen = [], {}
     lines = Path(path).read_bytes().split(b"\n")
@@ -388,16 +392,20 @@ def check_prediction(row, place: str):
     if ("pred_text" in row) == ("error" in row):
         found = "both" if "error" in row else "neither"
         raise ValueError(f"{place}: expected `pred_text` or, if the row failed, `error`; there is {found}.")
-    absent = "pred_text" if "error" in row else "error"
+    optional = (*OPTIONAL, "pred_text" if "error" in row else "error")
     for name, (types, expected) in FIELDS.items():
-        if name == absent:
-            continue
         if name not in row:
+            if name in optional:
+                continue
             raise ValueError(f"{place}: there is no `{name}`.")
         value = row[name]
         is_number = type(value) in (float, int)
-        if type(value) not in types or (is_number and not 0 <= value < math.inf):
-            raise ValueError(f"{place}: `{name}` must be {expected}, got {value!r}.")
+        is_wrong = type(value) not in types or (is_number and not 0 <= value < math.inf)
+        if is_wrong or (type(value) is list and not all(isinstance(part, str) for part in value)):
+            shown = type(value).__name__ if isinstance(value, (list, dict)) else f"{value!r:.200}"
+            raise ValueError(f"{place}: `{name}` must be {expected}, got {shown}.")
+        if name in ("duration", "time") and is_number and value > MAX_SECONDS:
+            raise ValueError(f"{place}: `{name}` must be at most {MAX_SECONDS:,} s, got {value!r:.200}.")
 
 
 def file_of(arm: str) -> str:

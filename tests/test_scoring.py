@@ -436,6 +436,21 @@ WHOLE = json.dumps(row("a", "b", number=1))
         (WHOLE.replace('"row": 1', '"row": -1'), "`row` must be an int from 0, got -1"),
         (WHOLE.replace('"duration": 10.0', '"duration": "10"'), "`duration` must be seconds or null, got '10'"),
         (WHOLE.replace('"duration": 10.0', '"duration": NaN'), "`duration` must be seconds or null, got nan"),
+        *(
+            (
+                WHOLE.replace('"duration": 10.0', f'"duration": {seconds}'),
+                "`duration` must be at most 10,000,000 s, got 1",
+            )
+            for seconds in ("1e308", "1e12", "10000001", 10**400)
+        ),
+        (WHOLE.replace('"time": 0.5', '"time": 1e8'), "`time` must be at most 10,000,000 s, got 100000000.0"),
+        (WHOLE.replace("{", '{"media": "a.mp3", '), "`media` must be a list of strings or null, got 'a.mp3'"),
+        (WHOLE.replace("{", '{"media": [1], '), "`media` must be a list of strings or null, got list"),
+        (WHOLE.replace("{", '{"prompt": [], '), "`prompt` must be a string or null, got list"),
+        (
+            WHOLE.replace('"place": ', '"place": ' + "[" * 500 + "]" * 500 + ', "was": '),
+            "`place` must be a string, got list",
+        ),
         (WHOLE.replace('"time": 0.5', '"time": 1e999'), "`time` must be seconds or null, got inf"),
         (WHOLE.replace('"pred_text": "b"', '"pred_text": null'), "`pred_text` must be a string, got None"),
         (WHOLE.replace('"pred_text": "b"', '"error": 3'), "`error` must be a string, got 3"),
