@@ -241,7 +241,7 @@ def score(rows: list[dict], seed: int = 0) -> dict:
         `wer` and `cer`: errors divided by the length of the references in words and in characters with spaces;
             `value`, and `low` and `high`, the 95% interval of a percentile bootstrap over rows.
         `macro_wer`: the mean of the rows' own WER.
-        `rtfx`: seconds of audio per second of time; None if a row lacks one of them.
+        `rtfx`: seconds of audio per second of time; None if a row lacks one of them, or if it is not finite.
         `empty`: the share of answers that are empty once normalized, though something was said.
         `repeating`: the share of answers that repeat themselves.
         `nothing_said`: `rows`, and how many of them are `answered` with a word.
@@ -264,6 +264,7 @@ def summarize(comparisons: list[Comparison], seed: int) -> dict:
     )
     times = [(row.duration, row.time) for row in answered]
     timed = bool(times) and all(duration and time for duration, time in times)
+    speed = sum(duration for duration, _ in times) / sum(time for _, time in times) if timed else math.inf
     scores = {
         "rows": len(comparisons),
         "failed": len(comparisons) - len(answered),
@@ -274,7 +275,7 @@ def summarize(comparisons: list[Comparison], seed: int) -> dict:
         "deletions": sum(row.deletions for row in said),
         "substitutions": sum(row.substitutions for row in said),
         "words": sum(row.words for row in said),
-        "rtfx": sum(duration for duration, _ in times) / sum(time for _, time in times) if timed else None,
+        "rtfx": speed if speed < math.inf else None,
         "empty": mean([row.answer == "" for row in said]),
         "repeating": mean([row.repeating for row in answered]),
         "nothing_said": {"rows": len(silent), "answered": sum(row.answer != "" for row in silent)},

@@ -6,6 +6,8 @@ open_asr_leaderboard.json names.
 import itertools
 import json
 import multiprocessing
+import random
+import re
 import resource
 import time
 import zlib
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 
 import scoring
+from results_page import write_page
 from scoring import align, is_closed, normalize, read_folder, read_predictions, score, score_arms, table
 
 
@@ -525,3 +528,65 @@ def test_a_row_takes_little_memory():
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         taken = pool.submit(memory_of_a_row, " ".join(words[:2000]), " ".join(words[2000:4000])).result()
     assert 50 < taken < 100
+
+
+ODD_STRINGS = [
+    "",
+    "all",
+    "\ud83d",
+    "\x00",
+    "[" * 9_000,
+    "1" * 5_000,
+    "one " * 3_000,
+    "x" * 20_000,
+    "{" * 100,
+    "½ﷺ",
+    "$1¢1",
+]
+ODD_NUMBERS = [0, -1, 1, 1.5, True, 1e7, 1e8, 1e308, 5e-324, 10**400, float("nan"), float("inf")]
+
+
+def odd_string(rng: random.Random) -> str:
+    words = ["one", "million", "and a half", "point", "(", "[", "<", "it's", "wi fi", "$", "%", "double", *ODD_STRINGS]
+    return " ".join(rng.choices(words, k=rng.choice([1, 1, 5])))
+
+
+def odd_value(rng: random.Random, depth: int = 0):
+    """A number, string, list or object as someone would write who means harm."""
+    choice = rng.random()
+    if choice < 0.4:
+        return rng.choice(ODD_NUMBERS)
+    if choice < 0.6 or depth > 3:
+        return odd_string(rng)
+    values = [odd_value(rng, depth + 1) for _ in range(rng.randrange(3))]
+    return values if choice < 0.8 else dict(zip("ab", values, strict=False))
+
+
+def test_odd_rows_are_refused_or_scored(tmp_path):
+    """A ValueError that names the line or the group, or finite scores and a page."""
+    rng, scored = random.Random(0), 0
+    (tmp_path / "manifest.json").write_text('{"model": {"name": "someone/a-model"}}')
+    deep = "[" * 900 + "]" * 900
+    start = time.process_time()
+    for _ in range(150):
+        lines = []
+        for number in range(2):
+            line = row("the cat sat", "a cat sat", number=number)
+            line |= {name: odd_string(rng) for name in ("text", "pred_text", "group", "place") if rng.random() < 0.4}
+            line |= {name: rng.choice(ODD_NUMBERS) for name in ("duration", "time") if rng.random() < 0.1}
+            line |= {name: odd_value(rng) for name in [*line, "error", "media", "prompt"] if rng.random() < 0.05}
+            text = json.dumps(line)
+            lines.append(text.replace("{", f'{{"deep": {deep}, ', 1) if rng.random() < 0.05 else text)
+        write(tmp_path / "predictions.jsonl", *lines)
+        try:
+            predictions = read_folder(tmp_path)
+            scores = score_arms(predictions)
+        except ValueError as error:
+            assert re.match(rf"{tmp_path}/predictions.jsonl:[12]: |A group of ", str(error))
+            continue
+        json.dumps(scores, allow_nan=False)
+        table(scores)
+        page = write_page(tmp_path, predictions, scores).read_text(encoding="utf-8")
+        assert page.endswith("</html>\n") and len(page) < 1_000_000
+        scored += 1
+    assert 30 < scored < 120 and time.process_time() - start < 20
