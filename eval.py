@@ -199,7 +199,12 @@ def short_place(row: dict) -> str:
 
 @refuse_unreadable()
 def open_content(content):
-    """Reads sound and pictures of a message's content."""
+    """
+    Reads sound and pictures of a message's content.
+
+    Raises:
+        ValueError: whatever is wrong with one of them.
+    """
     if not isinstance(content, list):
         return content
     opened = []
@@ -438,7 +443,7 @@ def refuse_another_run(folder: Path, manifest: dict):
         return
     then, now = json.loads(path.read_text()), json.loads(json.dumps(manifest))
     differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in LASTING if then.get(name) != now[name]]
-    if differing := [*differing, *changed_data(then["data"], now["data"])]:
+    if differing := [*differing, *changed_data(then.get("data", []), now["data"])]:
         raise ValueError(f"{folder} holds the predictions of another run; name a new --output. {'; '.join(differing)}")
 
 
