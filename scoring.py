@@ -28,7 +28,7 @@ NOTHING_SAID = ("", "ignore time segment in scoring")
 
 # Of a text that is aligned. The time and memory of an alignment grow with the square: these take a second and 80 MB.
 MAX_CHARACTERS, MAX_WORDS = 10_000, 2_000
-TOO_LONG = "(too long)"  # in the place of a longer answer; no normalized text has brackets
+TOO_LONG = "(too long)"  # in the place of the answer then; no normalized text has brackets
 
 RESAMPLES = 1_000
 REPEATING = 2.4  # `compression_ratio_threshold` of openai/whisper's transcribe.py
@@ -139,7 +139,7 @@ class Comparison:
     """One row: its reference and answer, and how far they are apart."""
 
     reference: str  # normalized, unless it is too long
-    answer: str | None  # normalized; None if the row failed, TOO_LONG if it is
+    answer: str | None  # normalized; None if the row failed, TOO_LONG if it is not aligned
     repeating: bool = False
     too_long: bool = False  # to be aligned; no word counts as right
     duration: float | None = None  # seconds
@@ -178,7 +178,7 @@ def compare(row: dict) -> Comparison:
         words, characters = len(reference.split()), len(reference)
         return Comparison(
             reference,
-            TOO_LONG if answer is None else answer,
+            "" if answer == "" else TOO_LONG,
             too_long=True,
             deletions=words,
             words=words,

@@ -480,6 +480,7 @@ def test_a_text_that_is_too_long_has_no_word_right():
         assert (scores["wer"]["value"], scores["cer"]["value"], scores["empty"]) == (0.5, 0.5, 0)
     scores = score(rows((long, long), (long, None)))
     assert (scores["too_long"], scores["wer"]["value"], scores["words"]) == (1, 1, 3_000)
+    assert score(rows(("yes" + " " * 20_000, "yes"), ("yes", "yes")))["accuracy"]["value"] == 0.5
     for reference in ("", " " * 20_000):
         scores = score(rows((reference, long)))
         assert (scores["too_long"], scores["nothing_said"]["answered"], scores["words"]) == (1, 1, 0)
