@@ -7,12 +7,17 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
-from checkpoints import read_checksums, write_checksums
+from checkpoints import CHECKSUMS, read_checksums, write_checksums
 from configuration_qwen2_audio_vl import tokens_per_window
 
 
 ROOT = Path(__file__).resolve().parent
 EVALUATION = "evaluation"  # the folder of the predictions that the card's scores come from
+# Bytes of the files that `check` reads whole, of strangers as well; all files that fit a name count together.
+LARGEST = {
+    **{"README.md": 2**18, "config.json": 2**20, CHECKSUMS: 2**20},
+    **{"manifest.json": 2**20, "scores.json": 2**24, "predictions*.jsonl": 2**28},
+}
 METRICS = {  # task and name that the Hub shows
     "wer": ("automatic-speech-recognition", "WER"),
     "cer": ("automatic-speech-recognition", "CER"),
@@ -78,13 +83,26 @@ def weights_of(folder: Path) -> dict[str, str]:
     return {name: sum for name, sum in read_checksums(folder).items() if name.endswith(".safetensors")}
 
 
+def check_sizes(folder: Path):
+    """
+    Raises:
+        ValueError: naming a file of a folder that is too large to be read whole, its size and the limit.
+    """
+    for pattern, limit in LARGEST.items():
+        paths = sorted(folder.glob(pattern))
+        size = sum(path.stat().st_size for path in paths)
+        if size > limit:
+            names = ", ".join(map(str, paths))
+            raise ValueError(f"{names}: {size:,} bytes are past the limit of {limit:,} for {pattern}; make it smaller")
+
+
 def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
     """
     The manifest of predictions and the scores that they give.
 
     Raises:
-        ValueError: if they are not all there, are of other weights than those of the folder, or give other scores than
-            those beside them.
+        ValueError: if they are not all there or are too large, are of other weights than those of the folder, or give
+            other scores than those beside them.
     """
     from scoring import AS_GIVEN, read_folder, score_arms
 
@@ -92,6 +110,7 @@ def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
         raise ValueError(
             f"{results} has no {' and no '.join(missing)}; `eval.py predict` and `eval.py score` write them"
         )
+    check_sizes(results)
     manifest, stored = (json.loads((results / name).read_text()) for name in ("manifest.json", "scores.json"))
     made, weights = manifest["model"]["weights"], weights_of(folder)
     if made != weights:

@@ -1,11 +1,13 @@
 """Rows of chat messages, or of recordings and transcripts, from JSON lines or `datasets` -> batches to train on."""
 
+import hashlib
 import io
 import json
 import math
+import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -82,6 +84,89 @@ def check_lines(source: str):
         raise ValueError(f"{source} must be JSON lines in UTF-8; it holds zero bytes, as UTF-16 does.")
 
 
+def describe_data(sources: list[str], columns: tuple[str, str] | None = None) -> list[dict[str, str]]:
+    """
+    What tells the content of sources from other content under the same names. Files that rows name are not opened.
+
+    Args:
+        sources, columns: As in [`load_rows`].
+
+    Returns:
+        For each source its `name` without the folders above it, and what is known of it: `sha256` of a local file of
+        JSON lines; `fingerprint`, by `datasets`, of a folder that it saved; `revision` of a dataset of the Hub;
+        `files`, a checksum over names, sizes in bytes and times of change in seconds: of the files that the rows of
+        JSON lines name, or that a local dataset consists of.
+    """
+    return [
+        {"name": Path(source).name if Path(source).exists() else source, **identify(source, columns)}
+        for source in sources
+    ]
+
+
+def identify(source: str, columns: tuple[str, str] | None) -> dict[str, str]:
+    path = Path(source)
+    if source.endswith((".jsonl", ".json")):
+        if not path.is_file():
+            return {}
+        digest, names = hashlib.sha256(), set()
+        with path.open("rb") as lines:
+            for line in lines:
+                digest.update(line)
+                names.update(named_files(line, columns or RECORDING))
+        return {"sha256": digest.hexdigest(), "files": checksum_of_files(path.parent, names)}
+    if (path / "state.json").is_file():
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        names = [file["filename"] for file in state["_data_files"]]
+        return {"fingerprint": state["_fingerprint"], "files": checksum_of_files(path, names)}
+    name, *configuration, _ = split_source(source)
+    builder = datasets.load_dataset_builder(name, *configuration)
+    if not Path(name).exists():
+        return {"revision": builder.hash}
+    paths = (file for files in builder.config.data_files.values() for file in files)
+    return {"files": checksum_of_files(Path(name), (os.path.relpath(file, name) for file in paths))}
+
+
+def named_files(line: bytes, columns: tuple[str, str]) -> Iterator[str]:
+    """The local files that a line of JSON names: what [`locate`] looks for beside the source."""
+    try:
+        row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+        messages = row.get("messages") or []
+        contents = [content for message in messages if isinstance(content := message["content"], list)]
+        items = [{"audio": row.get(columns[0])}, *(item for content in contents for item in content)]
+        yield from (part for item in items for name, part in item.items() if names_file(name, part))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return  # a bad row, which is refused where it is read
+
+
+def checksum_of_files(folder: Path, names: Iterable[str]) -> str:
+    """Of the names, sizes and times of change of files; whole seconds, as archives keep no more."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        try:
+            stat = os.stat(os.path.join(folder, name))
+            facts = [name, stat.st_size, int(stat.st_mtime)]
+        except (OSError, ValueError):
+            facts = [name]
+        digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()
+
+
+def changed_data(then: list[dict], now: list[dict]) -> list[str]:
+    """
+    What differs between two descriptions by [`describe_data`], in words. What only one of them knows does not count, so
+    that a run whose description says less goes on.
+    """
+    names = [[source["name"] for source in each] for each in (then, now)]
+    if names[0] != names[1]:
+        return [f"data was {', '.join(names[0])}, is {', '.join(names[1])}"]
+    return [
+        f"{key} of {old['name']} was {old[key]}, is {new[key]}"
+        for old, new in zip(then, now, strict=True)
+        for key in new
+        if key in old and old[key] != new[key]
+    ]
+
+
 def rename_keys(line: str, columns: tuple[str, str]) -> dict[str, str]:
     """A line whose recording and transcript are under the usual names; one that has none stays as it is."""
     try:
@@ -96,7 +181,7 @@ def load_dataset(source: str, streaming: bool, columns: tuple[str, str] | None, 
         rows = datasets.load_from_disk(source)
         rows = rows.to_iterable_dataset() if streaming else rows
     else:
-        name, *configuration, split = source.split(":") if ":" in source else (source, "train")
+        name, *configuration, split = split_source(source)
         rows = datasets.load_dataset(name, *configuration, split=split or "train", streaming=streaming)
     found, needed = rows.features or {}, columns or ("messages",)
     if missing := [f"`{name}`" for name in (*needed, *keep) if name not in found]:
@@ -111,6 +196,11 @@ def load_dataset(source: str, streaming: bool, columns: tuple[str, str] | None, 
     if columns and columns != RECORDING:
         rows = rows.rename_columns(dict(zip(columns, RECORDING, strict=True)))
     return rows
+
+
+def split_source(source: str) -> list[str]:
+    """The name, perhaps the configuration, and the split of a dataset."""
+    return source.split(":") if ":" in source else [source, "train"]
 
 
 def without_decoding(feature):
@@ -192,7 +282,7 @@ class ChatCollator:
     def inputs(self, row: dict, audio_tokens: str | None = None) -> dict[str, torch.Tensor]:
         """Model inputs of one row, unpadded, and `labels`: the answers and the ends of their turns, -100 elsewhere."""
         messages = self.messages(row)
-        with prefix_errors(place_of(row)):
+        with prefix_errors(place_of(row)), refuse_unreadable():
             inputs = self.processor.apply_chat_template(
                 messages,
                 tokenize=True,
@@ -276,6 +366,20 @@ def prefix_errors(place: str):
         raise BadRow(f"{place}: {str(error) or type(error).__name__}") from error
 
 
+@contextmanager
+def refuse_unreadable():
+    """
+    Turns whatever a decoder raises on a broken file into a ValueError: Pillow raises SyntaxError, struct.error and
+    DecompressionBombError, AVIF RuntimeError. Memory that runs out is not the fault of the file.
+    """
+    try:
+        yield
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
 def answer_text(content) -> str:
     if isinstance(content, str):
         return content
@@ -285,13 +389,19 @@ def answer_text(content) -> str:
 def locate(name: str, source, folder: Path):
     """Makes relative paths absolute, and pictures that `datasets` holds as bytes pictures."""
     if name == "image" and isinstance(source, dict) and source.get("bytes"):
-        return Image.open(io.BytesIO(source["bytes"]))
-    is_path = isinstance(source, str) and not re.match(r"\w+:", source) and len(source) < 1024  # base64 is longer
-    if name not in ("image", "video", "audio", "url", "path") or not is_path:
+        with refuse_unreadable():
+            return Image.open(io.BytesIO(source["bytes"]))
+    if not names_file(name, source):
         return source
     if not (folder / source).is_file():
         raise ValueError(f"there is no file {folder / source}")
     return str(folder / source)
+
+
+def names_file(name: str, source) -> bool:
+    """Whether a part of a content item is the path of a local file."""
+    is_path = isinstance(source, str) and not re.match(r"\w+:", source) and len(source) < 1024  # base64 is longer
+    return is_path and name in ("image", "video", "audio", "url", "path")
 
 
 class SkipBadRows:

@@ -1,6 +1,6 @@
 """
 Reads the headers of checkpoints, plans which tensor of the model comes from which file, and writes new safetensors
-files from that plan as a stream, a few megabytes at a time; and keeps the checksums of a folder.
+files from that plan as a stream, a few megabytes at a time; and keeps the checksums of a folder, and other runs out.
 """
 
 import glob
@@ -11,10 +11,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -297,3 +299,26 @@ def remove_abandoned(target: Path):
             shutil.rmtree(folder, ignore_errors=True)
         except (ValueError, OverflowError, PermissionError):  # not of a build, or of another user's
             continue
+
+
+@contextmanager
+def only_run(folder: str | Path, option: str, is_main_process: bool = True):
+    """
+    Keeps other runs out of a folder, which is made if it is not there. The lock of a process that was killed is free.
+
+    Args:
+        option: Of the command line, which names the folder in the error.
+        is_main_process: The other processes of a run take no lock.
+
+    Raises:
+        ValueError: if another run that is alive writes into the folder.
+    """
+    if not is_main_process:
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(Path(folder) / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"{option} {folder} is in use by another run; name a new folder, or wait for it.") from error

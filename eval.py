@@ -36,10 +36,22 @@ from transformers.image_utils import load_image
 from transformers.utils import logging
 
 from audio_utils import AUDIO_TYPES, fetch_audio, iter_audio_sources
-from chat_data import BadRow, ChatCollator, answer_text, columns_of, content_of, load_rows, place_of, prefix_errors
-from checkpoints import sha256
+from chat_data import (
+    BadRow,
+    ChatCollator,
+    answer_text,
+    changed_data,
+    columns_of,
+    content_of,
+    describe_data,
+    load_rows,
+    place_of,
+    prefix_errors,
+    refuse_unreadable,
+)
+from checkpoints import only_run, sha256
 from results_page import write_page
-from scoring import AS_GIVEN, compare, file_of, read_folder, read_predictions, score_arms, table
+from scoring import ALL, AS_GIVEN, compare, file_of, read_folder, read_prediction, score_arms, table
 from upload import resolve
 
 
@@ -49,10 +61,11 @@ ARMS = ("silence", "swapped", "no-image", "text")
 RATE = 16_000  # samples a second
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 BUFFER = 16  # batches that are sorted by length together
+LINES = {"encoding": "utf-8", "errors": "backslashreplace"}  # half of a surrogate pair is an escape of JSON
 THUMBNAIL = 320  # pixels a side of the pictures that the report shows
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "av", "numpy", "kaldialign")
-# What a run that goes on must have in common with the one that was stopped.
-LASTING = ("model", "data", "columns", "instruction", "group_column", "transcript_column", "backend", "generation")
+# What a run that goes on must have in common with the one that was stopped, beside the data.
+LASTING = ("model", "columns", "instruction", "group_column", "transcript_column", "backend", "generation")
 
 
 class Question(NamedTuple):
@@ -105,6 +118,7 @@ class Questions:
             if said is None and content.get("messages") is None:  # a recording with its transcript
                 said = text
             group = content.get(self.group_column)
+            refuse_group(group)
             return Question(
                 row=index,
                 place=short_place(row),
@@ -154,14 +168,43 @@ class Questions:
         raise BadRow(f"{question.place}: no other row has a clip that says something else")
 
 
+def refuse_group(group):
+    """
+    Raises:
+        ValueError: if a group would take the name of the scores over all rows.
+    """
+    if str(group) == ALL:
+        raise ValueError(f"the group is named {ALL!r}, as the scores over all rows are; rename it")
+
+
+def check_groups(rows: datasets.Dataset, column: str):
+    """
+    Raises:
+        BadRow: if the group of a row has a name that cannot be scored. Other faults are found where rows are read.
+    """
+    for row in rows.select_columns([name for name in ("line", "place", column) if name in rows.column_names]):
+        try:
+            group = content_of(row).get(column)
+        except (ValueError, RecursionError):
+            continue
+        with prefix_errors(place_of(row)):
+            refuse_group(group)
+
+
 def short_place(row: dict) -> str:
     """The place of a row without the folders above a local file, which are nobody's business."""
     source, _, number = place_of(row).rpartition(":")
     return f"{Path(source).name}:{number}" if Path(source).exists() else place_of(row)
 
 
+@refuse_unreadable()
 def open_content(content):
-    """Reads sound and pictures of a message's content."""
+    """
+    Reads sound and pictures of a message's content.
+
+    Raises:
+        ValueError: whatever is wrong with one of them.
+    """
     if not isinstance(content, list):
         return content
     opened = []
@@ -179,15 +222,22 @@ def open_content(content):
 
 
 def answer(processor, model, conversations: list[list[dict]], max_new_tokens: int) -> list[str]:
-    """The greedy answers to conversations that end with a user's message."""
-    inputs = processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-    ).to(model.device)
+    """
+    The greedy answers to conversations that end with a user's message.
+
+    Raises:
+        ValueError: if their content cannot be read; videos are opened here.
+    """
+    with refuse_unreadable():
+        inputs = processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        )
+    inputs = inputs.to(model.device)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -315,29 +365,35 @@ def write_media(question: Question, folder: Path) -> list[str]:
     return names
 
 
-def cut_broken_end(path: Path):
-    """Removes a last line that a kill has left unfinished."""
-    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
-
-
 def rank_files(folder: Path, arm: str) -> list[Path]:
     """What the processes of a run on several devices wrote; the first one writes into the file itself."""
     return sorted(folder.glob(f"{file_of(arm)}.rank-*"))
 
 
 def rows_done(folder: Path, arm: str) -> dict[int, dict]:
-    paths = [path for path in (folder / file_of(arm), *rank_files(folder, arm)) if path.is_file()]
-    for path in paths:
-        cut_broken_end(path)
-    return {row["row"]: row for path in paths for row in read_predictions(path)}
+    """
+    The predictions of an arm by their row. Two runs at a time could write a row twice, where the first line counts, or
+    write into each other's lines; such a line, or one that a kill cut short, does not count.
+    """
+    done = {}
+    for path in (folder / file_of(arm), *rank_files(folder, arm)):
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = read_prediction(line, f"{path}:{number}")
+            except ValueError as error:
+                logger.warning(f"Left out, its row is asked again: {error}")
+                continue
+            done.setdefault(row["row"], row)
+    return done
 
 
 def merge(folder: Path, arm: str):
-    """One file of all rows in their order."""
+    """Writes one file of all rows in their order, each once, in the place of all files of an arm."""
     done, path = rows_done(folder, arm), folder / file_of(arm)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(done[row], ensure_ascii=False) + "\n" for row in sorted(done)))
+    with unfinished.open("w", **LINES) as file:
+        file.writelines(json.dumps(done[row], ensure_ascii=False) + "\n" for row in sorted(done))
     unfinished.replace(path)
     for part in rank_files(folder, arm):
         part.unlink()
@@ -348,18 +404,11 @@ def make_manifest(options: argparse.Namespace) -> dict:
     origin = resolve(options.repo)
     patterns = ("*.safetensors", "*.py")
     weights, code = ({file.name: sha256(file) for file in sorted(origin.folder.glob(each))} for each in patterns)
-    files = {name: Path(name) for name in options.data if Path(name).exists()}
-    data = [
-        {
-            "name": files[name].name if name in files else name,
-            "sha256": sha256(files[name]) if name in files and files[name].is_file() else None,
-        }
-        for name in options.data
-    ]
+    columns = columns_of(options.audio_column, options.text_column)
     return {
         "model": {"name": origin.name, "revision": origin.commit, "weights": weights, "code": code},
-        "data": data,
-        "columns": columns_of(options.audio_column, options.text_column),
+        "data": describe_data(options.data, columns),
+        "columns": columns,
         "instruction": options.instruction,
         "group_column": options.group_column,
         "transcript_column": options.transcript_column,
@@ -389,23 +438,27 @@ def refuse_another_run(folder: Path, manifest: dict):
     """
     path = folder / "manifest.json"
     if not path.is_file():
-        if rows_done(folder, AS_GIVEN):
+        if (folder / file_of(AS_GIVEN)).is_file():
             raise ValueError(f"{folder} holds predictions but no manifest.json; name a new --output.")
         return
     then, now = json.loads(path.read_text()), json.loads(json.dumps(manifest))
-    if differing := [f"{name} was {then.get(name)}, is {now[name]}" for name in LASTING if then.get(name) != now[name]]:
+    differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in LASTING if then.get(name) != now[name]]
+    if differing := [*differing, *changed_data(then.get("data", []), now["data"])]:
         raise ValueError(f"{folder} holds the predictions of another run; name a new --output. {'; '.join(differing)}")
 
 
 def write_json(path: Path, content: dict):
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", **LINES)
     unfinished.replace(path)
 
 
 def predict_arm(arm: str, questions: Questions, backend, options: argparse.Namespace):
     """Asks what was not asked yet, and writes a line for each row as soon as it is there."""
     state, folder = PartialState(), Path(options.output)
+    if state.is_main_process:
+        merge(folder, arm)
+    state.wait_for_everyone()
     done = rows_done(folder, arm)
     state.wait_for_everyone()  # before any of them writes
     name = file_of(arm) + (f".rank-{state.process_index}" if state.process_index else "")
@@ -415,7 +468,7 @@ def predict_arm(arm: str, questions: Questions, backend, options: argparse.Names
     total = min(filter(None, (known, options.limit)), default=None)
     errors = words = same = 0
     with (
-        (folder / name).open("a", encoding="utf-8") as file,
+        (folder / name).open("a", **LINES) as file,
         tqdm(desc=arm, total=total, initial=len(done), unit="row", disable=state.process_index > 0) as bar,
     ):
 
@@ -493,6 +546,8 @@ def predict(options: argparse.Namespace) -> Path:
     rows = load_rows(options.data, options.streaming, columns, keep)
     if not options.streaming and options.limit is not None:
         rows = rows.select(range(min(options.limit, len(rows))))
+    if not options.streaming and options.group_column is not None:
+        check_groups(rows, options.group_column)
     extra = {} if options.audio_tokens is None else {"audio_tokens": options.audio_tokens}
     processor = AutoProcessor.from_pretrained(options.repo, trust_remote_code=True, **extra)
     questions = Questions(
@@ -558,7 +613,8 @@ def main(arguments: list[str] | None = None):
             print(table(score(options)))
             print(f"\n{Path(options.folder) / 'report.html'} has every answer.")
         else:
-            predict(options)
+            with only_run(options.output, "--output", PartialState().is_main_process):
+                predict(options)
     except (ValueError, OSError) as error:
         parser.exit(1, f"eval.py {options.command}: {error}\n")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from scoring import align, normalize
+from scoring import MAX_CHARACTERS, align, normalize_short
 
 
 AS_GIVEN = "as given"  # the arm whose rows are shown
@@ -160,10 +160,14 @@ filter();
 
 @dataclass
 class Comparison:
-    """A prediction and how its words differ from the reference: pairs of words, none where the model failed."""
+    """
+    A prediction and how its words differ from the reference: pairs of words, none where the model failed or a text is
+    too long to be aligned.
+    """
 
     prediction: dict
     pairs: list[tuple[str, str]]
+    unaligned: int = 0  # words of the reference, all wrong, where a text is too long
 
     @property
     def failed(self) -> bool:
@@ -171,11 +175,11 @@ class Comparison:
 
     @property
     def errors(self) -> int:
-        return sum(differ(reference, given) for reference, given in self.pairs)
+        return self.unaligned + sum(differ(reference, given) for reference, given in self.pairs)
 
     @property
     def words(self) -> int:
-        return sum(reference != "" for reference, _ in self.pairs)
+        return self.unaligned + sum(reference != "" for reference, _ in self.pairs)
 
     @property
     def badness(self) -> tuple[bool, float, int]:
@@ -191,7 +195,10 @@ def differ(reference: str, given: str) -> bool:
 def compare(prediction: dict) -> Comparison:
     if "error" in prediction:
         return Comparison(prediction, [])
-    return Comparison(prediction, align(normalize(prediction["text"]), normalize(prediction["pred_text"])))
+    reference, answer = (normalize_short(prediction[name]) for name in ("text", "pred_text"))
+    if reference is None or answer is None:
+        return Comparison(prediction, [], len((prediction["text"] if reference is None else reference).split()))
+    return Comparison(prediction, align(reference, answer))
 
 
 def write_page(folder: Path, predictions: dict[str, list[dict]], scores: dict, limit: int = 200) -> Path:
@@ -200,7 +207,8 @@ def write_page(folder: Path, predictions: dict[str, list[dict]], scores: dict, l
 
     Args:
         folder: Holds `manifest.json`, and the media that the predictions name.
-        predictions: The predictions of each arm; the rows of the arm "as given" are shown.
+        predictions: The predictions of each arm, as `scoring.read_predictions` gives them; the rows of the arm "as
+            given" are shown.
         scores: What `scoring` makes of them.
         limit: The greatest number of rows, because each carries its media.
 
@@ -323,6 +331,7 @@ def make_scores(scores: dict) -> str:
     rate = percent(whole["wer"])
     rate = "not defined" if rate == MISSING else f"<strong>{rate} %</strong>"
     failed = f"; {count(whole['failed'], 'row')} failed" if whole["failed"] else ""
+    failed += f"; {count(whole['too_long'], 'row')} too long to be aligned" if whole.get("too_long") else ""
     page = '<section aria-labelledby="scores">\n<h2 id="scores">Scores</h2>\n'
     over = f"{count(whole['rows'], 'row')} with {count(whole['words'], 'word')}{failed}"
     page += f"<p>As given, the word error rate is {rate}{interval(whole['wer'], ' (', ')')} over {over}.</p>\n"
@@ -451,13 +460,17 @@ def make_row(folder: Path, row: Comparison, group: int, answers: dict[str, Compa
     facts = [f"{prediction['duration']:.1f} s of audio"] if prediction.get("duration") else []
     facts += [f"answered in {prediction['time']:.2f} s"] if prediction.get("time") is not None else []
     media += f"<p><small>{', '.join(facts)}</small></p>" if facts else ""
-    parts = {"Question": f'<span class="question">{text(prediction["prompt"])}</span>'}
+    parts = {}
+    if prediction.get("prompt") is not None:
+        parts["Question"] = f'<span class="question">{text(prediction["prompt"])}</span>'
     parts["Reference"] = passage(prediction["text"])
     if row.failed:
         parts["Error"] = f'<span class="error">{text(prediction["error"])}</span>'
     else:
         parts["Answer"] = passage(prediction["pred_text"])
-    if row.errors:
+    if row.unaligned:
+        parts["Difference"] = "<small>(too long to be aligned)</small>"
+    elif row.errors:
         parts["Difference"] = f'<span class="difference">{difference(row.pairs)}</span>'
     listed = "".join(f'<dt>{name}</dt><dd dir="auto">{part}</dd>' for name, part in parts.items())
     return f"""<article data-group="{group}" data-wrong="{wrong}"{' class="failed"' if row.failed else ""}>
@@ -516,6 +529,9 @@ def make_answers(answers: dict[str, Comparison]) -> str:
 
 
 def passage(value: str) -> str:
+    """A text of a row; of one that is too long to be aligned the start."""
+    if len(value) > MAX_CHARACTERS:
+        return f"{text(value[:MAX_CHARACTERS])} <small>(the start of {len(value):,} characters)</small>"
     return text(value) if value.strip() else "<small>(empty)</small>"
 
 

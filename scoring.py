@@ -26,6 +26,10 @@ RULE = {
 # References that the leaderboard does not score; the second one stands in the transcripts of TED-LIUM.
 NOTHING_SAID = ("", "ignore time segment in scoring")
 
+# Of a text that is aligned. The time and memory of an alignment grow with the square: these take a second and 80 MB.
+MAX_CHARACTERS, MAX_WORDS = 10_000, 2_000
+TOO_LONG = "(too long)"  # in the place of the answer then; no normalized text has brackets
+
 RESAMPLES = 1_000
 REPEATING = 2.4  # `compression_ratio_threshold` of openai/whisper's transcribe.py
 CLOSED_CLASSES, CLOSED_WORDS, CLOSED_ROWS = 20, 3, 2  # at most, at most in each, at least for each
@@ -43,7 +47,11 @@ FIELDS = {  # of a line of predictions.jsonl: types, and what an error calls the
     "text": ((str,), "a string"),
     "pred_text": ((str,), "a string"),
     "error": ((str,), "a string"),
+    "prompt": ((str, type(None)), "a string or null"),
+    "media": ((list, type(None)), "a list of strings or null"),
 }
+OPTIONAL = ("prompt", "media")  # what the report shows of a row where it is there
+MAX_SECONDS = 10_000_000  # of `duration` and `time`: four months
 
 
 class LeaderboardNormalizer(EnglishTextNormalizer):
@@ -97,7 +105,25 @@ NORMALIZER = LeaderboardNormalizer(LEADERBOARD)
 def normalize(text: str) -> str:
     """The words that are compared, with one space between them."""
     text = text.encode("utf-8", errors="replace").decode()  # half of a surrogate pair, which JSON can hold
-    return " ".join(NORMALIZER(text).split())
+    text = re.sub(r"[<\[][^>\]]*[>\]]", "", mask_unclosed(text, "<[", ">]"))  # as Whisper does, which it then need not
+    return " ".join(NORMALIZER(mask_unclosed(text, "(", ")")).split())
+
+
+def mask_unclosed(text: str, opening: str, closing: str) -> str:
+    """
+    Puts another symbol in the place of brackets that nothing closes: the normalizer makes either a space, but it
+    searches to the end of the text from each bracket.
+    """
+    end = 1 + max(text.rfind(bracket) for bracket in closing)
+    return text[:end] + text[end:].translate(dict.fromkeys(map(ord, opening), "{"))
+
+
+def normalize_short(text: str) -> str | None:
+    """As [`normalize`]; None if the text is longer than 10,000 characters, or 2,000 words, before or after."""
+    if len(text) > MAX_CHARACTERS:
+        return None
+    normalized = normalize(text)  # it can be 18 times as long
+    return normalized if len(normalized) <= MAX_CHARACTERS and normalized.count(" ") < MAX_WORDS else None
 
 
 def align(reference: str, given: str) -> list[tuple[str, str]]:
@@ -112,9 +138,10 @@ def align(reference: str, given: str) -> list[tuple[str, str]]:
 class Comparison:
     """One row: its reference and answer, and how far they are apart."""
 
-    reference: str  # normalized
-    answer: str | None  # normalized; None if the row failed
+    reference: str  # normalized, unless it is too long
+    answer: str | None  # normalized; None if the row failed, TOO_LONG if it is not aligned
     repeating: bool = False
+    too_long: bool = False  # to be aligned; no word counts as right
     duration: float | None = None  # seconds
     time: float | None = None  # seconds
     insertions: int = 0  # words
@@ -135,24 +162,42 @@ class Comparison:
 
 def compare(row: dict) -> Comparison:
     """One line of predictions.jsonl; see [`read_predictions`]."""
-    reference = normalize(row["text"])
+    reference = normalize_short(row["text"])
+    too_long = reference is None
+    if too_long:
+        reference = " ".join(row["text"].split())
     if "error" in row:
         return Comparison(reference, None)
-    answer = normalize(row["pred_text"])
+    answer = normalize_short(row["pred_text"])
+    facts = {
+        "repeating": is_repeating(row["pred_text"]),
+        "duration": row.get("duration"),
+        "time": row.get("time"),
+    }
+    if too_long or answer is None:
+        words, characters = len(reference.split()), len(reference)
+        return Comparison(
+            reference,
+            "" if answer == "" else TOO_LONG,
+            too_long=True,
+            deletions=words,
+            words=words,
+            character_errors=characters,
+            characters=characters,
+            **facts,
+        )
     words = kaldialign.edit_distance(reference.split(), answer.split(), merge_compounds=True)
     characters = kaldialign.edit_distance(reference, answer)
     return Comparison(
         reference,
         answer,
-        repeating=is_repeating(row["pred_text"]),
-        duration=row.get("duration"),
-        time=row.get("time"),
         insertions=words["ins"],
         deletions=words["del"],
         substitutions=words["sub"],
         words=words["ref_len"],
         character_errors=characters["total"],
         characters=characters["ref_len"],
+        **facts,
     )
 
 
@@ -184,6 +229,9 @@ def score(rows: list[dict], seed: int = 0) -> dict:
     was said, are counted in `nothing_said`; like the leaderboard, the error rates leave them out. Only `repeating` and
     `rtfx` take them in. A rate of no rows is None.
 
+    An answer or a reference of more than 10,000 characters or 2,000 words is not aligned: all words and characters of
+    the reference count as deleted. A reference that is too long itself counts as it is written, not normalized.
+
     Args:
         rows: Lines of predictions.jsonl; see [`read_predictions`].
         seed: Of the bootstrap: the same rows and seed give the same intervals.
@@ -193,10 +241,11 @@ def score(rows: list[dict], seed: int = 0) -> dict:
         `wer` and `cer`: errors divided by the length of the references in words and in characters with spaces;
             `value`, and `low` and `high`, the 95% interval of a percentile bootstrap over rows.
         `macro_wer`: the mean of the rows' own WER.
-        `rtfx`: seconds of audio per second of time; None if a row lacks one of them.
+        `rtfx`: seconds of audio per second of time; None if a row lacks one of them, or if it is not finite.
         `empty`: the share of answers that are empty once normalized, though something was said.
         `repeating`: the share of answers that repeat themselves.
         `nothing_said`: `rows`, and how many of them are `answered` with a word.
+        `too_long`: rows that are not aligned; not there if there are none.
         If the references are classes (see [`is_closed`]), `accuracy` (`value`, `low` and `high`): the share of rows
         whose normalized answer is the reference; and `confusion`: `counts[i][j]` rows of `references[i]` have
         `answers[j]`, the last of which is "other".
@@ -215,6 +264,7 @@ def summarize(comparisons: list[Comparison], seed: int) -> dict:
     )
     times = [(row.duration, row.time) for row in answered]
     timed = bool(times) and all(duration and time for duration, time in times)
+    speed = sum(duration for duration, _ in times) / sum(time for _, time in times) if timed else math.inf
     scores = {
         "rows": len(comparisons),
         "failed": len(comparisons) - len(answered),
@@ -225,11 +275,13 @@ def summarize(comparisons: list[Comparison], seed: int) -> dict:
         "deletions": sum(row.deletions for row in said),
         "substitutions": sum(row.substitutions for row in said),
         "words": sum(row.words for row in said),
-        "rtfx": sum(duration for duration, _ in times) / sum(time for _, time in times) if timed else None,
+        "rtfx": speed if speed < math.inf else None,
         "empty": mean([row.answer == "" for row in said]),
         "repeating": mean([row.repeating for row in answered]),
         "nothing_said": {"rows": len(silent), "answered": sum(row.answer != "" for row in silent)},
     }
+    if too_long := sum(row.too_long for row in answered):
+        scores["too_long"] = too_long
     if is_closed([row.reference for row in comparisons]):  # failed ones too: the same for all arms
         scores |= {"accuracy": accuracy, "confusion": confuse(comparisons)}
     return scores
@@ -297,29 +349,42 @@ def score_arms(predictions: dict[str, list[dict]], seed: int = 0) -> dict:
 def read_predictions(path: str | Path) -> list[dict]:
     """
     The lines of a file of predictions: `row` (its number, from 0), `place` (its file and line), `group`,
-    `audio_filepath`, `duration` and `time` (seconds), `text` (the reference), and `pred_text` (the answer) or, if it
-    failed, `error`.
+    `audio_filepath`, `duration` and `time` (seconds, at most 10,000,000), `text` (the reference), and `pred_text` (the
+    answer) or, if it failed, `error`. A line may have `prompt` and `media`, the names of files, which the report shows.
 
     Raises:
-        ValueError: if a line is no JSON object, lacks one of these keys, has another type there, or has the `row` of
-            a line before it. The message begins with file and line.
+        ValueError: if a line is no JSON object, lacks one of the other keys, has another type there, or has the `row`
+            of a line before it. The message begins with file and line.
     """
     rows, seen = [], {}
     lines = Path(path).read_bytes().split(b"\n")
     if not lines[-1]:
         lines.pop()  # what follows the last newline
     for number, line in enumerate(lines, start=1):
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: expected a JSON object in UTF-8; {error}.") from error
-        check_prediction(row, place)
+        row = read_prediction(line, f"{path}:{number}")
         if row["row"] in seen:
-            raise ValueError(f"{place}: row {row['row']} is in line {seen[row['row']]} too; expected each row once.")
+            raise ValueError(
+                f"{path}:{number}: row {row['row']} is in line {seen[row['row']]} too; expected each row once. "
+                "`eval.py predict` with the same arguments keeps the first of them."
+            )
         seen[row["row"]] = number
         rows.append(row)
     return rows
+
+
+def read_prediction(line: bytes, place: str) -> dict:
+    """
+    A line of a file of predictions; see [`read_predictions`].
+
+    Raises:
+        ValueError: if it is not as it has to be; the message begins with the place.
+    """
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: expected a JSON object in UTF-8; {error}.") from error
+    check_prediction(row, place)
+    return row
 
 
 def check_prediction(row, place: str):
@@ -328,16 +393,20 @@ def check_prediction(row, place: str):
     if ("pred_text" in row) == ("error" in row):
         found = "both" if "error" in row else "neither"
         raise ValueError(f"{place}: expected `pred_text` or, if the row failed, `error`; there is {found}.")
-    absent = "pred_text" if "error" in row else "error"
+    optional = (*OPTIONAL, "pred_text" if "error" in row else "error")
     for name, (types, expected) in FIELDS.items():
-        if name == absent:
-            continue
         if name not in row:
+            if name in optional:
+                continue
             raise ValueError(f"{place}: there is no `{name}`.")
         value = row[name]
         is_number = type(value) in (float, int)
-        if type(value) not in types or (is_number and not 0 <= value < math.inf):
-            raise ValueError(f"{place}: `{name}` must be {expected}, got {value!r}.")
+        is_wrong = type(value) not in types or (is_number and not 0 <= value < math.inf)
+        if is_wrong or (type(value) is list and not all(isinstance(part, str) for part in value)):
+            shown = type(value).__name__ if isinstance(value, (list, dict)) else f"{value!r:.200}"
+            raise ValueError(f"{place}: `{name}` must be {expected}, got {shown}.")
+        if name in ("duration", "time") and is_number and value > MAX_SECONDS:
+            raise ValueError(f"{place}: `{name}` must be at most {MAX_SECONDS:,} s, got {value!r:.200}.")
 
 
 def file_of(arm: str) -> str:
@@ -364,6 +433,7 @@ def read_folder(folder: str | Path) -> dict[str, list[dict]]:
 COLUMNS = {  # of the table: head -> what a cell says of a score
     "rows": lambda scored: f"{scored['rows']}",
     "failed": lambda scored: f"{scored['failed']}",
+    "too long": lambda scored: str(scored.get("too_long", "")),
     "WER %": lambda scored: percent(scored["wer"]),
     "macro WER %": lambda scored: percent(scored["macro_wer"]),
     "CER %": lambda scored: percent(scored["cer"]),
@@ -385,6 +455,7 @@ def table(scores: dict) -> str:
     for head, *cells in zip(*lines, strict=True):
         if any(cells):
             cells = [" ".join(text.replace("|", "\\|").split()) for text in (head, *cells)]
+            cells = [text.encode(errors="backslashreplace").decode() for text in cells]  # half of a surrogate pair
             width = max(map(len, cells))
             columns.append([cells[0].ljust(width), "-" * width, *(text.ljust(width) for text in cells[1:])])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in zip(*columns, strict=True))

@@ -14,14 +14,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import torch
 from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -44,8 +42,19 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
 from alignment import Aligner, fit_projector
-from chat_data import IGNORED, BadRow, ChatCollator, SkipBadRows, answer_text, columns_of, load_rows, told_length
-from checkpoints import CHECKSUMS, EMBEDDINGS, check_content, read_checksums, stored_tensors, write_checksums
+from chat_data import (
+    IGNORED,
+    BadRow,
+    ChatCollator,
+    SkipBadRows,
+    answer_text,
+    changed_data,
+    columns_of,
+    describe_data,
+    load_rows,
+    told_length,
+)
+from checkpoints import CHECKSUMS, EMBEDDINGS, check_content, only_run, read_checksums, stored_tensors, write_checksums
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, TRAINED_AUDIO_TOKENS, check_audio_tokens
 from eval import answer
 from scoring import score
@@ -377,17 +386,20 @@ def newest_checkpoint(output_dir: str) -> str | None:
 
 
 def refuse_another_run(args: Arguments):
-    """An interrupted run continues only with the arguments that it was started with."""
+    """An interrupted run continues only with the arguments, and the content of the data, that it was started with."""
     own = ("model", "stage", "data", "audio_column", "text_column", "instruction", "audio_tokens", "train_markers")
     own += ("aligner", "align_rows", "adapter")
     own += ("lora_r", "lora_alpha", "learning_rate", "projector_learning_rate", "seed", "max_steps", "num_train_epochs")
     own = {name: getattr(args, name) for name in own}
+    described = describe_data(args.data, args.columns)
     path = Path(args.output_dir) / "arguments.json"
     if path.is_file() and newest_checkpoint(args.output_dir):
         then = json.loads(path.read_text())
         differing = [
             f"{name} was {then.get(name)!r}, is {value!r}" for name, value in own.items() if then.get(name) != value
         ]
+        if not differing:
+            differing = changed_data(then.get("content of data", described), described)
         if differing:
             raise ValueError(
                 f"{args.output_dir} holds checkpoints of another run: {'; '.join(differing)}. Go on with its "
@@ -400,25 +412,8 @@ def refuse_another_run(args: Arguments):
             raise ValueError(f"{checkpoint}: {error}. Remove it to go on from the one before.") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(own, indent=2) + "\n")
+    unfinished.write_text(json.dumps({**own, "content of data": described}, indent=2) + "\n")
     unfinished.replace(path)
-
-
-@contextmanager
-def only_run(args: Arguments):
-    """
-    Raises:
-        ValueError: if another run that is alive writes into the same folder.
-    """
-    if args.process_index:
-        yield
-        return
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(Path(args.output_dir) / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise ValueError(f"--output_dir {args.output_dir} is in use by another run; name a new folder.") from error
 
 
 def write_projector(adapter: Path, path: Path, audio_tokens: str):
@@ -566,7 +561,7 @@ def main(arguments: list[str] | None = None):
     parser = HfArgumentParser(Arguments, description=__doc__.strip().splitlines()[0])
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments)
-        with only_run(args):
+        with only_run(args.output_dir, "--output_dir", args.process_index == 0):
             summary = train(args)
     except ValueError as error:
         parser.exit(1, f"train.py: {error}\n")

@@ -49,7 +49,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from card import EVALUATION, add_results, check_results, make_card
+from card import EVALUATION, add_results, check_results, check_sizes, make_card
 from checkpoints import (
     CHECKSUMS,
     DTYPES,
@@ -409,6 +409,8 @@ def check_files(folder: Path, trust_code: bool = False) -> dict[str, str]:
     missing = {"README.md", "config.json", CHECKSUMS, *CODE_FILES} - set(names)
     if missing:
         raise ValueError(f"missing files: {', '.join(sorted(missing))}")
+    check_sizes(folder)
+    check_sizes(folder / EVALUATION)
     checksums = read_checksums(folder)
     if set(checksums) != set(names) - {CHECKSUMS}:
         differing = sorted(set(checksums) ^ (set(names) - {CHECKSUMS}))

@@ -66,7 +66,8 @@ def ask_whisper(options, folder: str, limit: int | None) -> list[dict]:
     """Predictions of Whisper as a whole, in windows of 30 s, in a file as eval.py writes it."""
     rows, output = read_rows(BUILD / folder)[:limit], options.output / f"{folder}-whisper"
     path = output / "predictions.jsonl"
-    evaluation.cut_broken_end(path)
+    if path.is_file():
+        evaluation.merge(output, AS_GIVEN)  # without a line that a kill has left unfinished
     done = len(read_folder(output)[AS_GIVEN]) if path.is_file() else 0
     if done < len(rows):
         output.mkdir(parents=True, exist_ok=True)

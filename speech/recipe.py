@@ -116,7 +116,7 @@ def run_train(processes: int = 1, **arguments) -> dict:
             subprocess.run([*launch, train.__file__, *words], check=True, env=os.environ | threads)
         else:
             (args,) = HfArgumentParser(train.Arguments).parse_args_into_dataclasses(words)
-            with train.only_run(args):
+            with train.only_run(args.output_dir, "--output_dir"):
                 train.train(args)
     return json.loads(summary.read_text())
 

@@ -1,24 +1,36 @@
 """Evaluation: rows -> predictions -> scores -> card, by the demo checkpoint: arms, kills, bad rows, recordings."""
 
 import json
+import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
+import av
 import datasets
+import numpy as np
 import pytest
 from accelerate.commands import launch
+from filelock import FileLock
 from huggingface_hub import ModelCard
+from PIL import Image
+from serving import serve
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 import card
 import eval as evaluation
 import upload
-from demo.ask import EXAMPLES, write_questions, write_transcripts
+from chat_data import describe_data
+from demo.ask import EXAMPLES, read_examples, write_questions, write_transcripts
 from demo.world import WORLD
 from scoring import AS_GIVEN, read_folder, read_predictions
 
@@ -103,7 +115,9 @@ def test_predictions_say_what_they_are_of(results, questions, demo_repo):
     manifest = json.loads((results / "manifest.json").read_text())
     assert manifest["rows"] == len(rows) and manifest["failed"] == 0
     assert manifest["model"]["weights"] == card.weights_of(demo_repo)
-    assert manifest["data"] == [{"name": "questions.jsonl", "sha256": manifest["data"][0]["sha256"]}]
+    assert [{**source, "sha256": "", "files": ""} for source in manifest["data"]] == [
+        {"name": "questions.jsonl", "sha256": "", "files": ""}
+    ]
     assert (results / "report.html").read_text().count("<audio") >= 20
 
 
@@ -116,6 +130,39 @@ def test_run_that_was_killed_goes_on(demo_repo, recordings, results_of_recording
     path.write_bytes(whole[: random.Random(seed).randrange(len(whole))])
     again = predict(demo_repo, recordings, tmp_path / "results", *RECORDINGS)
     assert told(again) == told(read_predictions(results_of_recordings / "predictions.jsonl"))
+
+
+def test_one_run_at_a_time_writes_into_a_folder(demo_repo, recordings, results_of_recordings, tmp_path, capsys):
+    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit):
+        predict(demo_repo, recordings, tmp_path, *RECORDINGS)
+    assert "is in use by another run" in capsys.readouterr().err
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
+def test_what_two_runs_at_a_time_left_is_mended(demo_repo, recordings, results_of_recordings, tmp_path):
+    """Rows twice, with two answers; a line within a line; and a file of a second process."""
+    folder = shutil.copytree(results_of_recordings, tmp_path / "results")
+    first, second, third, _ = read_predictions(folder / "predictions.jsonl")
+    other = {**first, "pred_text": "of the other run"}
+    within = json.dumps(second)[:50] + json.dumps(other)
+    write_lines(folder / "predictions.jsonl", [first, within, second, other, "", {**second, "time": 7}])
+    write_lines(folder / "predictions.jsonl.rank-1", [third, {**other, "pred_text": "of the other process"}, "{"])
+    again = predict(demo_repo, recordings, folder, *RECORDINGS)
+    assert again[:3] == [first, second, third]
+    assert told(again) == told(read_predictions(results_of_recordings / "predictions.jsonl"))
+    assert not list(folder.glob("*.rank-*"))
+
+
+def test_a_group_that_utf8_cannot_hold_is_written_down(demo_repo, recordings, tmp_path):
+    """JSON may hold half of a surrogate pair."""
+    row = {**json.loads(recordings.read_text().splitlines()[0]), "voice": "\ud83d"}
+    row["wav"] = str(recordings.parent / row["wav"])
+    data = write_lines(tmp_path / "odd.jsonl", [row])
+    for _ in range(2):  # the second one merges
+        (found,) = predict(demo_repo, data, tmp_path / "results", *RECORDINGS, "--group-column", "voice")
+        assert (found["group"], found["pred_text"]) == ("\ud83d", row["sentence"])
+    evaluation.main(["score", str(tmp_path / "results")])
+    assert "\ud83d" in json.loads((tmp_path / "results" / "scores.json").read_text())["arms"][AS_GIVEN]
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +203,89 @@ def test_rows_that_fail_are_counted_and_named(demo_repo, recordings, tmp_path, c
     assert (scores["rows"], scores["failed"], scores["wer"]["value"]) == (5, 4, 0)
 
 
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> Path:
+    """Files that their decoders refuse with errors of many types, and a video, a picture and a clip that are whole."""
+    folder = tmp_path_factory.mktemp("broken")
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "good.png")
+    content = bytearray((folder / "good.png").read_bytes())
+    content[content.index(b"IDAT", content.index(b"IDAT") + 4)] ^= 0x80  # the second chunk of data: SyntaxError
+    (folder / "flipped.png").write_bytes(content)
+    content = bytearray((folder / "good.png").read_bytes())
+    content[16:24] = struct.pack(">II", 60_000, 60_000)  # width and height: DecompressionBombError
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (folder / "huge.png").write_bytes(content)
+    Image.new("RGB", (32, 32)).save(folder / "whole.avif")
+    (folder / "zeroed.avif").write_bytes((folder / "whole.avif").read_bytes()[:-20] + bytes(20))  # RuntimeError
+    with av.open(folder / "good.mp4", "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        file.mux([*stream.encode(av.VideoFrame.from_ndarray(noise[:64, :64].copy())), *stream.encode(None)])
+    (folder / "cut.mp4").write_bytes((folder / "good.mp4").read_bytes()[:-500])
+    (folder / "nothing.webm").write_bytes(b"\x1a\x45\xdf\xa3 and nothing more")
+    clip = (EXAMPLES / read_examples()[0]["audio"][0]).read_bytes()
+    (folder / "good.wav").write_bytes(clip)
+    (folder / "cut.wav").write_bytes(clip[:40])
+    return folder
+
+
+def about(type: str, source) -> dict:
+    content = [{"type": type, type: source}, {"type": "text", "text": "What is this?"}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "one"}]}
+
+
+def test_content_that_no_decoder_reads_is_an_error_of_its_row(demo_repo, broken, tmp_path):
+    names = {
+        "image": ["good.png", "flipped.png", "huge.png", "zeroed.avif"],
+        "video": ["good.mp4", "cut.mp4", "nothing.webm"],
+        "audio": ["cut.wav", "good.wav"],
+    }
+    rows = [about(type, name) for type, files in names.items() for name in files]
+    data = write_lines(broken / "broken.jsonl", rows)
+    rows = predict(demo_repo, data, tmp_path / "results")
+    assert ["error" in row for row in rows] == [False, True, True, True, False, True, True, True, False]
+    assert "broken.jsonl:2: SyntaxError: broken PNG file" in rows[1]["error"]
+    assert "broken.jsonl:3: DecompressionBombError: " in rows[2]["error"]
+
+
+def test_pictures_that_datasets_holds_are_errors_of_their_rows(demo_repo, broken, tmp_path):
+    item = {"type": datasets.Value("string"), "image": datasets.Image(decode=False), "text": datasets.Value("string")}
+    message = {"role": datasets.Value("string"), "content": datasets.List(item)}
+    rows = [
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": {"bytes": content}}]}, answered]}
+        for content in ((broken / name).read_bytes() for name in ("flipped.png", "huge.png", "good.png"))
+        for answered in [{"role": "assistant", "content": [{"type": "text", "text": "one"}]}]
+    ]
+    features = datasets.Features({"messages": datasets.List(message)})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    rows = predict(demo_repo, tmp_path / "saved", tmp_path / "results", "--batch-size", 2)
+    assert ["error" in row for row in rows] == [True, True, False]
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Of a server with OpenAI's API that always gives the same answer."""
+
+    async def models(request):
+        return JSONResponse({"object": "list", "data": [{"id": "someone", "object": "model"}]})
+
+    async def answer(request):
+        await request.json()
+        return JSONResponse({"id": "1", "choices": [{"message": {"role": "assistant", "content": "one"}}]})
+
+    routes = [Route("/v1/models", models), Route("/v1/chat/completions", answer, methods=["POST"])]
+    with serve(Starlette(routes=routes)) as address:
+        yield f"{address}/v1"
+
+
+def test_a_server_is_not_sent_what_no_decoder_reads(demo_repo, broken, tmp_path, address):
+    data = write_lines(broken / "served.jsonl", [about("image", name) for name in ("flipped.png", "good.png")])
+    rows = predict(demo_repo, data, tmp_path, "--backend", "vllm", "--url", address)
+    assert [row.get("pred_text") for row in rows] == [None, "one"]
+    assert "served.jsonl:1: SyntaxError" in rows[0]["error"]
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -172,6 +302,100 @@ def test_what_cannot_be_asked_is_refused(demo_repo, questions, results, capsys, 
         grouped = ("--group-column", "skill", "--transcript-column", "said")
         predict(demo_repo, questions, results, *grouped, *more)
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def write_set(folder: Path, form: str, recordings: Path, text: str) -> Path:
+    """A set of one recording under a name that does not tell its content: JSON lines, a saved folder, or Parquet."""
+    clip = next(recordings.parent.glob("*.wav"))
+    if form == "lines":
+        folder.mkdir()
+        shutil.copyfile(clip, folder / "clip.wav")
+        return write_lines(folder / "data.jsonl", [{"wav": "clip.wav", "sentence": text}])
+    features = datasets.Features({"wav": datasets.Audio(decode=False), "sentence": datasets.Value("string")})
+    rows = datasets.Dataset.from_list([{"wav": {"bytes": clip.read_bytes()}, "sentence": text}], features=features)
+    if form == "saved":
+        rows.save_to_disk(folder)
+    else:
+        folder.mkdir()
+        rows.to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["lines", "saved", "parquet"])
+def test_other_data_under_the_same_name_are_refused(demo_repo, recordings, tmp_path, capsys, form, streaming):
+    data = write_set(tmp_path / "data", form, recordings, "one")
+    more = [*RECORDINGS, "--no-media", *["--streaming"] * streaming]
+    assert predict(demo_repo, data, tmp_path / "results", *more) == predict(
+        demo_repo, data, tmp_path / "results", *more
+    )
+    shutil.rmtree(tmp_path / "data")
+    write_set(tmp_path / "data", form, recordings, "three red stars")
+    with pytest.raises(SystemExit):
+        predict(demo_repo, data, tmp_path / "results", *more)
+    changed = {"lines": "sha256 of data.jsonl", "saved": "fingerprint of data", "parquet": "files of data"}
+    error = capsys.readouterr().err
+    assert "holds the predictions of another run" in error and f"{changed[form]} was " in error
+
+
+def test_a_clip_that_changed_is_refused(demo_repo, recordings, tmp_path, capsys):
+    data = write_set(tmp_path / "data", "lines", recordings, "one")
+    predict(demo_repo, data, tmp_path / "results", *RECORDINGS)
+    os.utime(data.parent / "clip.wav", (0, 0))
+    with pytest.raises(SystemExit):
+        predict(demo_repo, data, tmp_path / "results", *RECORDINGS)
+    assert "files of data.jsonl was " in capsys.readouterr().err
+    # A run of before that was written down goes on, and writes it down.
+    manifest = json.loads((tmp_path / "results" / "manifest.json").read_text())
+    described = manifest["data"][0]
+    manifest["data"] = [{"name": described["name"], "sha256": described["sha256"]}]
+    (tmp_path / "results" / "manifest.json").write_text(json.dumps(manifest))
+    predict(demo_repo, data, tmp_path / "results", *RECORDINGS)
+    assert json.loads((tmp_path / "results" / "manifest.json").read_text())["data"][0].keys() == described.keys()
+
+
+def test_the_revision_of_a_set_of_the_hub_is_known(recordings, tmp_path, monkeypatch):
+    """Without a network `datasets` takes the revision that it downloaded last."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_set(tmp_path / "data", "parquet", recordings, "one")
+    built = datasets.load_dataset(str(tmp_path / "data"), split="train", cache_dir=str(tmp_path / "built"))
+    for number, revision in enumerate(("0" * 40, "1" * 40)):
+        folder = tmp_path / "cache" / "someone___a-set" / "default" / "0.0.0" / revision
+        shutil.copytree(Path(built.cache_files[0]["filename"]).parent, folder)
+        os.utime(folder, (number, number))
+        assert describe_data(["someone/a-set"]) == [{"name": "someone/a-set", "revision": revision}]
+
+
+def test_many_rows_are_described_in_seconds(tmp_path):
+    lines = ({"messages": about("audio", f"clips/{number}.wav")["messages"]} for number in range(20_000))
+    data = write_lines(tmp_path / "data.jsonl", [*lines, "{", "[" * 9_999, "7", {"messages": 7}, {"messages": [7]}])
+    start = time.perf_counter()
+    (described,) = describe_data([str(data)])
+    assert time.perf_counter() - start < 5
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "19999.wav").touch()
+    (again,) = describe_data([str(data)])
+    assert described["sha256"] == again["sha256"] and described["files"] != again["files"]
+
+
+@pytest.mark.parametrize("form", ["lines", "saved"])
+def test_a_group_named_all_is_refused_before_the_model_is_loaded(tmp_path, capsys, form):
+    rows = [{"wav": "clip.wav", "sentence": "one", "voice": voice} for voice in ("low", "all")]
+    if form == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    else:
+        write_lines(tmp_path / "data.jsonl", ["{", *rows[1:]])
+    data = tmp_path / ("data" if form == "saved" else "data.jsonl")
+    with pytest.raises(SystemExit):
+        predict(tmp_path / "no-model", data, tmp_path / "results", "--group-column", "voice", *RECORDINGS)
+    assert f"{data}:2: the group is named 'all', as the scores over all rows are" in capsys.readouterr().err
+
+
+def test_a_streamed_group_named_all_is_an_error_of_its_row(demo_repo, recordings, tmp_path):
+    data = write_set(tmp_path / "data", "lines", recordings, "all")
+    more = (*RECORDINGS, "--group-column", "sentence", "--streaming")
+    (row,) = predict(demo_repo, data, tmp_path / "results", *more)
+    assert "the group is named 'all'" in row["error"]
 
 
 def test_a_server_that_is_not_there(demo_repo, recordings, tmp_path, capsys):
@@ -227,6 +451,21 @@ def test_scores_that_the_predictions_do_not_give_are_refused(scored, results, tm
     upload.write_checksums(scored, {})
     with pytest.raises(ValueError, match="with the predictions they come from"):
         upload.check_files(scored)
+
+
+def test_files_too_large_to_be_read_are_named(demo_repo, tmp_path):
+    folder = shutil.copytree(demo_repo, tmp_path / "repo")
+    (folder / "evaluation").mkdir()
+    names = ["README.md", "config.json", "SHA256SUMS"]
+    names += [f"evaluation/{name}" for name in ("manifest.json", "scores.json", "predictions-silence.jsonl")]
+    for name in names:
+        path, limit = folder / name, card.LARGEST[Path(name).name.replace("-silence", "*")]
+        content = path.read_bytes() if path.exists() else None
+        with path.open("ab") as file:
+            file.truncate(limit + 1)  # which takes no space on the disk
+        with pytest.raises(ValueError, match=f"{name}: {limit + 1:,} bytes are past the limit of {limit:,}"):
+            upload.check_files(folder)
+        path.unlink() if content is None else path.write_bytes(content)
 
 
 def start(repo, data, output, *more, launcher=()) -> subprocess.Popen:

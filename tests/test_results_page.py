@@ -15,6 +15,7 @@ from audio_utils import fetch_audio
 from demo.ask import EXAMPLES, read_examples
 from demo.world import SKILLS
 from results_page import MEDIA_TYPES, SCRIPT, SHADES, STYLE, write_page
+from scoring import read_folder, score_arms
 
 
 HOSTILE = '</script><script>alert(1)</script>"><img src=x onerror=alert(1)>&lt;\ud800\x00'
@@ -346,3 +347,40 @@ def test_page_in_a_browser(report, browser, tmp_path):
     assert problems == [] and set(requests) <= {"file", "data"}
     assert len(report.read_bytes()) < 1e6 and set(MEDIA_TYPES) == {".mp3", ".jpg"}
     context.close()
+
+
+def test_a_text_that_is_too_long_is_shown_by_its_start(folder):
+    page = written(folder, [prediction(0, "one red star", "[" * 1_000_000), prediction(1, "one " * 3_000, "one")])
+    second, first = page.all("article")  # the worst one first
+    assert "3 errors in 3 words" in first.text and "3,000 errors in 3,000 words" in second.text
+    assert "the start of 1,000,000 characters" in first.text
+    assert first.text.count("too long to be aligned") == second.text.count("too long to be aligned") == 1
+    scores = copy.deepcopy(SCORES)
+    scores["arms"]["as given"]["all"]["too_long"] = 2
+    page = written(folder, [prediction(0, "one", "two")], scores)
+    assert "1 row failed; 2 rows too long to be aligned." in page.all("main")[0].text
+
+
+DOCUMENTED = {"row": 0, "place": "data.jsonl:1", "group": None, "audio_filepath": None, "duration": None, "time": None}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "one", "pred_text": "two"},
+        {"text": "one", "error": "out of memory"},
+        {"text": "", "pred_text": "", "group": ""},
+        {"text": "one", "pred_text": "one", "duration": 0, "time": 0, "audio_filepath": ""},
+        {"text": "one", "pred_text": "one", "duration": 10_000_000, "time": 1e-9, "audio_filepath": "gone.mp3"},
+        {"text": "one", "pred_text": "one", "media": None, "prompt": None},
+        {"text": "one", "pred_text": "one", "media": [], "prompt": "", "more": {"of": ["others"]}},
+        {"text": "one", "pred_text": "one", "media": ["gone.jpg", "", "."], "row": 10**30},
+    ],
+)
+def test_every_row_that_is_documented_has_a_page(folder, row):
+    for name in ("predictions.jsonl", "predictions-silence.jsonl"):
+        (folder / name).write_text(json.dumps(DOCUMENTED | row) + "\n")
+    predictions = read_folder(folder)
+    page = Page(write_page(folder, predictions, score_arms(predictions)))
+    assert len(page.all("article")) == 1
+    assert ("Question" in page.all("article")[0].text) == (row.get("prompt") is not None)

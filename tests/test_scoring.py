@@ -3,14 +3,20 @@ Predictions -> scores. The normalized texts below are those of the leaderboard's
 open_asr_leaderboard.json names.
 """
 
+import itertools
 import json
+import random
+import re
+import time
 import zlib
+from pathlib import Path
 
 import jiwer
 import numpy as np
 import pytest
 
 import scoring
+from results_page import write_page
 from scoring import align, is_closed, normalize, read_folder, read_predictions, score, score_arms, table
 
 
@@ -384,6 +390,7 @@ def test_table():
     without = table(score_arms({"as given": [row("the cat sat", "the cat", time=None)]}))
     assert not any(head in without for head in ("accuracy", "nothing said", "RTFx"))
     assert table(score_arms({})) == ""
+    assert "\\ud83d" in table(score_arms({"as given": rows(("a", "a"), group="\ud83d")}))
 
 
 def write(path, *lines: str | bytes) -> str:
@@ -430,6 +437,21 @@ WHOLE = json.dumps(row("a", "b", number=1))
         (WHOLE.replace('"row": 1', '"row": -1'), "`row` must be an int from 0, got -1"),
         (WHOLE.replace('"duration": 10.0', '"duration": "10"'), "`duration` must be seconds or null, got '10'"),
         (WHOLE.replace('"duration": 10.0', '"duration": NaN'), "`duration` must be seconds or null, got nan"),
+        *(
+            (
+                WHOLE.replace('"duration": 10.0', f'"duration": {seconds}'),
+                "`duration` must be at most 10,000,000 s, got 1",
+            )
+            for seconds in ("1e308", "1e12", "10000001", 10**400)
+        ),
+        (WHOLE.replace('"time": 0.5', '"time": 1e8'), "`time` must be at most 10,000,000 s, got 100000000.0"),
+        (WHOLE.replace("{", '{"media": "a.mp3", '), "`media` must be a list of strings or null, got 'a.mp3'"),
+        (WHOLE.replace("{", '{"media": [1], '), "`media` must be a list of strings or null, got list"),
+        (WHOLE.replace("{", '{"prompt": [], '), "`prompt` must be a string or null, got list"),
+        (
+            WHOLE.replace('"place": ', '"place": ' + "[" * 500 + "]" * 500 + ', "was": '),
+            "`place` must be a string, got list",
+        ),
         (WHOLE.replace('"time": 0.5', '"time": 1e999'), "`time` must be seconds or null, got inf"),
         (WHOLE.replace('"pred_text": "b"', '"pred_text": null'), "`pred_text` must be a string, got None"),
         (WHOLE.replace('"pred_text": "b"', '"error": 3'), "`error` must be a string, got 3"),
@@ -445,3 +467,125 @@ def test_a_bad_line_is_named(line, message, tmp_path):
     assert message in str(raised.value)
     with pytest.raises(ValueError, match="predictions.jsonl:2: "):
         read_folder(tmp_path)
+
+
+def test_a_text_that_is_too_long_has_no_word_right():
+    short, long = "the cat sat", "the cat sat " * 1_000
+    many, wide = "1 " * 2_001, "ﷺ" * 600  # too many words; too many characters once they are normalized
+    for answer in (long, many, wide):
+        scores = score(rows((short, answer), (short, short)))
+        assert (scores["too_long"], scores["deletions"], scores["words"]) == (1, 3, 6)
+        assert (scores["wer"]["value"], scores["cer"]["value"], scores["empty"]) == (0.5, 0.5, 0)
+    scores = score(rows((long, long), (long, None)))
+    assert (scores["too_long"], scores["wer"]["value"], scores["words"]) == (1, 1, 3_000)
+    assert score(rows(("yes" + " " * 20_000, "yes"), ("yes", "yes")))["accuracy"]["value"] == 0.5
+    for reference in ("", " " * 20_000):
+        scores = score(rows((reference, long)))
+        assert (scores["too_long"], scores["nothing_said"]["answered"], scores["words"]) == (1, 1, 0)
+    assert "| too long |" in table(score_arms({"as given": rows((short, long))}))
+    assert "too_long" not in score(rows((short, short)))
+
+
+HOSTILE_TEXTS = {
+    "words": " ".join(f"w{number}" for number in range(8_000)),
+    "as many words as are aligned": " ".join(f"{number:04}x" for number in range(1_666)),
+    "characters": "abcdefgh" * 1_250,
+    **{symbol: symbol * 40_000 for symbol in ("[", "<", "(", " ", "\n", "1", "[ ", "( ", "<(", "(a", ".", "'", "ﷺ")},
+    **{f"short {symbol!r}": symbol * 10_000 for symbol in ("[", "<", "(", " ", "1", ".", "'", "ﷺ")},
+    "closed once": "[" * 5_000 + "(" * 4_990 + "[)]",
+    "closed": "(" * 5_000 + ")" * 5_000,
+    "numbers": "one million and a half " * 400,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TEXTS)
+def test_no_text_takes_long(name):
+    """A row takes 0.6 s of one core at most; the limit leaves room for a busy machine."""
+    text = HOSTILE_TEXTS[name]
+    start = time.process_time()
+    score(rows((text, text[::-1])))
+    assert time.process_time() - start < 5
+
+
+def test_unclosed_brackets_are_normalized_as_by_the_leaderboard():
+    rng = np.random.default_rng(0)
+    for _ in range(2_000):
+        text = "".join(rng.choice(list("[]<>()()[ .'$1aum{"), size=rng.integers(20)))
+        assert normalize(text) == " ".join(scoring.NORMALIZER(text).split())
+
+
+def peak_memory() -> int:
+    """MiB of this process, at most since its peak was set back."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+
+
+def test_a_row_takes_little_memory():
+    words = list(map("".join, itertools.product("bcdfghjk", repeat=4)))
+    text, answer = " ".join(words[:2000]), " ".join(words[2000:4000])
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use
+    before = peak_memory()
+    assert not scoring.compare({"text": text, "pred_text": answer}).too_long
+    align(text, answer)
+    assert peak_memory() - before < 100
+
+
+ODD_STRINGS = [
+    "",
+    "all",
+    "\ud83d",
+    "\x00",
+    "[" * 9_000,
+    "1" * 5_000,
+    "one " * 3_000,
+    "x" * 20_000,
+    "{" * 100,
+    "½ﷺ",
+    "$1¢1",
+]
+ODD_NUMBERS = [0, -1, 1, 1.5, True, 1e7, 1e8, 1e308, 5e-324, 10**400, float("nan"), float("inf")]
+
+
+def odd_string(rng: random.Random) -> str:
+    words = ["one", "million", "and a half", "point", "(", "[", "<", "it's", "wi fi", "$", "%", "double", *ODD_STRINGS]
+    return " ".join(rng.choices(words, k=rng.choice([1, 1, 5])))
+
+
+def odd_value(rng: random.Random, depth: int = 0):
+    """A number, string, list or object as someone would write who means harm."""
+    choice = rng.random()
+    if choice < 0.4:
+        return rng.choice(ODD_NUMBERS)
+    if choice < 0.6 or depth > 3:
+        return odd_string(rng)
+    values = [odd_value(rng, depth + 1) for _ in range(rng.randrange(3))]
+    return values if choice < 0.8 else dict(zip("ab", values, strict=False))
+
+
+def test_odd_rows_are_refused_or_scored(tmp_path):
+    """A ValueError that names the line or the group, or finite scores and a page."""
+    rng, scored = random.Random(0), 0
+    (tmp_path / "manifest.json").write_text('{"model": {"name": "someone/a-model"}}')
+    deep = "[" * 900 + "]" * 900
+    start = time.process_time()
+    for _ in range(150):
+        lines = []
+        for number in range(2):
+            line = row("the cat sat", "a cat sat", number=number)
+            line |= {name: odd_string(rng) for name in ("text", "pred_text", "group", "place") if rng.random() < 0.4}
+            line |= {name: rng.choice(ODD_NUMBERS) for name in ("duration", "time") if rng.random() < 0.1}
+            line |= {name: odd_value(rng) for name in [*line, "error", "media", "prompt"] if rng.random() < 0.05}
+            text = json.dumps(line)
+            lines.append(text.replace("{", f'{{"deep": {deep}, ', 1) if rng.random() < 0.05 else text)
+        write(tmp_path / "predictions.jsonl", *lines)
+        try:
+            predictions = read_folder(tmp_path)
+            scores = score_arms(predictions)
+        except ValueError as error:
+            assert re.match(rf"{tmp_path}/predictions.jsonl:[12]: |A group of ", str(error))
+            continue
+        json.dumps(scores, allow_nan=False)
+        table(scores)
+        page = write_page(tmp_path, predictions, scores).read_text(encoding="utf-8")
+        assert page.endswith("</html>\n") and len(page) < 1_000_000
+        scored += 1
+    assert 30 < scored < 120 and time.process_time() - start < 20

@@ -526,3 +526,45 @@ def test_kinds_of_audio_tokens(start, tones, tmp_path, sound):
     assert (again.audio_tokens, again.trained_audio_tokens) == ("trimmed", "both")
     with pytest.raises(ValueError, match="audio_tokens must be fixed, trimmed or both, got 'half'"):
         run(start, tones, tmp_path / "half", audio_tokens="half")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_that_no_decoder_reads_are_left_out_by_name(start, tones, photo, tmp_path, streaming):
+    """A flipped bit in the name of its second chunk of data makes Pillow raise SyntaxError for a PNG."""
+    content = bytearray(photo.read_bytes())
+    content[content.index(b"IDAT", content.index(b"IDAT") + 4)] ^= 0x80
+    item = {"type": datasets.Value("string"), "text": datasets.Value("string")}
+    item |= {"audio": datasets.Audio(decode=False), "image": datasets.Image(decode=False)}
+    message = {"role": datasets.Value("string"), "content": datasets.List(item)}
+    clip = (tones / "train-0.wav").read_bytes()
+    chats = [
+        chat(audio({"bytes": clip}), image({"bytes": picture}), answer=[text("low")])
+        for picture in (photo.read_bytes(), bytes(content))
+    ]
+    features = datasets.Features({"messages": datasets.List(message)})
+    datasets.Dataset.from_list(chats, features=features).save_to_disk(tmp_path / "saved")
+    more = {"data": tmp_path / "saved", "streaming": streaming, "max_steps": 2, "per_device_train_batch_size": 1}
+    with pytest.raises(ValueError, match="saved:2: SyntaxError: broken PNG file"):
+        run(start, tones, tmp_path / "out", **more)
+    assert run(start, tones, tmp_path / "left-out", **more, skip_bad_rows=True)["rows"] == (None if streaming else 1)
+
+
+def test_other_content_under_the_same_name_is_another_run(start, tones, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (args,) = train.HfArgumentParser(train.Arguments).parse_args_into_dataclasses(
+        arguments(start, tones, tmp_path / "run")
+    )
+    train.refuse_another_run(args)
+    clip = tones / "train-3.wav"
+    changed = clip.stat().st_mtime
+    try:
+        os.utime(clip, (0, 0))
+        with pytest.raises(ValueError, match="holds checkpoints of another run: files of train.jsonl was .*, is "):
+            train.refuse_another_run(args)
+        path = tmp_path / "run" / "arguments.json"
+        written = json.loads(path.read_text())
+        del written["content of data"]  # as a run wrote them that did not describe its data
+        path.write_text(json.dumps(written))
+        train.refuse_another_run(args)
+    finally:
+        os.utime(clip, (changed, changed))
