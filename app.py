@@ -56,7 +56,7 @@ class DemoModel:
             image = Image.open(picture, formats=IMAGE_FORMATS) if picture else None
             if image is not None and image.width * image.height > MAX_PIXELS:  # by its header, before it is decoded
                 raise gr.Error(f"A picture must have at most {MAX_PIXELS} pixels.", title="Picture")
-            return clip, image and decode_image(image)
+            return clip, image and decode_image(image).convert("RGB")
         except gr.Error:
             raise
         except Exception as error:  # of many types, in Pillow's parsers of broken files

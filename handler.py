@@ -14,12 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.image_utils import load_image
 from transformers.utils import logging
 
 
@@ -41,9 +41,12 @@ MAX_TEXT = 100_000  # characters of a request
 MAX_BYTES = 2**25  # of a picture or clip
 MAX_SECONDS = 600.0  # of a clip
 MAX_PIXELS = 2**26  # of all pictures of a request
+NUM_DECODERS = 2  # requests whose pictures are decoded at once
+STRIP = 256  # rows of a picture that are converted at a time
 MAX_CONTENT = 1024  # items of a request, texts included
 MAX_DOWNLOADS = 16  # requests with addresses that are opened at once, so that others find a free thread
-TIMEOUT = 15.0  # seconds for all downloads of a request
+TIMEOUT = 15.0  # seconds to open all pictures and clips of a request
+QUEUE_SECONDS = 30.0  # from a request's arrival until its answer begins
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 IMAGE_SOURCES = ("image", "url", "path", "base64")
 # Type and bounds of each generation parameter.
@@ -64,6 +67,25 @@ MAX_BATCH_TOKENS = 2**16  # of a batch, padding and answers included
 
 class RequestError(ValueError):
     """A request that cannot be answered. The message is one sentence for its sender."""
+
+
+class Deadline:
+    """The moment when a request has waited long enough, so many seconds from now."""
+
+    def __init__(self, seconds: float, message: str):
+        self.end, self.message = time.monotonic() + seconds, message
+
+    def left(self) -> float:
+        """
+        Returns the seconds that are left.
+
+        Raises:
+            RequestError: with the message, if none are.
+        """
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise RequestError(self.message)
+        return left
 
 
 @dataclass(eq=False)
@@ -100,6 +122,8 @@ class EndpointHandler:
         self.normalize_conversations = get_class_from_dynamic_module(f"{processing}.normalize_conversations", path)
         self.join_texts = get_class_from_dynamic_module(f"{processing}.join_texts", path)
         self.downloads = threading.BoundedSemaphore(MAX_DOWNLOADS)
+        # Few threads, because each keeps some of the memory that pictures took.
+        self.decoders = ThreadPoolExecutor(NUM_DECODERS)
         self.waiting: list[Request] = []
         self.executor = ThreadPoolExecutor(1)  # one thread, as each that computes has OpenMP threads of its own
 
@@ -125,9 +149,14 @@ class EndpointHandler:
                 raise RequestError(
                     f"A request must be an object of inputs and perhaps parameters, got {name_keys(data)}."
                 )
+            busy = f"The server has been busy for {QUEUE_SECONDS:g} s; send the request again later."
+            deadline = Deadline(QUEUE_SECONDS, busy)
             settings = read_parameters(data.get("parameters") or {})
             messages = self._open_messages(read_messages(data["inputs"]))
-            inputs = self._process(messages)
+            if count_pixels(items_of(messages)):
+                inputs = wait_for(self.decoders.submit(self._process, messages), deadline)
+            else:
+                inputs = self._process(messages)
             request = Request(inputs, settings)
             if request.num_tokens > self.max_positions:
                 raise RequestError(
@@ -145,10 +174,10 @@ class EndpointHandler:
             raise RuntimeError("The request could not be answered.") from None
 
     def _open_messages(self, messages: list[dict]) -> list[dict]:
-        """Copies of messages, with pictures and samples in the place of their addresses."""
+        """Copies of messages, with samples in the place of clips, and pictures that are opened but not decoded."""
         (normalized,), _ = self.normalize_conversations(messages)
         opened = [self._read_message(message) for message in normalized]
-        items = [item for message in opened for item in message["content"]]
+        items = items_of(opened)
         for kind in ("image", "audio"):
             count = sum(item["type"] == kind for item in items)
             if count > MAX_ITEMS:
@@ -179,27 +208,16 @@ class EndpointHandler:
         return {"role": message["role"], "content": items}
 
     def _open_items(self, items: list[dict]):
-        """Puts pictures and samples into their items. All downloads of the request have one deadline."""
-        deadline, pixels = time.monotonic() + TIMEOUT, 0
-
-        def seconds_left() -> float:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise RequestError(f"The pictures and clips of a request must be opened within {TIMEOUT:g} s.")
-            return left
-
+        """Puts pictures and samples into their items, before one deadline for all of them."""
+        deadline = Deadline(TIMEOUT, f"The pictures and clips of a request must be opened within {TIMEOUT:g} s.")
         for item in items:
             if item["type"] == "image":  # its header alone
-                image = self._open_image(item, seconds_left())
-                pixels += image.width * image.height
-                if pixels > MAX_PIXELS:
+                replace_item(item, self._open_image(item, deadline.left()))
+                if count_pixels(items) > MAX_PIXELS:
                     raise RequestError(f"The pictures of a request must have at most {MAX_PIXELS} pixels together.")
-                replace_item(item, image)
         for item in items:
-            if item["type"] == "image":
-                replace_item(item, decode_image(item["image"]))
-            elif item["type"] == "audio":
-                replace_item(item, self._open_audio(item, seconds_left()))
+            if item["type"] == "audio":
+                replace_item(item, self._open_audio(item, deadline.left()))
 
     def _open_audio(self, item: dict, seconds: float) -> torch.Tensor:
         sr = self.processor.feature_extractor.sampling_rate
@@ -224,12 +242,22 @@ class EndpointHandler:
             raise RequestError(f"A picture must be one of {', '.join(IMAGE_FORMATS)}; this content is not.") from error
 
     def _process(self, messages: list[dict]) -> BatchFeature:
+        """The model's inputs for messages that are open. Pictures are decoded here, and taken out of the messages."""
+        pictures = [item for item in items_of(messages) if item["type"] == "image"]
+        for item in pictures:
+            replace_item(item, read_pixels(decode_image(item["image"])))
+        inputs = self._apply_template(messages)
+        for item in pictures:
+            item.clear()
+        return inputs
+
+    def _apply_template(self, messages: list[dict]) -> BatchFeature:
         settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         if SANITIZES:
             settings["sanitize_control_tokens"] = True
         else:
             special = self.processor.tokenizer.all_special_tokens
-            texts = [item["text"] for message in messages for item in message["content"] if item["type"] == "text"]
+            texts = [item["text"] for item in items_of(messages) if item["type"] == "text"]
             found = next((token for token in special for text in texts if token in text), None)
             if found is not None:
                 raise RequestError(f"Text must not hold the model's control tokens, got {found}.")
@@ -273,6 +301,25 @@ class EndpointHandler:
             request.answer.set_result(text.strip())
 
 
+def wait_for(future: Future, deadline: Deadline):
+    """
+    The result of what a thread computes for a request.
+
+    Raises:
+        RequestError: if it has not begun before the deadline; it is cancelled then.
+    """
+    try:
+        return future.result(max(0.0, deadline.end - time.monotonic()))
+    except TimeoutError:
+        if future.cancel():
+            raise RequestError(deadline.message) from None
+        return future.result()
+
+
+def items_of(messages: list[dict]) -> list[dict]:
+    return [item for message in messages for item in message["content"]]
+
+
 def names_address(item: dict) -> bool:
     """Whether a content item has to be downloaded."""
     values = [inner for value in item.values() for inner in (value.values() if isinstance(value, dict) else [value])]
@@ -286,11 +333,31 @@ def replace_item(item: dict, content):
     item.update({"type": kind, kind: content})
 
 
+def count_pixels(items: list[dict]) -> int:
+    """The pixels of all pictures that are open already."""
+    pictures = (item["image"] for item in items if isinstance(item.get("image"), Image.Image))
+    return sum(picture.width * picture.height for picture in pictures)
+
+
 def decode_image(image: Image.Image) -> Image.Image:
+    """Decodes a picture in place, and turns it upright."""
     try:
-        return load_image(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
     except Exception as error:  # of many types, in Pillow's decoders of broken files
         raise RequestError("A picture is broken or cut short: the whole file must be sent.") from error
+
+
+def read_pixels(image: Image.Image) -> torch.Tensor:
+    """
+    The pixels of a decoded picture, uint8 `[3, height, width]`. They are converted strip by strip, because Pillow and
+    the processor would copy the whole picture several times.
+    """
+    pixels = torch.empty(3, image.height, image.width, dtype=torch.uint8)
+    for top in range(0, image.height, STRIP):
+        strip = image.crop((0, top, image.width, min(top + STRIP, image.height))).convert("RGB")
+        pixels[:, top : top + STRIP] = torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+    return pixels
 
 
 def read_messages(inputs) -> list[dict]:

@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import torch
+from helpers import answer, start_python
 from PIL import Image
 from serving import make_endpoint, openai_form, read_base64, serve, short_form
 from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 from transformers import pipeline
+from transformers.image_utils import load_image
 
 from demo.ask import EXAMPLES, content_of
 from demo.world import SKILLS
@@ -111,6 +113,56 @@ def blank_picture(width: int, height: int) -> str:
     file = io.BytesIO()
     Image.new("1", (width, height)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
+
+
+def test_pictures_of_eight_requests_take_the_memory_of_two(demo_repo):
+    """Each has all the pixels that a request may have. Decoded all at once they would take 800 MB and more."""
+    code = """
+        import base64, io, sys
+        from concurrent.futures import ThreadPoolExecutor
+        from pathlib import Path
+
+        from PIL import Image
+
+        sys.path.insert(0, sys.argv[1])
+        import handler as module
+
+        def peak():
+            return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
+
+        def ask(width):
+            file = io.BytesIO()
+            Image.new("1", (width, width)).save(file, "PNG")
+            picture = base64.b64encode(file.getvalue()).decode()
+            return handler({"inputs": {"image": picture}, "parameters": {"max_new_tokens": 1}})["text"]
+
+        module.MAX_PIXELS = 2896**2  # an eighth of what it is
+        handler = module.EndpointHandler(sys.argv[1])
+        ask(100)
+        before = peak()
+        with ThreadPoolExecutor(8) as pool:
+            answers = set(pool.map(ask, [2896] * 8))
+        assert len(answers) == 1
+        print("TOKENS", peak() - before)
+    """
+    megabytes = int(answer(start_python(code, str(demo_repo))).split()[1])
+    assert megabytes < 300
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "turned"])
+def test_pictures_are_read_as_transformers_reads_them(mode, module, handler):
+    """Also one that is higher than a strip, and one that a camera turned."""
+    photo, file = Image.open(EXAMPLES / "photo.png").convert("RGB").resize((130, 700)), io.BytesIO()
+    if mode == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        photo.save(file, "JPEG", exif=exif)
+    else:
+        (photo.convert("I").convert(mode) if mode == "I;16" else photo.convert(mode)).save(file, "PNG")
+    content = [{"type": "image", "image": file.getvalue()}, {"type": "text", "text": "Hi."}]
+    inputs = handler._process(handler._open_messages([{"role": "user", "content": content}]))
+    expected = handler.processor.image_processor(load_image(Image.open(file)), return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
 
 
 def nested(depth: int) -> dict:
