@@ -64,6 +64,7 @@ SAMPLING = ("temperature", "top_k", "top_p")
 # transformers before 5.23 cannot encode a user's control tokens as text.
 SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 MAX_WAITING = 64  # requests that are opened, wait or are answered at once
+MAX_WAITING_BYTES = 2**31  # of the inputs of requests that wait; a picture of full size is 308 MB of them
 MAX_BATCH = 16  # requests answered together
 MAX_BATCH_TOKENS = 2**16  # of all that is computed at once, padding and answers included
 SHORT = 64  # tokens of an answer for which a longer batch pauses
@@ -104,6 +105,10 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return self.inputs["input_ids"].shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.inputs.values())
 
 
 def padded_tokens(batch: list[Request]) -> int:
@@ -153,6 +158,8 @@ class EndpointHandler:
 
     def __init__(self, path: str = ""):
         path = path or str(Path(__file__).parent)
+        if not os.path.isdir(path) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+            raise OSError(f"There is no folder {path}, and it is no Hub id either, which would be OWNER/NAME.")
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         self.model = AutoModel.from_pretrained(path, trust_remote_code=True, dtype="auto", device_map="auto").eval()
         self.max_positions = self.model.config.text_config.max_position_embeddings
@@ -220,6 +227,9 @@ class EndpointHandler:
                 f"Prompt and answer must fit the model's {self.max_positions} positions, but the prompt has "
                 f"{request.num_tokens} tokens and max_new_tokens is {max_new_tokens}."
             )
+        others = list(self.waiting)
+        if others and request.num_bytes + sum(other.num_bytes for other in others) > MAX_WAITING_BYTES:
+            raise RequestError("The requests that wait take all memory for them; send the request again later.")
         self.waiting.append(request)
         self.executor.submit(self._answer_waiting)
         return wait_for(request.answer, deadline)

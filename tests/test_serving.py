@@ -465,16 +465,27 @@ def test_waiting_has_a_deadline(module, handler, examples, batches, monkeypatch)
     assert len(batches) == 1
 
 
-def test_a_full_queue_says_so_at_once(module, handler, monkeypatch):
-    monkeypatch.setattr(handler, "places", threading.BoundedSemaphore(2))
+@pytest.mark.parametrize("limit", ["requests", "bytes"])
+def test_a_full_queue_says_so_at_once(limit, module, handler, monkeypatch):
+    if limit == "requests":
+        monkeypatch.setattr(handler, "places", threading.BoundedSemaphore(2))
+    else:
+        inputs = handler._process(handler._open_messages([{"role": "user", "content": "Hi."}]))
+        monkeypatch.setattr(module, "MAX_WAITING_BYTES", 2.5 * module.Request(inputs, 1, {}).num_bytes)
     with ThreadPoolExecutor(2) as pool:
         with holding(handler.executor):
             answers = [pool.submit(handler, ask("Hi.")) for _ in range(2)]
             wait_until(lambda: len(handler.waiting) == 2)
-            with pytest.raises(ValueError, match="requests are waiting already; send the request again later"):
+            with pytest.raises(ValueError, match="requests .* send the request again later"):
                 handler(ask("Hi."))
         assert len({answer.result()["text"] for answer in answers}) == 1
     assert handler(ask("Hi."))["text"]
+
+
+def test_a_folder_that_does_not_exist(module, tmp_path):
+    for path in (str(tmp_path / "nothing"), "./nothing", "one/too/many"):
+        with pytest.raises(OSError, match=f"no folder {path}, and it is no Hub id either"):
+            module.EndpointHandler(path)
 
 
 def test_sampling_is_within_bounds_and_asked_for(module, handler):
