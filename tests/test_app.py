@@ -1,4 +1,4 @@
-"""The demo page in a real browser: what a visitor does and sees. `make test-app`; needs Debian's chromium."""
+"""The demo page in a real browser, and what it does over HTTP. `make test-app`; needs Debian's chromium."""
 
 import importlib
 import io

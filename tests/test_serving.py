@@ -429,6 +429,20 @@ def test_requests_of_other_settings_share_none(handler, batches):
     assert sorted(settings) == [(1, 2.0), (2, 1.0)]
 
 
+def test_a_batch_that_fails_is_answered_one_by_one(handler, monkeypatch):
+    requests = [ask("Hi.", max_new_tokens=1), ask(ENDLESS, max_new_tokens=9)]
+    alone, generate = [handler(request)["text"] for request in requests], handler.model.generate
+
+    def fail_after_two_steps(**inputs):
+        answer = generate(**{**inputs, "max_new_tokens": 2})
+        if len(answer) > 1:
+            raise RuntimeError("out of memory")
+        return generate(**inputs)
+
+    monkeypatch.setattr(handler.model, "generate", fail_after_two_steps)
+    assert answer_together(handler, requests) == alone
+
+
 def test_settings_take_turns(module, handler, batches, monkeypatch):
     monkeypatch.setattr(module, "MAX_BATCH", 1)
     penalties = [1.0, 1.0, 1.0, 2.0, 2.0]
