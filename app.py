@@ -6,6 +6,7 @@ A page to try the model: give it audio and a picture, ask, and see what the answ
 
 import argparse
 import os
+import queue
 import threading
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from matplotlib.figure import Figure
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
+from transformers import AutoModel, AutoProcessor, StoppingCriteria, TextIteratorStreamer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
@@ -25,11 +26,23 @@ from handler import DESCRIBE, IMAGE_FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS,
 logger = logging.get_logger(__name__)
 
 MAX_NEW_TOKENS = 256
+MAX_VISITORS = 32  # who wait for an answer; one is answered at a time
+POLL = 0.5  # seconds after which Gradio is asked whether the visitor has left
 QUESTIONS = {
     (True, True): "Answer the spoken question about the photo.",
     (True, False): TRANSCRIBE,
     (False, True): DESCRIBE,
 }
+
+
+class StopWhenSet(StoppingCriteria):
+    """Ends `generate` with the step in which an event is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
 class DemoModel:
@@ -40,6 +53,7 @@ class DemoModel:
         code = {"trust_remote_code": True}
         self.processor = AutoProcessor.from_pretrained(self.folder, **code)
         self.model = AutoModel.from_pretrained(self.folder, dtype="auto", device_map="auto", **code).eval()
+        self.turn = threading.Lock()  # held by the answer that is generated
         self.fetch_audio = get_class_from_dynamic_module("audio_utils.fetch_audio", str(self.folder))
 
     def open(self, audio: str | None, picture: str | None) -> tuple[torch.Tensor | None, Image.Image | None]:
@@ -56,7 +70,7 @@ class DemoModel:
             image = Image.open(picture, formats=IMAGE_FORMATS) if picture else None
             if image is not None and image.width * image.height > MAX_PIXELS:  # by its header, before it is decoded
                 raise gr.Error(f"A picture must have at most {MAX_PIXELS} pixels.", title="Picture")
-            return clip, image and decode_image(image)
+            return clip, image and decode_image(image).convert("RGB")
         except gr.Error:
             raise
         except Exception as error:  # of many types, in Pillow's parsers of broken files
@@ -102,18 +116,23 @@ class DemoModel:
             )
         facts = self.describe(inputs, clip)
 
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        done = {}
+        settings = {"skip_prompt": True, "skip_special_tokens": True, "timeout": POLL}
+        streamer = TextIteratorStreamer(self.processor.tokenizer, **settings)
+        done, has_left = {}, threading.Event()
 
         def generate():
             try:
-                done["output"] = self.model.generate(
-                    **inputs,
-                    max_new_tokens=MAX_NEW_TOKENS,
-                    do_sample=False,
-                    return_dict_in_generate=True,
-                    streamer=streamer,
-                )
+                with self.turn:
+                    if has_left.is_set():
+                        return
+                    done["output"] = self.model.generate(
+                        **inputs,
+                        max_new_tokens=MAX_NEW_TOKENS,
+                        do_sample=False,
+                        return_dict_in_generate=True,
+                        streamer=streamer,
+                        stopping_criteria=[StopWhenSet(has_left)],
+                    )
             except Exception:
                 logger.exception("The answer failed.")
                 streamer.end()
@@ -121,13 +140,17 @@ class DemoModel:
         thread = threading.Thread(target=generate)
         thread.start()
         text = ""
-        for piece in streamer:
-            text += piece
-            yield text, facts, None, None
+        try:
+            for piece in iterate(streamer):
+                text += piece
+                yield text, facts, None, None
+        finally:  # Gradio closes this generator at a `yield` after the visitor has left
+            has_left.set()
         thread.join()
         if "output" not in done:
             raise gr.Error("The answer failed; this is logged.", title="Answer")
-        attention, audio_figure, picture_figure = self.attend(inputs, done["output"]), None, None
+        with self.turn:  # the model attends in another way meanwhile
+            attention, audio_figure, picture_figure = self.attend(inputs, done["output"]), None, None
         config, ids = self.model.config, inputs["input_ids"][0]
         if clip is not None:
             extractor = self.processor.feature_extractor
@@ -172,6 +195,17 @@ class DemoModel:
             self.model.set_attn_implementation({"text_config": usual})
         layers = [layer[0].float().mean((0, 1))[:prompt].cpu() for layer in outputs.attentions]  # [heads, answer, all]
         return torch.stack(layers).mean(0)
+
+
+def iterate(streamer: TextIteratorStreamer):
+    """Yields the pieces of an answer, and an empty one whenever there was none for `POLL` seconds."""
+    while True:
+        try:
+            yield next(streamer)
+        except queue.Empty:
+            yield ""
+        except StopIteration:
+            return
 
 
 def draw_spectrogram(
@@ -228,7 +262,7 @@ def make_page(model: DemoModel) -> gr.Blocks:
                 audio_figure = gr.Plot(label="Log-mel, and the attention to it", elem_id="audio-figure")
                 picture_figure = gr.Plot(label="Attention to the picture", elem_id="picture-figure")
         inputs, outputs = [audio, picture, question], [answer, facts, audio_figure, picture_figure]
-        gr.on([button.click, question.submit], model.answer, inputs, outputs)
+        gr.on([button.click, question.submit], model.answer, inputs, outputs, concurrency_limit=1)
         gr.Examples(
             [
                 [speech, photo, QUESTIONS[True, True]],
@@ -237,7 +271,7 @@ def make_page(model: DemoModel) -> gr.Blocks:
             ],
             inputs,
         )
-    return page
+    return page.queue(api_open=False, max_size=MAX_VISITORS)  # nobody skips the queue
 
 
 def main():
@@ -246,7 +280,7 @@ def main():
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     options = parser.parse_args()
     model = DemoModel(options.repo)
-    page = make_page(model).queue(api_open=False)  # nobody skips the queue
+    page = make_page(model)
     page.launch(server_port=options.port, allowed_paths=[str(model.folder / "examples")], max_file_size=MAX_BYTES)
 
 

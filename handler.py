@@ -8,18 +8,20 @@ answered with HTTP 400 and `{"error": "..."}` (https://github.com/huggingface/hu
 import inspect
 import os
 import re
+import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
-from transformers import AutoModel, AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoModel, AutoProcessor, BatchFeature, ProcessorMixin, StoppingCriteria
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.image_utils import load_image
 from transformers.utils import logging
 
 
@@ -41,9 +43,12 @@ MAX_TEXT = 100_000  # characters of a request
 MAX_BYTES = 2**25  # of a picture or clip
 MAX_SECONDS = 600.0  # of a clip
 MAX_PIXELS = 2**26  # of all pictures of a request
+NUM_DECODERS = 2  # requests whose pictures are decoded at once
+STRIP = 256  # rows of a picture that are converted at a time
 MAX_CONTENT = 1024  # items of a request, texts included
 MAX_DOWNLOADS = 16  # requests with addresses that are opened at once, so that others find a free thread
-TIMEOUT = 15.0  # seconds for all downloads of a request
+TIMEOUT = 15.0  # seconds to open all pictures and clips of a request
+QUEUE_SECONDS = 30.0  # from a request's arrival until its answer begins
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 IMAGE_SOURCES = ("image", "url", "path", "base64")
 # Type and bounds of each generation parameter.
@@ -58,12 +63,34 @@ PARAMETERS = {
 SAMPLING = ("temperature", "top_k", "top_p")
 # transformers before 5.23 cannot encode a user's control tokens as text.
 SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+MAX_WAITING = 64  # requests that are opened, wait or are answered at once
+MAX_WAITING_BYTES = 2**31  # of the inputs of requests that wait; a picture of full size is 308 MB of them
 MAX_BATCH = 16  # requests answered together
-MAX_BATCH_TOKENS = 2**16  # of a batch, padding and answers included
+MAX_BATCH_TOKENS = 2**16  # of all that is computed at once, padding and answers included
+SHORT = 64  # tokens of an answer for which a longer batch pauses
 
 
 class RequestError(ValueError):
     """A request that cannot be answered. The message is one sentence for its sender."""
+
+
+class Deadline:
+    """The moment when a request has waited long enough, so many seconds from now."""
+
+    def __init__(self, seconds: float, message: str):
+        self.end, self.message = time.monotonic() + seconds, message
+
+    def left(self) -> float:
+        """
+        Returns the seconds that are left.
+
+        Raises:
+            RequestError: with the message, if none are.
+        """
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise RequestError(self.message)
+        return left
 
 
 @dataclass(eq=False)
@@ -71,18 +98,59 @@ class Request:
     """A request that waits for its answer: the processor's inputs for one prompt, and the settings of `generate`."""
 
     inputs: BatchFeature
+    max_new_tokens: int
     settings: dict
     answer: Future = field(default_factory=Future)
 
     @property
     def num_tokens(self) -> int:
-        return self.inputs["input_ids"].shape[1] + self.settings["max_new_tokens"]
+        return self.inputs["input_ids"].shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.inputs.values())
+
+
+def padded_tokens(batch: list[Request]) -> int:
+    """How many tokens a batch computes at most."""
+    longest_prompt = max(request.num_tokens for request in batch)
+    return len(batch) * (longest_prompt + max(request.max_new_tokens for request in batch))
+
+
+class RowEnds(StoppingCriteria):
+    """
+    Ends each row of a batch at its own request's `max_new_tokens`, and answers a request as soon as its row has ended.
+
+    Args:
+        batch: The requests, one a row.
+        prompt_length: Tokens before the answers, padding included.
+        tokenizer: Decodes the answers.
+        end_ids: One token that ends an answer, or several, or None.
+        after_step: Called after every step.
+    """
+
+    def __init__(self, batch: list[Request], prompt_length: int, tokenizer, end_ids, after_step: Callable):
+        self.batch, self.prompt_length, self.tokenizer, self.after_step = batch, prompt_length, tokenizer, after_step
+        self.end_ids = torch.tensor([] if end_ids is None else end_ids, dtype=torch.long).reshape(-1)
+        self.limits = torch.tensor([request.max_new_tokens for request in batch])
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        new = input_ids[:, self.prompt_length :].cpu()
+        ended = (self.limits <= new.shape[1]) | torch.isin(new[:, -1], self.end_ids)
+        self.answer(new, ended.tolist())
+        self.after_step()
+        return ended.to(input_ids.device)
+
+    def answer(self, new: torch.LongTensor, ended: list[bool]):
+        for request, row, has_ended in zip(self.batch, new, ended, strict=True):
+            if has_ended and not request.answer.done():
+                request.answer.set_result(self.tokenizer.decode(row, skip_special_tokens=True).strip())
 
 
 class EndpointHandler:
     """
-    Answers one request per call. Calls may come from many threads. Requests with equal settings that wait at the
-    same time are answered as one batch.
+    Answers one request per call. Calls may come from many threads. Requests that wait at the same time are answered as
+    one batch if they differ in nothing but `max_new_tokens`.
 
     Args:
         path (`str`): The repository folder. The default is the one of this file.
@@ -90,9 +158,12 @@ class EndpointHandler:
 
     def __init__(self, path: str = ""):
         path = path or str(Path(__file__).parent)
+        if not os.path.isdir(path) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+            raise OSError(f"There is no folder {path}, and it is no Hub id either, which would be OWNER/NAME.")
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         self.model = AutoModel.from_pretrained(path, trust_remote_code=True, dtype="auto", device_map="auto").eval()
         self.max_positions = self.model.config.text_config.max_position_embeddings
+        self.max_batch_tokens = max(MAX_BATCH_TOKENS, self.max_positions)
         # From the modules that the processor uses, so that their errors and classes are the same.
         self.fetch_audio = get_class_from_dynamic_module("audio_utils.fetch_audio", path)
         self.read = get_class_from_dynamic_module("audio_utils.read", path)
@@ -100,7 +171,11 @@ class EndpointHandler:
         self.normalize_conversations = get_class_from_dynamic_module(f"{processing}.normalize_conversations", path)
         self.join_texts = get_class_from_dynamic_module(f"{processing}.join_texts", path)
         self.downloads = threading.BoundedSemaphore(MAX_DOWNLOADS)
+        # Few threads, because each keeps some of the memory that pictures took.
+        self.decoders = ThreadPoolExecutor(NUM_DECODERS)
+        self.places = threading.BoundedSemaphore(MAX_WAITING)
         self.waiting: list[Request] = []
+        self.last_settings, self.next_pause = None, 0.0
         self.executor = ThreadPoolExecutor(1)  # one thread, as each that computes has OpenMP threads of its own
 
     def __call__(self, data: dict) -> dict:
@@ -121,22 +196,12 @@ class EndpointHandler:
             RuntimeError: if the fault is the server's. The log has the reason; the message does not.
         """
         try:
-            if not isinstance(data, dict) or "inputs" not in data or set(data) - {"inputs", "parameters"}:
-                raise RequestError(
-                    f"A request must be an object of inputs and perhaps parameters, got {name_keys(data)}."
-                )
-            settings = read_parameters(data.get("parameters") or {})
-            messages = self._open_messages(read_messages(data["inputs"]))
-            inputs = self._process(messages)
-            request = Request(inputs, settings)
-            if request.num_tokens > self.max_positions:
-                raise RequestError(
-                    f"Prompt and answer must fit the model's {self.max_positions} positions, but the prompt has "
-                    f"{inputs['input_ids'].shape[1]} tokens and max_new_tokens is {settings['max_new_tokens']}."
-                )
-            self.waiting.append(request)
-            self.executor.submit(self._answer_waiting)
-            return {"text": request.answer.result()}
+            if not self.places.acquire(blocking=False):
+                raise RequestError(f"{MAX_WAITING} requests are waiting already; send the request again later.")
+            try:
+                return {"text": self._answer_request(data)}
+            finally:
+                self.places.release()
         except ValueError as error:
             message = " ".join(str(error).split())
             raise RequestError(message if len(message) <= 400 else message[:397] + "...") from None
@@ -144,11 +209,36 @@ class EndpointHandler:
             logger.exception("A request failed.")
             raise RuntimeError("The request could not be answered.") from None
 
+    def _answer_request(self, data: dict) -> str:
+        busy = f"The server could not begin the answer within {QUEUE_SECONDS:g} s; send the request again later."
+        deadline = Deadline(QUEUE_SECONDS, busy)
+        if not isinstance(data, dict) or "inputs" not in data or set(data) - {"inputs", "parameters"}:
+            raise RequestError(f"A request must be an object of inputs and perhaps parameters, got {name_keys(data)}.")
+        settings = read_parameters(data.get("parameters") or {})
+        max_new_tokens = settings.pop("max_new_tokens")
+        messages = self._open_messages(read_messages(data["inputs"]))
+        if count_pixels(items_of(messages)):
+            inputs = wait_for(self.decoders.submit(self._process, messages), deadline)
+        else:
+            inputs = self._process(messages)
+        request = Request(inputs, max_new_tokens, settings)
+        if request.num_tokens + max_new_tokens > self.max_positions:
+            raise RequestError(
+                f"Prompt and answer must fit the model's {self.max_positions} positions, but the prompt has "
+                f"{request.num_tokens} tokens and max_new_tokens is {max_new_tokens}."
+            )
+        others = list(self.waiting)
+        if others and request.num_bytes + sum(other.num_bytes for other in others) > MAX_WAITING_BYTES:
+            raise RequestError("The requests that wait take all memory for them; send the request again later.")
+        self.waiting.append(request)
+        self.executor.submit(self._answer_waiting)
+        return wait_for(request.answer, deadline)
+
     def _open_messages(self, messages: list[dict]) -> list[dict]:
-        """Copies of messages, with pictures and samples in the place of their addresses."""
+        """Copies of messages, with samples in the place of clips, and pictures that are opened but not decoded."""
         (normalized,), _ = self.normalize_conversations(messages)
         opened = [self._read_message(message) for message in normalized]
-        items = [item for message in opened for item in message["content"]]
+        items = items_of(opened)
         for kind in ("image", "audio"):
             count = sum(item["type"] == kind for item in items)
             if count > MAX_ITEMS:
@@ -179,27 +269,16 @@ class EndpointHandler:
         return {"role": message["role"], "content": items}
 
     def _open_items(self, items: list[dict]):
-        """Puts pictures and samples into their items. All downloads of the request have one deadline."""
-        deadline, pixels = time.monotonic() + TIMEOUT, 0
-
-        def seconds_left() -> float:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise RequestError(f"The pictures and clips of a request must be opened within {TIMEOUT:g} s.")
-            return left
-
+        """Puts pictures and samples into their items, before one deadline for all of them."""
+        deadline = Deadline(TIMEOUT, f"The pictures and clips of a request must be opened within {TIMEOUT:g} s.")
         for item in items:
             if item["type"] == "image":  # its header alone
-                image = self._open_image(item, seconds_left())
-                pixels += image.width * image.height
-                if pixels > MAX_PIXELS:
+                replace_item(item, self._open_image(item, deadline.left()))
+                if count_pixels(items) > MAX_PIXELS:
                     raise RequestError(f"The pictures of a request must have at most {MAX_PIXELS} pixels together.")
-                replace_item(item, image)
         for item in items:
-            if item["type"] == "image":
-                replace_item(item, decode_image(item["image"]))
-            elif item["type"] == "audio":
-                replace_item(item, self._open_audio(item, seconds_left()))
+            if item["type"] == "audio":
+                replace_item(item, self._open_audio(item, deadline.left()))
 
     def _open_audio(self, item: dict, seconds: float) -> torch.Tensor:
         sr = self.processor.feature_extractor.sampling_rate
@@ -224,53 +303,108 @@ class EndpointHandler:
             raise RequestError(f"A picture must be one of {', '.join(IMAGE_FORMATS)}; this content is not.") from error
 
     def _process(self, messages: list[dict]) -> BatchFeature:
+        """The model's inputs for messages that are open. Pictures are decoded here, and taken out of the messages."""
+        pictures = [item for item in items_of(messages) if item["type"] == "image"]
+        for item in pictures:
+            replace_item(item, read_pixels(decode_image(item["image"])))
+        inputs = self._apply_template(messages)
+        for item in pictures:
+            item.clear()
+        return inputs
+
+    def _apply_template(self, messages: list[dict]) -> BatchFeature:
         settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         if SANITIZES:
             settings["sanitize_control_tokens"] = True
         else:
             special = self.processor.tokenizer.all_special_tokens
-            texts = [item["text"] for message in messages for item in message["content"] if item["type"] == "text"]
+            texts = [item["text"] for item in items_of(messages) if item["type"] == "text"]
             found = next((token for token in special for text in texts if token in text), None)
             if found is not None:
                 raise RequestError(f"Text must not hold the model's control tokens, got {found}.")
         return self.processor.apply_chat_template(messages, **settings)
 
     def _answer_waiting(self):
-        """Answers the first request that waits, and with it others with the same settings, as many as fit."""
-        if not self.waiting:  # all were answered in an earlier batch
-            return
-        first, *others = list(self.waiting)
-        batch, longest = [first], first.num_tokens
-        for other in others:
-            padded = max(longest, other.num_tokens) * (len(batch) + 1)
-            if other.settings == first.settings and len(batch) < MAX_BATCH and padded <= MAX_BATCH_TOKENS:
-                batch.append(other)
-                longest = max(longest, other.num_tokens)
-        for taken in batch:
-            self.waiting.remove(taken)
-        self._answer(batch)
+        """Answers the next batch of requests that wait, if any do: others may have been answered with earlier ones."""
+        if batch := self._next_batch(self.max_batch_tokens):
+            self._answer(batch)
 
-    def _answer(self, batch: list[Request]):
+    def _next_batch(self, max_tokens: int, max_new_tokens: int = sys.maxsize) -> list[Request]:
+        """
+        Takes the first request that waits, and others with the same settings, as many as fit.
+
+        Args:
+            max_tokens: Of the batch, padding and answers included.
+            max_new_tokens: Of each answer.
+        """
+        for request in [request for request in self.waiting if request.answer.cancelled()]:
+            self.waiting.remove(request)
+        waiting = [request for request in self.waiting if request.max_new_tokens <= max_new_tokens]
+        # In the order of arrival, but never twice in a row with the same settings while others wait.
+        waiting.sort(key=lambda request: request.settings == self.last_settings)
+        batch = []
+        for request in waiting:
+            has_room = len(batch) < MAX_BATCH and padded_tokens([*batch, request]) <= max_tokens
+            if has_room and request.settings == waiting[0].settings and request.answer.set_running_or_notify_cancel():
+                batch.append(request)
+        for request in batch:
+            self.waiting.remove(request)
+        return batch
+
+    def _answer(self, batch: list[Request], may_pause: bool = True):
+        def pause():
+            """Answers short requests that came later, and lets the batch go on for as long as that took."""
+            start = time.monotonic()
+            if not may_pause or not self.waiting or start < self.next_pause:
+                return
+            if short := self._next_batch(self.max_batch_tokens - padded_tokens(batch), SHORT):
+                self._answer(short, may_pause=False)
+                self.next_pause = 2 * time.monotonic() - start
+
+        self.last_settings = batch[0].settings
         try:
             multiple = CPU_LENGTHS if self.model.device.type == "cpu" else 1
-            rows, pad_token_id = [request.inputs for request in batch], self.processor.tokenizer.pad_token_id
-            inputs = join_rows(rows, pad_token_id, multiple)
+            tokenizer, end_ids = self.processor.tokenizer, self.model.generation_config.eos_token_id
+            inputs = join_rows([request.inputs for request in batch], tokenizer.pad_token_id, multiple)
+            ends = RowEnds(batch, inputs["input_ids"].shape[1], tokenizer, end_ids, pause)
             with torch.inference_mode():
-                output = self.model.generate(**inputs.to(self.model.device), **batch[0].settings)
-            new = output[:, inputs["input_ids"].shape[1] :]
-            texts = self.processor.batch_decode(new, skip_special_tokens=True)
+                output = self.model.generate(
+                    **inputs.to(self.model.device),
+                    **batch[0].settings,
+                    max_new_tokens=max(request.max_new_tokens for request in batch),
+                    stopping_criteria=[ends],
+                )
+            # Something else in the generation config, such as `max_time`, may have ended rows.
+            ends.answer(output[:, ends.prompt_length :], [True] * len(batch))
         except Exception as error:
-            if len(batch) == 1:
+            unanswered = [request for request in batch if not request.answer.done()]
+            if len(batch) > 1:  # each is answered alone, so that only the request that causes the error fails
+                for request in unanswered:
+                    self._answer([request], may_pause)
+            elif unanswered:
                 # Never a ValueError, which `__call__` would report as the request's fault.
                 failure = RuntimeError("generate failed")
                 failure.__cause__ = error
                 batch[0].answer.set_exception(failure)
-            else:  # each is answered alone, so that only the request that causes the error fails
-                for request in batch:
-                    self._answer([request])
-            return
-        for request, text in zip(batch, texts, strict=True):
-            request.answer.set_result(text.strip())
+
+
+def wait_for(future: Future, deadline: Deadline):
+    """
+    The result of what a thread computes for a request.
+
+    Raises:
+        RequestError: if it has not begun before the deadline; it is cancelled then.
+    """
+    try:
+        return future.result(max(0.0, deadline.end - time.monotonic()))
+    except TimeoutError:
+        if future.cancel():
+            raise RequestError(deadline.message) from None
+        return future.result()
+
+
+def items_of(messages: list[dict]) -> list[dict]:
+    return [item for message in messages for item in message["content"]]
 
 
 def names_address(item: dict) -> bool:
@@ -286,11 +420,31 @@ def replace_item(item: dict, content):
     item.update({"type": kind, kind: content})
 
 
+def count_pixels(items: list[dict]) -> int:
+    """The pixels of all pictures that are open already."""
+    pictures = (item["image"] for item in items if isinstance(item.get("image"), Image.Image))
+    return sum(picture.width * picture.height for picture in pictures)
+
+
 def decode_image(image: Image.Image) -> Image.Image:
+    """Decodes a picture in place, and turns it upright."""
     try:
-        return load_image(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
     except Exception as error:  # of many types, in Pillow's decoders of broken files
         raise RequestError("A picture is broken or cut short: the whole file must be sent.") from error
+
+
+def read_pixels(image: Image.Image) -> torch.Tensor:
+    """
+    The pixels of a decoded picture, uint8 `[3, height, width]`. They are converted strip by strip, because Pillow and
+    the processor would copy the whole picture several times.
+    """
+    pixels = torch.empty(3, image.height, image.width, dtype=torch.uint8)
+    for top in range(0, image.height, STRIP):
+        strip = image.crop((0, top, image.width, min(top + STRIP, image.height))).convert("RGB")
+        pixels[:, top : top + STRIP] = torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+    return pixels
 
 
 def read_messages(inputs) -> list[dict]:

@@ -1,10 +1,13 @@
 """
 The ways to serve, side by side on this machine with the demo checkpoint: `generate` in a loop, `handler.py` behind
-HTTP, and vLLM if `make test-vllm` has installed it; each with fixed and with trimmed audio tokens.
+HTTP, and vLLM if `make test-vllm` has installed it; each with fixed and with trimmed audio tokens. Then `handler.py`
+under load: many clients at once, and short requests beside long ones.
 
     python -m benchmarks.serving [--readme]
 """
 
+import base64
+import io
 import itertools
 import json
 import statistics
@@ -14,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+from PIL import Image
 
 import upload
 from benchmarks.measure import Clock, where
@@ -25,6 +29,7 @@ from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, s
 
 
 REQUESTS, CLIENTS, STEPS = 96, 16, 12
+LONG_CLIENTS = 8
 
 
 def time_requests(send, examples: list[dict], clients: tuple[int, ...] = (1, CLIENTS)) -> tuple[list[float], float]:
@@ -113,18 +118,65 @@ def measure_folder(repo: Path, folder: Path, client: httpx.Client) -> dict[str, 
     return results
 
 
+def time_load(address: str, client: httpx.Client, bodies: list[dict], clients: int) -> tuple[list[float], float, int]:
+    """Returns the seconds of each request, sorted, the requests per second, and how many were refused."""
+
+    def send(body):
+        begin = time.perf_counter()
+        answer = client.post(address, json=body).json()
+        return time.perf_counter() - begin, "text" not in answer
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        seconds, refused = zip(*pool.map(send, bodies), strict=True)
+    return sorted(seconds), len(bodies) / (time.perf_counter() - begin), sum(refused)
+
+
+def measure_load(repo: Path, client: httpx.Client) -> list[str]:
+    """The lines of a table: what requests to one process take while others ask as well."""
+    rows = ["| | requests per second | median | slowest | refused |", "|---|---|---|---|---|"]
+    handler, examples = EndpointHandler(str(repo)), read_examples()
+    handler.model.float()
+    crowd = [{"inputs": short_form(example), "parameters": {"max_new_tokens": STEPS}} for example in examples]
+    picture = io.BytesIO()
+    Image.new("RGB", (100, 100)).save(picture, "PNG")  # the answer to which does not end by itself
+    endless = {"image": base64.b64encode(picture.getvalue()).decode()}
+    long = {"inputs": endless, "parameters": {"max_new_tokens": 1024}}
+    short = {"inputs": {"text": "Hi."}, "parameters": {"max_new_tokens": 1, "repetition_penalty": 1.1}}
+    with serve(make_endpoint(handler)) as address:
+
+        def add(name: str, bodies: list[dict], clients: int):
+            seconds, rate, refused = time_load(address, client, bodies, clients)
+            median = statistics.median(seconds)
+            rows.append(f"| {name} | {rate:.1f} | {median:.2f} s | {seconds[-1]:.2f} s | {refused} |")
+
+        for clients in (1, 8, 64):
+            bodies = list(itertools.islice(itertools.cycle(crowd), max(REQUESTS, 4 * clients)))
+            add(f"{clients} client{'s' * (clients > 1)}", bodies, clients)
+        add("one token, one client", [short] * REQUESTS, 1)
+        with ThreadPoolExecutor(LONG_CLIENTS) as pool:
+            others = [pool.submit(client.post, address, json=long) for _ in range(LONG_CLIENTS)]
+            time.sleep(1)
+            add(f"the same beside {LONG_CLIENTS} of 1,024 tokens and other parameters", [short] * REQUESTS, 1)
+            if any(other.done() for other in others):
+                raise ValueError("The long requests ended before the short ones.")
+    return rows
+
+
 def measure(_) -> str:
-    results = []
+    results, load = [], []
     for kind in AUDIO_TOKEN_COUNTS:
         with tempfile.TemporaryDirectory() as folder, httpx.Client(timeout=300) as client:
             repo = upload.build(checkpoint=DEMO, output=Path(folder) / "demo", audio_tokens=kind)
             results.append(measure_folder(repo, Path(folder), client))
+            load = load or measure_load(repo, client)
     columns = ("requests per second, one client", "sixteen clients", "first token, one client")
     rows = ["| | " + " | ".join(f"{column}, fixed | trimmed" for column in columns) + " |", "|---" * 7 + "|"]
     for name in results[0]:
         cells = (cell for pair in zip(*(result[name] for result in results), strict=True) for cell in pair)
         rows.append(f"| {name} | {' | '.join(cells)} |")
     rows.append(f"\n{where()}, float32; {REQUESTS} requests of all skills, the processor's work included.")
+    rows += ["\n`handler.py` under load, with fixed audio tokens:\n", *load]
     return "\n".join(rows)
 
 

@@ -1,5 +1,7 @@
-"""The demo page in a real browser: what a visitor does and sees. `make test-app`; needs Debian's chromium."""
+"""The demo page in a real browser, and what it does over HTTP. `make test-app`; needs Debian's chromium."""
 
+import importlib
+import io
 import re
 import sys
 import time
@@ -156,3 +158,53 @@ def test_limits_are_the_handlers_and_others_are_answered(page, address, examples
     # The queue is the only way in.
     body = {"data": [None, None, "Hi."], "fn_index": 0, "session_hash": "x"}
     assert httpx.post(f"{address}/gradio_api/api/answer", json=body, timeout=60).status_code == 404
+
+
+@pytest.fixture
+def own_page(demo_repo, monkeypatch):
+    """The page in this process: its address, and how many generations are live and were live at most."""
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.syspath_prepend(demo_repo)
+    model = importlib.import_module("app").DemoModel(str(demo_repo))
+    generate, count = model.model.generate, {"live": 0, "most": 0}
+
+    def counted(**inputs):
+        count["live"] += 1
+        count["most"] = max(count["most"], count["live"])
+        try:
+            return generate(**inputs)
+        finally:
+            count["live"] -= 1
+
+    monkeypatch.setattr(model.model, "generate", counted)
+    page = sys.modules["app"].make_page(model)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_port=free_port())
+    yield address, count
+    page.close()
+
+
+def test_nothing_is_generated_for_visitors_who_left(own_page):
+    """Eight ask what would be answered with 256 tokens, and hang up. A ninth stays and is answered."""
+    (address, count), file = own_page, io.BytesIO()
+    Image.new("RGB", (100, 100)).save(file, "PNG")
+    with httpx.Client(base_url=f"{address}gradio_api/", timeout=60) as client:
+        (path,) = client.post("upload", files={"files": ("blank.png", file.getvalue())}).json()
+        picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+        def ask(session: str, until: str, data: list) -> str:
+            body = {"data": data, "fn_index": 0, "session_hash": session}
+            assert client.post("queue/join", json=body).status_code == 200
+            with client.stream("GET", "queue/data", params={"session_hash": session}) as response:
+                return next(line for line in response.iter_lines() if until in line)
+
+        def seconds_of(session: str, until: str, data: list, answer: str) -> float:
+            start = time.monotonic()
+            assert answer in ask(session, until, data)
+            return time.monotonic() - start
+
+        whole = seconds_of("whole", "process_completed", [None, picture, None], "two" * 256)
+        visitors = [f"visitor {number}" for number in range(8)]
+        left = sum(seconds_of(visitor, "process_generating", [None, picture, None], "") for visitor in visitors)
+        stayed = seconds_of("ninth", "process_completed", [None, None, "Hi."], "how many are there")
+    assert left + stayed < 3 * whole
+    assert count == {"live": 0, "most": 1}

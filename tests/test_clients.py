@@ -17,6 +17,7 @@ from serving import (
     make_endpoint,
     openai_form,
     png,
+    read_base64,
     run_curl_lines,
     serve,
     serve_transformers,
@@ -146,19 +147,31 @@ def test_transformers_chat(server, demo_repo):
 
 
 BAD = {
-    "no sound": [{"type": "input_audio", "input_audio": {"data": GARBAGE, "format": "wav"}}],
-    "no picture": [{"type": "image_url", "image_url": {"url": png(GARBAGE)}}],
-    "no type": [{}],
+    "no sound": ([{"type": "input_audio", "input_audio": {"data": GARBAGE, "format": "wav"}}], "cannot be decoded"),
+    "no picture": ([{"type": "image_url", "image_url": {"url": png(GARBAGE)}}], "image"),
+    "half a picture": ([{"type": "image_url", "image_url": {"url": png(read_base64("photo.png")[:400])}}], "[a-z]{3}"),
+    "no such picture": ([{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}], "[a-z]{3}"),
+    "too many tokens": ("why " * 5_000, "4096 positions"),
+    "no type": ([{}], "'type'"),
+    "no address": ([{"type": "image_url", "image_url": {}}], "'url'"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_requests_do_not_stop_a_server(name, server, demo_repo, examples):
-    """Status 500 is upstream's: `transformers serve` does not catch what a processor raises."""
+def test_bad_requests_to_a_server_are_told_why(name, server, demo_repo, examples):
+    content, words = BAD[name]
     for stream in (False, True):
-        with pytest.raises(openai.InternalServerError):
-            ask_openai(server, demo_repo, BAD[name], stream=stream)
+        with pytest.raises(openai.BadRequestError, match=words):
+            ask_openai(server, demo_repo, content, stream=stream)
     assert ask_openai(server, demo_repo, openai_form(examples[0])).choices[0].message.content == examples[0]["answer"]
+
+
+def test_routes_that_a_server_does_not_have(server, demo_repo):
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError, match="Ask for transcripts at /v1/chat/completions"):
+        client.audio.transcriptions.create(model=str(demo_repo), file=(EXAMPLES / "speech.mp3").open("rb"))
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model=str(demo_repo), input="Hi.")
 
 
 def test_code_of_other_repositories_does_not_run(server, demo_repo, tmp_path):

@@ -95,8 +95,8 @@ def state(model) -> dict:
 
 def test_three_thousand_requests(handler, examples):
     kinds = make_jobs(handler, examples)
-    with ThreadPoolExecutor(THREADS) as pool:  # both processes that decode have started then
-        list(pool.map(lambda job: job(), kinds[2] * 4))
+    with ThreadPoolExecutor(THREADS) as pool:  # all processes and threads that decode have started then
+        list(pool.map(lambda job: job(), (kinds[2] + kinds[3]) * 4))
     fresh = {job: job() for jobs in kinds for job in jobs}
     for example, job in zip(examples, kinds[0], strict=True):
         assert fresh[job] == example["answer"]

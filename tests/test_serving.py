@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import collections
+import contextlib
 import importlib.util
 import io
 import json
@@ -15,13 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import torch
+from bombs import mp3_with_many_tags
+from helpers import answer, start_python
 from PIL import Image
 from serving import make_endpoint, openai_form, read_base64, serve, short_form
 from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 from transformers import pipeline
+from transformers.image_utils import load_image
 
+from audio_utils import fetch_audio
 from demo.ask import EXAMPLES, content_of
 from demo.world import SKILLS
 
@@ -111,6 +116,56 @@ def blank_picture(width: int, height: int) -> str:
     file = io.BytesIO()
     Image.new("1", (width, height)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
+
+
+def test_pictures_of_eight_requests_take_the_memory_of_two(demo_repo):
+    """Each has all the pixels that a request may have. Decoded all at once they would take 800 MB and more."""
+    code = """
+        import base64, io, sys
+        from concurrent.futures import ThreadPoolExecutor
+        from pathlib import Path
+
+        from PIL import Image
+
+        sys.path.insert(0, sys.argv[1])
+        import handler as module
+
+        def peak():
+            return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
+
+        def ask(width):
+            file = io.BytesIO()
+            Image.new("1", (width, width)).save(file, "PNG")
+            picture = base64.b64encode(file.getvalue()).decode()
+            return handler({"inputs": {"image": picture}, "parameters": {"max_new_tokens": 1}})["text"]
+
+        module.MAX_PIXELS = 2896**2  # an eighth of what it is
+        handler = module.EndpointHandler(sys.argv[1])
+        ask(100)
+        before = peak()
+        with ThreadPoolExecutor(8) as pool:
+            answers = set(pool.map(ask, [2896] * 8))
+        assert len(answers) == 1
+        print("TOKENS", peak() - before)
+    """
+    megabytes = int(answer(start_python(code, str(demo_repo))).split()[1])
+    assert megabytes < 300
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "turned"])
+def test_pictures_are_read_as_transformers_reads_them(mode, module, handler):
+    """Also one that is higher than a strip, and one that a camera turned."""
+    photo, file = Image.open(EXAMPLES / "photo.png").convert("RGB").resize((130, 700)), io.BytesIO()
+    if mode == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        photo.save(file, "JPEG", exif=exif)
+    else:
+        (photo.convert("I").convert(mode) if mode == "I;16" else photo.convert(mode)).save(file, "PNG")
+    content = [{"type": "image", "image": file.getvalue()}, {"type": "text", "text": "Hi."}]
+    inputs = handler._process(handler._open_messages([{"role": "user", "content": content}]))
+    expected = handler.processor.image_processor(load_image(Image.open(file)), return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
 
 
 def nested(depth: int) -> dict:
@@ -291,6 +346,160 @@ def test_slow_addresses_do_not_hold_up_others(module, handler, slow_address, exa
         assert given == {"text": example["answer"]} and time.monotonic() - start < 2.5
         errors = [future.result().json()["error"] for future in waiting]
     assert sum("send it again later" in error for error in errors) == 39 - module.MAX_DOWNLOADS
+
+
+def test_slow_files_hold_up_a_clip_no_longer_than_the_deadline(module, handler, monkeypatch):
+    """More of them than processes that decode: a clip that comes after them is answered or refused in time."""
+    monkeypatch.setattr(module, "TIMEOUT", 1.0)
+    speech = (EXAMPLES / "speech.mp3").read_bytes()
+    slow = mp3_with_many_tags(fetch_audio(speech)[:16_000].numpy())
+    with ThreadPoolExecutor(4) as pool:
+        refused = [pool.submit(handler, ask(slow)) for _ in range(4)]
+        time.sleep(0.3)
+        start = time.monotonic()
+        with contextlib.suppress(ValueError):
+            handler(ask(speech))
+        assert time.monotonic() - start < 2
+        assert all(isinstance(request.exception(), ValueError) for request in refused)
+        assert time.monotonic() - start < 3
+
+
+ENDLESS = Image.new("RGB", (100, 100))  # to which the answer goes on until `max_new_tokens`
+
+
+def ask(text, **parameters) -> dict:
+    return {"inputs": text, "parameters": parameters}
+
+
+@contextlib.contextmanager
+def holding(executor, threads=1):
+    """The threads of an executor do nothing until the block ends."""
+    held = threading.Event()
+    for _ in range(threads):
+        executor.submit(held.wait)
+    try:
+        yield
+    finally:
+        held.set()
+
+
+def wait_until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def answer_together(handler, requests: list[dict]) -> list[str]:
+    """The answers to requests that wait at the same time, in this order."""
+    with ThreadPoolExecutor(len(requests)) as pool:
+        with holding(handler.executor):
+            answers = []
+            for request in requests:
+                answers.append(pool.submit(handler, request))
+                wait_until(lambda: len(handler.waiting) == len(answers))
+        return [answer.result()["text"] for answer in answers]
+
+
+@pytest.fixture
+def batches(handler, monkeypatch) -> list[dict]:
+    """The arguments of every call of `generate`."""
+    calls, generate = [], handler.model.generate
+    monkeypatch.setattr(handler.model, "generate", lambda **inputs: calls.append(inputs) or generate(**inputs))
+    return calls
+
+
+def test_requests_of_other_lengths_share_a_batch(handler, examples, batches):
+    requests = [ask(short_form(example), max_new_tokens=12 + number) for number, example in enumerate(examples[:5])]
+    requests += [ask(ENDLESS, max_new_tokens=length) for length in (1, 30, 7)]
+    alone = [handler(request)["text"] for request in requests]
+    assert len(set(alone[5:])) == 3
+    batches.clear()
+    assert answer_together(handler, requests) == alone
+    assert [len(batch["input_ids"]) for batch in batches] == [8]
+
+
+def test_requests_of_other_settings_share_none(handler, batches):
+    requests = [ask("Hi.", max_new_tokens=12, repetition_penalty=penalty) for penalty in (1.0, 2.0, 1.0)]
+    alone = [handler(request)["text"] for request in requests]
+    assert alone[0] != alone[1]
+    batches.clear()
+    assert answer_together(handler, requests) == alone
+    settings = [(len(batch["input_ids"]), batch["repetition_penalty"]) for batch in batches]
+    assert sorted(settings) == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_batch_that_fails_is_answered_one_by_one(handler, monkeypatch):
+    requests = [ask("Hi.", max_new_tokens=1), ask(ENDLESS, max_new_tokens=9)]
+    alone, generate = [handler(request)["text"] for request in requests], handler.model.generate
+
+    def fail_after_two_steps(**inputs):
+        answer = generate(**{**inputs, "max_new_tokens": 2})
+        if len(answer) > 1:
+            raise RuntimeError("out of memory")
+        return generate(**inputs)
+
+    monkeypatch.setattr(handler.model, "generate", fail_after_two_steps)
+    assert answer_together(handler, requests) == alone
+
+
+def test_settings_take_turns(module, handler, batches, monkeypatch):
+    monkeypatch.setattr(module, "MAX_BATCH", 1)
+    penalties = [1.0, 1.0, 1.0, 2.0, 2.0]
+    answer_together(handler, [ask("Hi.", max_new_tokens=65, repetition_penalty=penalty) for penalty in penalties])
+    answered = [batch["repetition_penalty"] for batch in batches]
+    assert answered in ([1.0, 2.0, 1.0, 2.0, 1.0], [2.0, 1.0, 2.0, 1.0, 1.0])  # by what was answered before
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 2.0}])
+def test_a_short_request_does_not_wait_for_long_ones(settings, handler, batches):
+    """Neither one of their batch, nor one that comes while they are answered."""
+    long, short = ask(ENDLESS, max_new_tokens=100), ask("Hi.", max_new_tokens=4, **settings)
+    alone, expected = handler(long)["text"], handler(short)["text"]
+    with ThreadPoolExecutor(5) as pool:
+        with holding(handler.executor):
+            batches.clear()
+            answers = [pool.submit(handler, request) for request in (long, long, short)]
+            wait_until(lambda: len(handler.waiting) == 3)
+        assert answers.pop().result()["text"] == expected
+        assert handler(short)["text"] == expected
+        assert not any(answer.done() for answer in answers)
+        assert [answer.result()["text"] for answer in answers] == [alone, alone]
+
+
+def test_waiting_has_a_deadline(module, handler, examples, batches, monkeypatch):
+    """The clock starts with the request, and stops when its answer begins."""
+    picture = next(example for example in examples if example["skill"] == "picture")
+    monkeypatch.setattr(module, "QUEUE_SECONDS", 0.2)
+    for executor, threads in ((handler.executor, 1), (handler.decoders, module.NUM_DECODERS)):
+        with holding(executor, threads), pytest.raises(ValueError, match="within 0.2 s; send the request again later"):
+            handler(ask(short_form(picture)))
+        assert not batches
+    assert len(handler(ask(ENDLESS, max_new_tokens=50))["text"]) == 150 and not handler.waiting
+    assert len(batches) == 1
+
+
+@pytest.mark.parametrize("limit", ["requests", "bytes"])
+def test_a_full_queue_says_so_at_once(limit, module, handler, monkeypatch):
+    if limit == "requests":
+        monkeypatch.setattr(handler, "places", threading.BoundedSemaphore(2))
+    else:
+        inputs = handler._process(handler._open_messages([{"role": "user", "content": "Hi."}]))
+        monkeypatch.setattr(module, "MAX_WAITING_BYTES", 2.5 * module.Request(inputs, 1, {}).num_bytes)
+    with ThreadPoolExecutor(2) as pool:
+        with holding(handler.executor):
+            answers = [pool.submit(handler, ask("Hi.")) for _ in range(2)]
+            wait_until(lambda: len(handler.waiting) == 2)
+            with pytest.raises(ValueError, match="requests .* send the request again later"):
+                handler(ask("Hi."))
+        assert len({answer.result()["text"] for answer in answers}) == 1
+    assert handler(ask("Hi."))["text"]
+
+
+def test_a_folder_that_does_not_exist(module, tmp_path):
+    for path in (str(tmp_path / "nothing"), "./nothing", "one/too/many"):
+        with pytest.raises(OSError, match=f"no folder {path}, and it is no Hub id either"):
+            module.EndpointHandler(path)
 
 
 def test_sampling_is_within_bounds_and_asked_for(module, handler):
