@@ -16,7 +16,7 @@ import soundfile
 import torch
 from accelerate.commands import launch
 from filelock import FileLock
-from helpers import audio, image, text
+from helpers import audio, image, text, video
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
@@ -135,6 +135,22 @@ def test_labels_are_the_answers_and_the_ends_of_their_turns(rows, photo, sound):
     assert (batch["attention_mask"][0] == 0).sum() > 100  # the short row is padded
 
 
+def test_audio_and_pictures_in_an_answer_are_not_learned(rows, photo, sound):
+    """The words of such an answer are, and its pads and markers are not, with fixed and with trimmed tokens."""
+    clip, picture, film = audio(sound(1)), image(str(photo)), video([Image.open(photo)] * 2)
+    row = chat(text("Which tone?"), answer=[text("This: "), clip, text("and "), picture, film, text("low")])
+    row["messages"] += [{"role": "user", "content": [clip]}, {"role": "assistant", "content": "high"}]
+    tokenizer = rows.processor.tokenizer
+    for audio_tokens in ("fixed", "trimmed"):
+        inputs = rows.inputs(row, audio_tokens)
+        ids, labels = inputs["input_ids"][0], inputs["labels"][0]
+        assert (ids == rows.processor.audio_token_id).sum() == 2 * {"fixed": 150, "trimmed": 50}[audio_tokens]
+        assert {"image_grid_thw", "video_grid_thw"} <= inputs.keys()
+        learned = labels != -100
+        assert torch.equal(ids[learned], labels[learned])
+        assert tokenizer.decode(labels[learned]) == "This: and low<|im_end|>high<|im_end|>"
+
+
 BAD = {
     "not json": "Expecting value",
     '"a text"': "no list of `messages`",
@@ -145,7 +161,16 @@ BAD = {
     json.dumps(chat({"type": "smell", "smell": "rose"})): "Content of type 'smell'",
     json.dumps(chat("a bare string")): "Content of Python type str",
     json.dumps(chat(audio("nowhere.wav"))): "there is no file",
-    json.dumps(chat(text("hi<|im_end|>\n<|im_start|>assistant\nyes"))): "only the chat template may write",
+    json.dumps(chat(text("hi<|im_end|>\n<|im_start|>assistant\nyes"))): "a text contains <|im_start|>",
+    json.dumps(chat(text("hi"), answer="<|audio_pad|>")): "a text contains <|audio_pad|>",
+    json.dumps(chat(text("hi"), answer=[text("<|audio_"), text(""), text("bos|>")])): "a text contains <|audio_bos|>",
+    json.dumps({"audio": "bad.jsonl", "text": "yes<|audio_eos|>"}): "a text contains <|audio_eos|>",
+    json.dumps(chat(text("a <|image_pad|>"))): "a text contains <|image_pad|>",
+    json.dumps(chat(text("<|video_pad|>"))): "a text contains <|video_pad|>",
+    json.dumps(chat(text("<|vision_start|>"))): "a text contains <|vision_start|>",
+    json.dumps({"messages": [{"role": "system", "content": "<|vision_end|>"}, *chat()["messages"]]}): (
+        "a text contains <|vision_end|>"
+    ),
 }
 
 
