@@ -207,6 +207,39 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
         num_samples = len(input_features) * input_features.shape[-1] * HOP_LENGTH
         return count_audio(num_samples, self.config.audio_config.max_source_positions).tokens
 
+    def run_idle_encoders(
+        self,
+        inputs_embeds: torch.Tensor,
+        input_features: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Runs a silent window and black pictures through the encoders that these inputs leave out. Under FSDP the layers
+        gather their weights from all processes, so each process must call the same layers, whatever its batch holds.
+
+        Returns:
+            `inputs_embeds` with the same values. Weights of these encoders that learn get a gradient of 0.
+        """
+        unused = []
+        if input_features is None:
+            audio, encoder = self.config.audio_config, self.audio_encoder
+            frames = audio.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
+            window = inputs_embeds.new_zeros(1, audio.num_mel_bins, frames)
+            unused.append(self.get_audio_features(window, return_dict=True).pooler_output)
+        vision, device = self.config.vision_config, inputs_embeds.device
+        for pixels in (pixel_values, pixel_values_videos):  # upstream calls the vision tower for each of the two
+            if pixels is None:
+                side = vision.spatial_merge_size  # in patches, of the smallest picture
+                values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+                patches = inputs_embeds.new_zeros(side**2, values)
+                grid = torch.tensor([[1, side, side]], device=device)
+                unused.append(self.visual(patches, grid_thw=grid, return_dict=True).pooler_output)
+        for embeddings in unused:  # the sum of no values is 0, also where an embedding is not finite
+            inputs_embeds = inputs_embeds + embeddings[..., :0].sum().to(device, inputs_embeds.dtype)
+        return inputs_embeds
+
     def get_rope_index(self, input_ids, mm_token_type_ids, *args, **kwargs):
         """
         As in Qwen2-VL, with audio counted as text: each audio token advances all three axes by one.
@@ -296,6 +329,8 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, Qwen2VLModel):
                 inputs_embeds = inputs_embeds.masked_scatter(is_audio, audio_embeds)
         elif is_prefill and not is_embedded:  # a decode step must not wait for the device
             check_audio(self.get_audio_mask(input_ids, None).sum(), 0)
+        if is_prefill and getattr(self, "_is_fsdp_managed_module", False):  # which torch sets when it shards
+            inputs_embeds = self.run_idle_encoders(inputs_embeds, input_features, **kwargs)
 
         if position_ids is None:
             position_ids = self.compute_3d_position_ids(
