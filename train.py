@@ -146,6 +146,11 @@ class Arguments(TrainingArguments):
             # A batch without audio does not use the projector.
             self.ddp_find_unused_parameters = self.stage == "lora"
         super().__post_init__()
+        if self.encoder_cache and (self.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+            raise ValueError(
+                "--encoder_cache cannot be used with FSDP, where a process that reads a window from it would leave out "
+                "layers that the others call. Leave it out."
+            )
 
 
 def map_rows(dataset, function: Callable[[dict], object], args: Arguments) -> list:

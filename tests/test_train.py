@@ -14,9 +14,10 @@ import jiwer
 import pytest
 import soundfile
 import torch
+import yaml
 from accelerate.commands import launch
 from filelock import FileLock
-from helpers import audio, image, text, video
+from helpers import answer, audio, image, start_python, text, video
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
@@ -521,6 +522,71 @@ def test_fsdp_settings_are_those_of_accelerate(start, name, processes):
     model = AutoModel.from_pretrained(start, trust_remote_code=True)
     classes = {type(module).__name__ for module in model.modules()}
     assert classes >= set(args.fsdp_transformer_layer_cls_to_wrap.split(","))
+
+
+# One process each; the classes are sharded as accelerate shards them.
+FSDP_STEP = """
+    import sys
+    from datetime import timedelta
+    import torch
+    from torch.distributed.fsdp import fully_shard
+    from transformers import AutoModel
+
+    def step(rank):
+        store = f"file://{folder}/store"
+        torch.distributed.init_process_group("gloo", store, timedelta(seconds=30), rank=rank, world_size=3)
+        mesh = torch.distributed.init_device_mesh("cpu", (3,))
+        for module in [*model.modules()]:
+            if type(module).__name__ in classes.split(","):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=0.1), torch.load(f"{folder}/batch-{rank}.pt")
+        before = model(**batch).loss
+        before.backward()
+        optimizer.step()
+        with torch.no_grad():
+            after = model.eval()(**batch).loss
+        weights = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+        torch.save(([before.item(), after.item()], weights if rank == 0 else None), f"{folder}/result-{rank}.pt")
+
+    folder, repo, classes = sys.argv[1:]
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True).train()
+    torch.multiprocessing.start_processes(step, nprocs=3, start_method="fork")
+    print("TOKENS")
+    """
+
+
+def test_processes_of_fsdp_need_not_have_the_same_inputs(repo, processor, fresh_model, photo, sound, tmp_path):
+    """One process has audio and a video, one only text, one only pictures; they learn as one process with all rows."""
+    settings = yaml.safe_load((upload.ROOT / "configs" / "fsdp-8-gpus.yaml").read_text())["fsdp_config"]
+    assert settings["fsdp_version"] == 2
+    collator, picture = train.ChatCollator(processor), image(Image.open(photo).resize((56, 56)))
+    contents = [[audio(sound(1)), text("Which?"), video([picture["image"]] * 2)], [text("Why?")], [picture]]
+    batches = [collator([chat(*content, answer="low and high")]) for content in contents]
+    for rank, batch in enumerate(batches):
+        torch.save(batch, tmp_path / f"batch-{rank}.pt")
+    classes = settings["fsdp_transformer_layer_cls_to_wrap"]
+    answer(start_python(FSDP_STEP, str(tmp_path), str(repo), classes, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+
+    model, losses = fresh_model.float().train(), []
+    for batch in batches:
+        loss = model(**batch).loss
+        (loss / len(batches)).backward()
+        losses.append(loss.item())
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    results = [torch.load(tmp_path / f"result-{rank}.pt") for rank in range(3)]
+    with torch.no_grad():
+        after = [model.eval()(**batch).loss.item() for batch in batches]
+    assert torch.tensor([loss for loss, _ in results]).numpy() == pytest.approx(torch.tensor([losses, after]).T.numpy())
+    weights = model.state_dict()
+    for name, tensor in results[0][1].items():
+        torch.testing.assert_close(tensor, weights[name], atol=1e-6, rtol=1e-5)
+
+
+def test_encoder_cache_is_refused_under_fsdp(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate does
+    with pytest.raises(ValueError, match="--encoder_cache cannot be used with FSDP"):
+        train.Arguments(model="start", data=["a.jsonl"], output_dir=str(tmp_path), use_cpu=True, encoder_cache="cache")
 
 
 def test_kinds_of_audio_tokens(start, tones, tmp_path, sound):
