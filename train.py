@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import datasets
 import torch
@@ -25,7 +26,7 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
@@ -204,7 +205,7 @@ def select_rows(dataset, collator: ChatCollator, args: Arguments):
 class CachedEncoder(WhisperEncoder):
     """
     A frozen encoder that writes its output for a window to a file, and reads it when the window comes again. With
-    trimmed tokens only the rows of the clip are written.
+    trimmed tokens only the rows of the clip are written. A file that was damaged is written again.
     """
 
     @classmethod
@@ -239,22 +240,41 @@ class CachedEncoder(WhisperEncoder):
         windows = input_features.cpu().contiguous().view(torch.uint8).numpy()
         keys = [hashlib.sha256(str(precision).encode() + window.tobytes()).hexdigest() for window in windows]
         paths = [self.folder / f"{key}.safetensors" for key in keys]
-        found = [
-            load_file(path, device=str(device))["last_hidden_state"] if path.is_file() else input_features.new_empty(0)
-            for path in paths
-        ]
+        found = [self.read(path).to(device) for path in paths]
         # What was stored for trimmed tokens is too short for fixed ones.
         missing = [index for index, length in enumerate(lengths) if len(found[index]) < length]
         if missing:
             encoded = super().forward(input_features[missing], **kwargs).last_hidden_state
             for index, states in zip(missing, encoded, strict=True):
-                found[index] = states[: lengths[index]].contiguous()
-                unfinished = paths[index].with_suffix(f".{os.getpid()}")
-                save_file({"last_hidden_state": found[index]}, unfinished)
+                found[index] = states[: lengths[index]]
+                stored = found[index].cpu().contiguous()
+                unfinished = paths[index].with_suffix(f".{uuid4().hex}")  # machines may share the folder
+                save_file({"last_hidden_state": stored}, unfinished, {"sha256": digest_rows(paths[index], stored)})
                 unfinished.replace(paths[index])
         return BaseModelOutput(
             last_hidden_state=torch.stack([F.pad(states, (0, 0, 0, num_rows - len(states))) for states in found])
         )
+
+    def read(self, path: Path) -> torch.Tensor:
+        """The rows `(tokens, d_model)` of a window, none if they are not stored or if their file was damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                rows = file.get_tensor("last_hidden_state")
+                if (file.metadata() or {}).get("sha256") == digest_rows(path, rows):
+                    return rows
+        except FileNotFoundError:
+            return torch.empty(0)
+        except (SafetensorError, OSError):
+            pass
+        logger.warning(f"{path} was damaged, or is of an earlier release; its window is encoded again.")
+        return torch.empty(0)
+
+
+def digest_rows(path: Path, rows: torch.Tensor) -> str:
+    """SHA-256 of the name of an entry of the cache and of its content, so that it fits no other window or shape."""
+    digest = hashlib.sha256(f"{path.stem} {rows.dtype} {tuple(rows.shape)}".encode())
+    digest.update(rows.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_adapter(adapter: str, config: LoraConfig):

@@ -19,7 +19,7 @@ from accelerate.commands import launch
 from filelock import FileLock
 from helpers import answer, audio, image, start_python, text, video
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import AutoModel, AutoProcessor
 
 import chat_data
@@ -398,6 +398,38 @@ def test_cached_encoder_keeps_the_rows_of_the_clip(start, tones, trained, tmp_pa
     assert losses(tmp_path / "fixed") == pytest.approx(losses(trained), abs=1e-5)
     run(start, tones, tmp_path / "again", **trimmed, encoder_cache=cache)
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "trimmed"), abs=1e-5)
+
+
+def test_damaged_entries_of_the_encoder_cache_are_encoded_again(start, tones, tmp_path, caplog, monkeypatch):
+    model = AutoModel.from_pretrained(start, trust_remote_code=True)
+    windows = torch.randn(6, model.config.audio_config.num_mel_bins, 300, generator=torch.Generator().manual_seed(0))
+    expected = model.model.audio_encoder(windows).last_hidden_state
+    encoder = train.CachedEncoder.of(model.model.audio_encoder, str(tmp_path))
+    paths = []
+    for window in windows:  # one at a time, so that it is known whose file is new
+        encoder(window[None])
+        paths += {*encoder.folder.iterdir()} - {*paths}
+    contents = [path.read_bytes() for path in paths]
+    rows = load_file(paths[3])["last_hidden_state"]
+    for path, content in zip(
+        paths[:5],
+        (
+            contents[0][:-128],
+            contents[1][:-128] + bytes(128),
+            contents[2][:-4] + b"\xff" * 4,  # NaN
+            save({"last_hidden_state": rows.T.contiguous()}, {"sha256": "0" * 64}),
+            contents[5],  # of another window
+        ),
+        strict=True,
+    ):
+        path.write_bytes(content)
+    with caplog.at_level("WARNING"):
+        encoded = encoder(windows).last_hidden_state
+    torch.testing.assert_close(encoded, expected)
+    assert sorted(record.message.split()[0] for record in caplog.records) == sorted(map(str, paths[:5]))
+    assert {*encoder.folder.iterdir()} == {*paths}
+    monkeypatch.setattr(train.WhisperEncoder, "forward", None)  # all of them are read
+    assert torch.equal(encoder(windows).last_hidden_state, encoded)
 
 
 def test_only_answers_get_logits(start, rows, tones, tmp_path, sound):
