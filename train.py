@@ -11,8 +11,10 @@ On several GPUs or machines: `accelerate launch [--config_file configs/fsdp-8-gp
 
 import hashlib
 import json
+import logging as standard_logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +26,11 @@ import torch
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
+
+
+# peft imports bitsandbytes, which on a CPU warns about a kernel that it can do without.
+standard_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(standard_logging.ERROR)
+
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError, safe_open
@@ -42,7 +49,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import logging
+from transformers.utils import is_torch_xla_available, logging
 
 from alignment import Aligner, fit_projector
 from chat_data import IGNORED, BadRow, ChatCollator, SkipBadRows, answer_text, columns_of, load_rows, told_length
@@ -134,6 +141,9 @@ class Arguments(TrainingArguments):
         self.columns = columns_of(self.audio_column, self.text_column)
         self.tells_length = self.length_column_name is not None
         self.length_column_name = self.length_column_name or "length"
+        # TrainingArguments refuses --bf16 on a CPU that it was not told to use, and warns about memory that is pinned.
+        if not getattr(torch, "accelerator", torch.cuda).is_available() and not is_torch_xla_available():
+            self.use_cpu, self.dataloader_pin_memory = True, False
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.stage]
         if self.save_total_limit == 1:
@@ -588,6 +598,8 @@ def train(args: Arguments) -> dict:
 
 
 def main(arguments: list[str] | None = None):
+    # The new name is not known to peft and to older releases of transformers.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     parser = HfArgumentParser(Arguments, description=__doc__.strip().splitlines()[0])
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -328,6 +329,18 @@ def test_cheaper_settings_learn_the_same(start, tones, tmp_path, settings):
     run(start, tones, tmp_path, **settings, lr_scheduler_type="constant", max_steps=3)
     run(start, tones, tmp_path / "plain", lr_scheduler_type="constant", max_steps=3)
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "plain"), abs=tolerance)
+
+
+def test_bfloat16_trains_on_a_cpu_that_is_not_named(start, tones, tmp_path):
+    """Where there is no GPU; where there is one, this trains on it. Either says nothing that a user cannot act on."""
+    settings = arguments(start, tones, tmp_path, bf16=True, gradient_checkpointing=True, max_steps=1)
+    command = [sys.executable, str(upload.ROOT / "train.py"), *settings]
+    place = command.index("--use_cpu")
+    del command[place : place + 2]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "steps                            1" in done.stdout
+    assert not re.search("warn|deprecated|Failed to load|kernels", done.stderr, re.IGNORECASE), done.stderr
 
 
 def test_rows_are_grouped_by_their_length(start, tones, tmp_path):
