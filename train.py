@@ -6,18 +6,21 @@ Trains the audio path of a folder that `upload.py build` made:
     train.py --stage lora --model DIR --data FILE --output_dir OUT         the projector, and LoRA on the language model
 
 On several GPUs or machines: `accelerate launch [--config_file configs/fsdp-8-gpus.yaml] train.py ...`. All arguments of
-[`TrainingArguments`] can be given, such as `--bf16`, `--gradient_checkpointing` or `--per_device_train_batch_size 4`.
+[`TrainingArguments`] can be given, such as `--bf16`, `--gradient_checkpointing` or `--per_device_train_batch_size 4`;
+`--help-all` lists them.
 """
 
 import hashlib
 import json
 import logging as standard_logging
 import os
+import sys
 import time
 import warnings
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from uuid import uuid4
 
@@ -66,6 +69,7 @@ logger = logging.get_logger(__name__)
 LANGUAGE_MODEL = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 LEARNING_RATES = {"align": None, "projector": 1e-3, "lora": 2e-4}  # by stage
 PROJECTOR_FILE = "audio_projector.safetensors"
+SECONDS_FILE = "seconds.json"  # of a checkpoint
 FIRST_OF_ENCODER = "model.audio_encoder.conv1.weight"
 
 
@@ -398,12 +402,40 @@ class AnswerTrainer(Trainer):
 
 
 class MarkComplete(TrainerCallback):
-    """Marks a checkpoint by the checksums of its files when all processes have written their part of it."""
+    """
+    Marks a checkpoint by the checksums of its files when all processes have written their part of it. Writes the
+    seconds that training took so far into it, and has the loss up to it logged, for a summary of the whole run.
+
+    Args:
+        seconds: What training took before it was interrupted.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.time() - self.seconds
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save or control.should_training_stop
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
 
     def on_save(self, args, state, control, **kwargs):
         args.distributed_state.wait_for_everyone()
         if args.should_save:
-            write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}", {})
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (checkpoint / SECONDS_FILE).write_text(json.dumps(time.time() - self.start))
+            write_checksums(checkpoint, {})
+
+
+def mean_loss(history: list[dict]) -> float:
+    """The loss of all steps, from lines that each tell the mean since the line before."""
+    lines = [line for line in history if "loss" in line]
+    steps = [line["step"] for line in lines]
+    total = sum(line["loss"] * (step - last) for line, step, last in zip(lines, steps, [0, *steps], strict=False))
+    return total / steps[-1]
 
 
 def newest_checkpoint(output_dir: str) -> str | None:
@@ -562,17 +594,21 @@ def train(args: Arguments) -> dict:
 
     if args.stage == "align":
         return align(args, processor, dataset, collator)
-    output, start = Path(args.output_dir), time.time()
+    output, start, checkpoint = Path(args.output_dir), time.time(), newest_checkpoint(args.output_dir)
+    timed = checkpoint is not None and (Path(checkpoint) / SECONDS_FILE).is_file()
+    seconds_before = json.loads((Path(checkpoint) / SECONDS_FILE).read_text()) if timed else 0
     trainer = AnswerTrainer(
         model=load_model(args),
         args=args,
         train_dataset=dataset,
         eval_dataset=eval_dataset,
         data_collator=collator,
-        callbacks=[MarkComplete()],
+        callbacks=[MarkComplete(seconds_before)],
     )
     learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    result = trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))
+    metrics_of_part = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    seconds_of_part = metrics_of_part["train_runtime"]
+    num_rows = metrics_of_part["train_samples_per_second"] * seconds_of_part  # of the whole run
     metrics = trainer.evaluate() if eval_dataset is not None else {}
     trainer.save_model(str(output / "adapter"))
     summary = {
@@ -580,9 +616,9 @@ def train(args: Arguments) -> dict:
         "learning parameters": learning,
         "rows": None if args.streaming else len(dataset),
         "steps": trainer.state.global_step,
-        "seconds": round(time.time() - start, 1),
-        "rows per second": result.metrics["train_samples_per_second"],
-        "loss": round(result.training_loss, 4),
+        "seconds": round(seconds_before + time.time() - start, 1),
+        "rows per second": round(num_rows / (seconds_before + seconds_of_part), 3),
+        "loss": round(mean_loss(trainer.state.log_history), 4),
         **{name: round(value, 4) for name, value in metrics.items() if name in ("eval_loss", "eval_wer", "eval_cer")},
     }
     if torch.cuda.is_available():
@@ -597,10 +633,37 @@ def train(args: Arguments) -> dict:
     return summary
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Leaves the commands in the description as they are, and adds the default to each option."""
+
+
+def make_parser(shows_all: bool) -> HfArgumentParser:
+    """The parser of the command line, whose help lists the options of [`TrainingArguments`] only if `shows_all`."""
+    parser = HfArgumentParser(Arguments, usage="train.py [options]", description=__doc__, formatter_class=HelpFormatter)
+    inherited = {field.name for field in fields(TrainingArguments)}
+    own = parser.add_argument_group("options of train.py")
+    changed = parser.add_argument_group("options of transformers' TrainingArguments with other defaults")
+    other = parser.add_argument_group("other options")
+    other.add_argument("--help-all", action="help", help="show all options of TrainingArguments as well and exit")
+    options = parser._optionals._group_actions  # argparse has no public way to move one to another group
+    for action in [*options]:
+        if action.dest not in inherited | {"help"}:
+            group = own
+        elif action.dest in Arguments.__annotations__:
+            group = changed
+        else:
+            group = other
+            if action.dest != "help" and not shows_all:
+                action.help = SUPPRESS
+        options.remove(action)
+        group._group_actions.append(action)
+    return parser
+
+
 def main(arguments: list[str] | None = None):
     # The new name is not known to peft and to older releases of transformers.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-    parser = HfArgumentParser(Arguments, description=__doc__.strip().splitlines()[0])
+    parser = make_parser("--help-all" in (sys.argv if arguments is None else arguments))
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments)
         with only_run(args):

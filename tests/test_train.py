@@ -271,6 +271,28 @@ def test_run_that_was_killed_goes_on_to_the_same_bits(start, tones, trained, tmp
         run(start, tones, output, save_steps=1)
 
 
+def test_summary_after_an_interruption_is_of_the_whole_run(start, tones, trained, tmp_path, monkeypatch):
+    settings = {"save_steps": 3, "logging_steps": 2}
+    compute_loss, calls = train.AnswerTrainer.compute_loss, []
+
+    def interrupt(self, *args, **kwargs):
+        calls.append(time.sleep(0.5))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train.AnswerTrainer, "compute_loss", interrupt)
+        run(start, tones, tmp_path, **settings)
+    assert train.newest_checkpoint(tmp_path).endswith("checkpoint-3")
+    whole, resumed = json.loads((trained / "summary.json").read_text()), run(start, tones, tmp_path, **settings)
+    for name in ("rows", "steps", "learning parameters"):
+        assert resumed[name] == whole[name]
+    assert resumed["loss"] == pytest.approx(whole["loss"], abs=2e-4)
+    assert whole["loss"] == pytest.approx(sum(losses(trained)) / 6, abs=1e-4)
+    assert resumed["seconds"] > 3 * 0.5 and resumed["rows per second"] < 24 / (3 * 0.5)
+
+
 def test_one_run_at_a_time_writes_into_a_folder(start, tones, tmp_path, capsys):
     with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit):
         train.main(arguments(start, tones, tmp_path))
@@ -341,6 +363,20 @@ def test_bfloat16_trains_on_a_cpu_that_is_not_named(start, tones, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "steps                            1" in done.stdout
     assert not re.search("warn|deprecated|Failed to load|kernels", done.stderr, re.IGNORECASE), done.stderr
+
+
+def test_help_lists_the_options_of_this_script_first(capsys):
+    for option, shows_all in (("--help", False), ("--help-all", True)):
+        with pytest.raises(SystemExit) as done:
+            train.main([option])
+        assert done.value.code == 0
+        page = capsys.readouterr().out
+        places = [
+            page.index(part) for part in ("train.py --stage lora", "options of train.py", "--stage {", "--adapter")
+        ]
+        assert places == sorted(places)
+        assert page.index("--adapter") < page.index("--learning_rate") < page.index("other options:")
+        assert ("--adam_beta1" in page) == ("--max_steps MAX_STEPS" in page) == shows_all
 
 
 def test_rows_are_grouped_by_their_length(start, tones, tmp_path):
