@@ -90,18 +90,24 @@ def learned(processor, labels: torch.Tensor) -> list[str]:
     return [processor.tokenizer.decode(row[row != chat_data.IGNORED]) for row in labels]
 
 
+def chat_of(row: dict, answer: str) -> dict:
+    return {"messages": [row["messages"][0], {"role": "assistant", "content": answer}]}
+
+
 def test_what_the_document_shows(trl, demo_repo, processor, rows, tmp_path, monkeypatch):
     section = (ROOT / "docs" / "training.md").read_text().partition("\n## With TRL\n")[2]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    answers = [*[ANSWER] * len(rows), '{"a": 1}', "null", "[]", "2026-01-31"]  # the last four are not texts everywhere
+    rows = rows + [chat_of(rows[0], answer) for answer in answers[len(rows) :]]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     shown = {"REPO": str(demo_repo)}
     exec(code, shown)
 
     trainer, collator = shown["trainer"], shown["trainer"].data_collator
-    batch = collator(rows)
+    batch = collator([*trainer.train_dataset])
     assert {"input_features", "pixel_values"} <= batch.keys()
-    assert learned(processor, batch["labels"]) == [f"{ANSWER}<|im_end|>"] * len(rows)
+    assert learned(processor, batch["labels"]) == [f"{answer}<|im_end|>" for answer in answers]
     base = AutoModel.from_pretrained(demo_repo, trust_remote_code=True, dtype="auto")
     start = copy_of(base)
     model = train.PeftModel.from_pretrained(base, "run").eval()
