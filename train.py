@@ -624,6 +624,7 @@ def train(args: Arguments) -> dict:
     if torch.cuda.is_available():
         summary["peak memory of the GPU in GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     if args.should_save:
+        processor.save_pretrained(output / "adapter")  # which tells `upload.py build` the audio tokens
         if args.stage == "projector":
             write_projector(output / "adapter", output / PROJECTOR_FILE, processor.trained_audio_tokens)
         if args.export:

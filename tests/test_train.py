@@ -515,6 +515,42 @@ def test_run_starts_from_an_adapter(start, tones, tmp_path):
         run(start, tones, tmp_path / "third", **{**lora, "lora_r": 8}, adapter=adapter)
 
 
+def test_adapter_becomes_a_folder(start, tones, tmp_path):
+    """`upload.py build` merges what `train.py` wrote into the model that it belongs to."""
+    run(start, tones, tmp_path, stage="lora", lora_r=4, max_steps=3, train_markers=True, audio_tokens="trimmed")
+    adapter = tmp_path / "adapter"
+    folder = upload.build(checkpoint=adapter, output=tmp_path / "repo")
+    upload.check_files(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert processor.audio_tokens == processor.trained_audio_tokens == "trimmed"
+    before, after = (load_file(path / "model.safetensors") for path in (start, folder))
+    assert {name for name in before if torch.equal(before[name], after[name])} == {
+        name for name in before if re.search("visual|audio_encoder|norm|lm_head|bias", name)
+    }
+
+    merged = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    base = AutoModel.from_pretrained(start, trust_remote_code=True, dtype="auto")
+    unmerged = train.PeftModel.from_pretrained(base, adapter).eval()
+    question = train.ChatCollator(processor).messages(train.load_rows([str(tones / "test.jsonl")])[0])[:1]
+    inputs = processor.apply_chat_template(
+        question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(merged.generate(**inputs, **settings), unmerged.generate(**inputs, **settings))
+
+    described = json.loads((adapter / "adapter_config.json").read_text())
+    for change, message in (
+        ({"base_model_name_or_path": None}, "adapter_config.json names no base_model_name_or_path"),
+        ({"base_model_name_or_path": str(start.parent / "qwen2-vl")}, "holds a qwen2_vl model"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps({**described, **change}))
+        with pytest.raises(ValueError, match=message):
+            upload.build(checkpoint=adapter, output=tmp_path / "none")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no adapter_model.safetensors"):
+        upload.build(checkpoint=adapter, output=tmp_path / "none")
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_of_datasets(start, rows, tones, photo, tmp_path, streaming):
     """Arrow fills missing keys with None; sound and pictures come as the bytes of their files."""
