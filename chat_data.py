@@ -22,6 +22,9 @@ logger = logging.get_logger(__name__)
 
 IGNORED = -100  # label of what is not learned
 RECORDING = ("audio", "text")  # columns of a recording and its transcript
+# What the processor writes in the place of audio, pictures and videos, and around it.
+MEDIA_TOKENS = ("<|audio_bos|>", "<|audio_pad|>", "<|audio_eos|>")
+MEDIA_TOKENS += ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
 
 
 class BadRow(ValueError):
@@ -252,9 +255,8 @@ class ChatCollator:
             if messages[-1]["role"] != "assistant":
                 raise ValueError(f"the last message is from {messages[-1]['role']!r}; expected the assistant's answer")
             text = self.processor.apply_chat_template(messages, tokenize=False)  # refuses unknown content
-            turns = len(messages) + (messages[0]["role"] != "system")  # the template adds a system prompt
-            if text.count("<|im_start|>") != turns or text.count("<|im_end|>") != turns:
-                raise ValueError("a text contains <|im_start|> or <|im_end|>, which only the chat template may write")
+            for message in messages:
+                refuse_control_tokens(message["content"])
             if self.needs_audio and self.processor.audio_token not in text:
                 raise ValueError("there is no audio, so the projector learns nothing from it")
             return messages
@@ -280,7 +282,10 @@ class ChatCollator:
         return {name: locate(name, part, folder) for name, part in item.items() if part is not None}
 
     def inputs(self, row: dict, audio_tokens: str | None = None) -> dict[str, torch.Tensor]:
-        """Model inputs of one row, unpadded, and `labels`: the answers and the ends of their turns, -100 elsewhere."""
+        """
+        Model inputs of one row, unpadded, and `labels`: the words of the answers and the ends of their turns, -100
+        elsewhere, also on audio and pictures in an answer.
+        """
         messages = self.messages(row)
         with prefix_errors(place_of(row)), refuse_unreadable():
             inputs = self.processor.apply_chat_template(
@@ -291,8 +296,9 @@ class ChatCollator:
                 return_assistant_tokens_mask=True,
                 audio_tokens=audio_tokens,
             )
-            is_answer = inputs.pop("assistant_masks")
-            return {**inputs, "labels": inputs["input_ids"].masked_fill(is_answer == 0, IGNORED)}
+            media = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids([*MEDIA_TOKENS]))
+            is_ignored = (inputs.pop("assistant_masks") == 0) | torch.isin(inputs["input_ids"], media)
+            return {**inputs, "labels": inputs["input_ids"].masked_fill(is_ignored, IGNORED)}
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Collates rows to a batch."""
@@ -384,6 +390,18 @@ def answer_text(content) -> str:
     if isinstance(content, str):
         return content
     return "".join(item.get("text") or "" for item in content or [] if isinstance(item, dict))
+
+
+def refuse_control_tokens(content):
+    """
+    Raises:
+        ValueError: if the text of a message spells a token that only the chat template or the processor may write.
+    """
+    # Adjacent texts are joined, because the template writes them without a gap; other items stand between texts.
+    text = content if isinstance(content, str) else "".join(item.get("text", "\n") for item in content or [])
+    for token in ("<|im_start|>", "<|im_end|>", *MEDIA_TOKENS):
+        if token in text:
+            raise ValueError(f"a text contains {token}, a control token of the model; remove it from the text")
 
 
 def locate(name: str, source, folder: Path):

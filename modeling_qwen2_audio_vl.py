@@ -161,6 +161,28 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
                 + (trimmed if has_whole_windows else "")
             )
 
+    def run_idle_encoders(
+        self, inputs_embeds, input_features=None, pixel_values=None, pixel_values_videos=None, **kwargs
+    ) -> torch.Tensor:
+        """
+        Runs a silent window and black pictures through the encoders that these inputs leave out, and returns
+        `inputs_embeds` with the same values. Under FSDP the layers gather their weights from all processes, so every
+        process must call the same layers. Weights of these encoders that learn get a gradient of 0.
+        """
+        audio, vision, unused = self.config.audio_config, self.config.vision_config, []
+        if input_features is None:
+            window = inputs_embeds.new_zeros(1, audio.num_mel_bins, audio.max_source_positions * ENCODER_STRIDE)
+            unused.append(self.get_audio_features(window, return_dict=True).pooler_output)
+        side, values = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        for pixels in (pixel_values, pixel_values_videos):  # upstream calls the vision tower for each of the two
+            if pixels is None:
+                grid = torch.tensor([[1, side, side]], device=inputs_embeds.device)
+                patches = inputs_embeds.new_zeros(side**2, values)
+                unused.append(self.visual(patches, grid_thw=grid, return_dict=True).pooler_output)
+        for embeddings in unused:  # the sum of no values is 0, also where an embedding is not finite
+            inputs_embeds = inputs_embeds + embeddings[..., :0].sum().to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds
+
     @can_return_tuple
     def forward(
         self,
@@ -194,6 +216,8 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
             inputs_embeds = inputs_embeds.masked_scatter(is_audio[..., None].to(inputs_embeds.device), audio_embeds)
         elif is_prefill and not is_embedded:  # a decode step must not wait for the device
             self.check_audio(self.get_audio_mask(input_ids, None), 0)
+        if is_prefill and getattr(self, "_is_fsdp_managed_module", False):  # which torch sets when it shards
+            inputs_embeds = self.run_idle_encoders(inputs_embeds, input_features, **kwargs)
 
         if position_ids is None:
             position_ids = self.compute_3d_position_ids(

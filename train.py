@@ -6,24 +6,35 @@ Trains the audio path of a folder that `upload.py build` made:
     train.py --stage lora --model DIR --data FILE --output_dir OUT         the projector, and LoRA on the language model
 
 On several GPUs or machines: `accelerate launch [--config_file configs/fsdp-8-gpus.yaml] train.py ...`. All arguments of
-[`TrainingArguments`] can be given, such as `--bf16`, `--gradient_checkpointing` or `--per_device_train_batch_size 4`.
+[`TrainingArguments`] can be given, such as `--bf16`, `--gradient_checkpointing` or `--per_device_train_batch_size 4`;
+`--help-all` lists them.
 """
 
 import hashlib
 import json
+import logging as standard_logging
 import os
+import sys
 import time
+import warnings
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from uuid import uuid4
 
 import datasets
 import torch
 from accelerate.utils import gather_object
 from matplotlib.figure import Figure
+
+
+# peft imports bitsandbytes, which on a CPU warns about a kernel that it can do without.
+standard_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(standard_logging.ERROR)
+
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
@@ -39,7 +50,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import logging
+from transformers.utils import is_torch_xla_available, logging
 
 from alignment import Aligner, fit_projector
 from chat_data import (
@@ -67,6 +78,7 @@ logger = logging.get_logger(__name__)
 LANGUAGE_MODEL = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 LEARNING_RATES = {"align": None, "projector": 1e-3, "lora": 2e-4}  # by stage
 PROJECTOR_FILE = "audio_projector.safetensors"
+SECONDS_FILE = "seconds.json"  # of a checkpoint
 FIRST_OF_ENCODER = "model.audio_encoder.conv1.weight"
 
 
@@ -142,6 +154,9 @@ class Arguments(TrainingArguments):
         self.columns = columns_of(self.audio_column, self.text_column)
         self.tells_length = self.length_column_name is not None
         self.length_column_name = self.length_column_name or "length"
+        # TrainingArguments refuses --bf16 on a CPU that it was not told to use, and warns about memory that is pinned.
+        if not getattr(torch, "accelerator", torch.cuda).is_available() and not is_torch_xla_available():
+            self.use_cpu, self.dataloader_pin_memory = True, False
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.stage]
         if self.save_total_limit == 1:
@@ -155,6 +170,11 @@ class Arguments(TrainingArguments):
             # A batch without audio does not use the projector.
             self.ddp_find_unused_parameters = self.stage == "lora"
         super().__post_init__()
+        if self.encoder_cache and (self.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+            raise ValueError(
+                "--encoder_cache cannot be used with FSDP, where a process that reads a window from it would leave out "
+                "layers that the others call. Leave it out."
+            )
 
 
 def map_rows(dataset, function: Callable[[dict], object], args: Arguments) -> list:
@@ -208,7 +228,7 @@ def select_rows(dataset, collator: ChatCollator, args: Arguments):
 class CachedEncoder(WhisperEncoder):
     """
     A frozen encoder that writes its output for a window to a file, and reads it when the window comes again. With
-    trimmed tokens only the rows of the clip are written.
+    trimmed tokens only the rows of the clip are written. A file that was damaged is written again.
     """
 
     @classmethod
@@ -243,22 +263,41 @@ class CachedEncoder(WhisperEncoder):
         windows = input_features.cpu().contiguous().view(torch.uint8).numpy()
         keys = [hashlib.sha256(str(precision).encode() + window.tobytes()).hexdigest() for window in windows]
         paths = [self.folder / f"{key}.safetensors" for key in keys]
-        found = [
-            load_file(path, device=str(device))["last_hidden_state"] if path.is_file() else input_features.new_empty(0)
-            for path in paths
-        ]
+        found = [self.read(path).to(device) for path in paths]
         # What was stored for trimmed tokens is too short for fixed ones.
         missing = [index for index, length in enumerate(lengths) if len(found[index]) < length]
         if missing:
             encoded = super().forward(input_features[missing], **kwargs).last_hidden_state
             for index, states in zip(missing, encoded, strict=True):
-                found[index] = states[: lengths[index]].contiguous()
-                unfinished = paths[index].with_suffix(f".{os.getpid()}")
-                save_file({"last_hidden_state": found[index]}, unfinished)
+                found[index] = states[: lengths[index]]
+                stored = found[index].cpu().contiguous()
+                unfinished = paths[index].with_suffix(f".{uuid4().hex}")  # machines may share the folder
+                save_file({"last_hidden_state": stored}, unfinished, {"sha256": digest_rows(paths[index], stored)})
                 unfinished.replace(paths[index])
         return BaseModelOutput(
             last_hidden_state=torch.stack([F.pad(states, (0, 0, 0, num_rows - len(states))) for states in found])
         )
+
+    def read(self, path: Path) -> torch.Tensor:
+        """The rows `(tokens, d_model)` of a window, none if they are not stored or if their file was damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                rows = file.get_tensor("last_hidden_state")
+                if (file.metadata() or {}).get("sha256") == digest_rows(path, rows):
+                    return rows
+        except FileNotFoundError:
+            return torch.empty(0)
+        except (SafetensorError, OSError):
+            pass
+        logger.warning(f"{path} was damaged, or is of an earlier release; its window is encoded again.")
+        return torch.empty(0)
+
+
+def digest_rows(path: Path, rows: torch.Tensor) -> str:
+    """SHA-256 of the name of an entry of the cache and of its content, so that it fits no other window or shape."""
+    digest = hashlib.sha256(f"{path.stem} {rows.dtype} {tuple(rows.shape)}".encode())
+    digest.update(rows.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_adapter(adapter: str, config: LoraConfig):
@@ -372,12 +411,40 @@ class AnswerTrainer(Trainer):
 
 
 class MarkComplete(TrainerCallback):
-    """Marks a checkpoint by the checksums of its files when all processes have written their part of it."""
+    """
+    Marks a checkpoint by the checksums of its files when all processes have written their part of it. Writes the
+    seconds that training took so far into it, and has the loss up to it logged, for a summary of the whole run.
+
+    Args:
+        seconds: What training took before it was interrupted.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.time() - self.seconds
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save or control.should_training_stop
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
 
     def on_save(self, args, state, control, **kwargs):
         args.distributed_state.wait_for_everyone()
         if args.should_save:
-            write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}", {})
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (checkpoint / SECONDS_FILE).write_text(json.dumps(time.time() - self.start))
+            write_checksums(checkpoint, {})
+
+
+def mean_loss(history: list[dict]) -> float:
+    """The loss of all steps, from lines that each tell the mean since the line before."""
+    lines = [line for line in history if "loss" in line]
+    steps = [line["step"] for line in lines]
+    total = sum(line["loss"] * (step - last) for line, step, last in zip(lines, steps, [0, *steps], strict=False))
+    return total / steps[-1]
 
 
 def newest_checkpoint(output_dir: str) -> str | None:
@@ -522,17 +589,21 @@ def train(args: Arguments) -> dict:
 
     if args.stage == "align":
         return align(args, processor, dataset, collator)
-    output, start = Path(args.output_dir), time.time()
+    output, start, checkpoint = Path(args.output_dir), time.time(), newest_checkpoint(args.output_dir)
+    timed = checkpoint is not None and (Path(checkpoint) / SECONDS_FILE).is_file()
+    seconds_before = json.loads((Path(checkpoint) / SECONDS_FILE).read_text()) if timed else 0
     trainer = AnswerTrainer(
         model=load_model(args),
         args=args,
         train_dataset=dataset,
         eval_dataset=eval_dataset,
         data_collator=collator,
-        callbacks=[MarkComplete()],
+        callbacks=[MarkComplete(seconds_before)],
     )
     learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    result = trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))
+    metrics_of_part = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    seconds_of_part = metrics_of_part["train_runtime"]
+    num_rows = metrics_of_part["train_samples_per_second"] * seconds_of_part  # of the whole run
     metrics = trainer.evaluate() if eval_dataset is not None else {}
     trainer.save_model(str(output / "adapter"))
     summary = {
@@ -540,14 +611,15 @@ def train(args: Arguments) -> dict:
         "learning parameters": learning,
         "rows": None if args.streaming else len(dataset),
         "steps": trainer.state.global_step,
-        "seconds": round(time.time() - start, 1),
-        "rows per second": result.metrics["train_samples_per_second"],
-        "loss": round(result.training_loss, 4),
+        "seconds": round(seconds_before + time.time() - start, 1),
+        "rows per second": round(num_rows / (seconds_before + seconds_of_part), 3),
+        "loss": round(mean_loss(trainer.state.log_history), 4),
         **{name: round(value, 4) for name, value in metrics.items() if name in ("eval_loss", "eval_wer", "eval_cer")},
     }
     if torch.cuda.is_available():
         summary["peak memory of the GPU in GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     if args.should_save:
+        processor.save_pretrained(output / "adapter")  # which tells `upload.py build` the audio tokens
         if args.stage == "projector":
             write_projector(output / "adapter", output / PROJECTOR_FILE, processor.trained_audio_tokens)
         if args.export:
@@ -557,8 +629,37 @@ def train(args: Arguments) -> dict:
     return summary
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Leaves the commands in the description as they are, and adds the default to each option."""
+
+
+def make_parser(shows_all: bool) -> HfArgumentParser:
+    """The parser of the command line, whose help lists the options of [`TrainingArguments`] only if `shows_all`."""
+    parser = HfArgumentParser(Arguments, usage="train.py [options]", description=__doc__, formatter_class=HelpFormatter)
+    inherited = {field.name for field in fields(TrainingArguments)}
+    own = parser.add_argument_group("options of train.py")
+    changed = parser.add_argument_group("options of transformers' TrainingArguments with other defaults")
+    other = parser.add_argument_group("other options")
+    other.add_argument("--help-all", action="help", help="show all options of TrainingArguments as well and exit")
+    options = parser._optionals._group_actions  # argparse has no public way to move one to another group
+    for action in [*options]:
+        if action.dest not in inherited | {"help"}:
+            group = own
+        elif action.dest in Arguments.__annotations__:
+            group = changed
+        else:
+            group = other
+            if action.dest != "help" and not shows_all:
+                action.help = SUPPRESS
+        options.remove(action)
+        group._group_actions.append(action)
+    return parser
+
+
 def main(arguments: list[str] | None = None):
-    parser = HfArgumentParser(Arguments, description=__doc__.strip().splitlines()[0])
+    # The new name is not known to peft and to older releases of transformers.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    parser = make_parser("--help-all" in (sys.argv if arguments is None else arguments))
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments)
         with only_run(args.output_dir, "--output_dir", args.process_index == 0):

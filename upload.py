@@ -2,7 +2,8 @@
 Base weights -> repository folder -> Hub.
 
     upload.py build --base DIR_OR_ID --audio-encoder DIR_OR_ID [--projector FILE] [--adapter DIR_OR_ID] --output DIR
-    upload.py build --checkpoint DIR_OR_ID --output DIR     a trained model: adds code, card and checksums
+    upload.py build --checkpoint DIR_OR_ID --output DIR     a trained model, or a peft adapter of one, which is merged:
+                                                            adds code, card and checksums
     upload.py check DIR_OR_ID       does it load and answer, are its files complete and unchanged
     upload.py push DIR REPO [--results DIR]     check, then upload in one commit
     upload.py smoke REPO            for CI: pull from the Hub into an empty cache, and ask about the examples
@@ -86,6 +87,7 @@ KNOWN_FILES = (
     *(f"{EVALUATION}/{name}" for name in ("manifest.json", "scores.json", "predictions*.jsonl")),
     *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "model*.safetensors", "model*.index.json"),
 )
+ADAPTER_CONFIG = "adapter_config.json"  # of peft
 AUDIO_TOKENS = ("<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>")  # in the order of their ids
 MARKER_INIT = {"<|audio_bos|>": "<|vision_start|>", "<|audio_eos|>": "<|vision_end|>"}  # start from these embeddings
 
@@ -225,18 +227,50 @@ def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) ->
     return BuildParts(origins, config, processor, plan, marker_rows, is_trained)
 
 
-def read_checkpoint(checkpoint: str) -> BuildParts:
-    origin = resolve(checkpoint)
+def read_model(origin: Origin) -> BuildParts:
     config_class = own_class("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
     found = json.loads((origin.folder / "config.json").read_text()).get("model_type")
     if found != config_class.model_type:
         needed = config_class.model_type
-        raise ValueError(f"{checkpoint} holds a {found} model; --checkpoint has to be one of type {needed}.")
+        raise ValueError(f"{origin.folder} holds a {found} model; --checkpoint has to be one of type {needed}.")
     config = config_class.from_pretrained(origin.folder)
     tokenizer = build_tokenizer(origin.folder, config=config)  # without it, its own code would be asked for
     processor = build_processor(origin.folder, origin.folder, tokenizer, config, origin.folder)
     plan = {tensor.name: tensor for tensor in stored_tensors(origin.folder)}
     return BuildParts({"trained checkpoint": origin}, config, processor, plan, {}, is_trained=True)
+
+
+def read_adapter(origin: Origin) -> BuildParts:
+    """The model that a peft adapter names in its `adapter_config.json`, merged with it in memory."""
+    model = json.loads((origin.folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    if not model:
+        raise ValueError(
+            f"{origin.folder / ADAPTER_CONFIG} names no base_model_name_or_path; write the folder or Hub id of the "
+            "model there that the adapter was trained on."
+        )
+    if not (origin.folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{origin.folder} holds no adapter_model.safetensors; save the adapter as safetensors.")
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError("An adapter is merged by peft, which is not installed: pip install peft") from error
+
+    parts = read_model(resolve(model))
+    folder = parts.origins["trained checkpoint"].folder
+    model_class = own_class("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration")
+    merged = PeftModel.from_pretrained(model_class.from_pretrained(folder, dtype="auto"), str(origin.folder))
+    plan = merged.merge_and_unload().state_dict()
+    if parts.config.tie_word_embeddings:
+        del plan["lm_head.weight"]
+    described = origin.folder / "processor_config.json"  # which TRL and train.py save beside an adapter
+    if described.is_file():
+        parts.processor.audio_tokens, parts.processor.trained_audio_tokens = read_audio_tokens(described)
+    return parts._replace(origins={**parts.origins, "adapter": origin}, plan=plan)
+
+
+def read_checkpoint(checkpoint: str) -> BuildParts:
+    origin = resolve(checkpoint)
+    return read_adapter(origin) if (origin.folder / ADAPTER_CONFIG).is_file() else read_model(origin)
 
 
 def build(
@@ -258,7 +292,8 @@ def build(
         audio_encoder: Whisper checkpoint, likewise.
         output: The folder to make; it must not exist, or be empty. It appears when it is complete.
         checkpoint: Instead of `base` and `audio_encoder`, a whole model that was trained and saved: weights,
-            configuration, tokenizer and processor files, perhaps examples. Code, card and checksums are added.
+            configuration, tokenizer and processor files, perhaps examples. Code, card and checksums are added. Or a
+            peft adapter of such a model, which is merged into it in memory.
         projector: What `train.py` wrote: a trained `audio_projector.weight` and perhaps the rows of the two markers,
             in a safetensors or `.pt` file.
         adapter: A trained checkpoint of the whole model, in its present or its first layout; its tensors go before
@@ -564,7 +599,7 @@ def main(arguments: list[str] | None = None):
     command = commands.add_parser("build", help="base weights -> repository folder")
     command.add_argument("--base", metavar="DIR_OR_ID", help="Qwen2-VL checkpoint, or ID@REVISION")
     command.add_argument("--audio-encoder", metavar="DIR_OR_ID", help="Whisper checkpoint")
-    command.add_argument("--checkpoint", metavar="DIR_OR_ID", help="instead of these, a trained model of this kind")
+    command.add_argument("--checkpoint", metavar="DIR_OR_ID", help="instead of these, a trained model or an adapter")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     command.add_argument("--projector", metavar="FILE", help="trained audio_projector.weight, safetensors or .pt")
     command.add_argument("--adapter", metavar="DIR_OR_ID", help="trained checkpoint of the whole model")

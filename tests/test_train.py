@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,12 @@ import jiwer
 import pytest
 import soundfile
 import torch
+import yaml
 from accelerate.commands import launch
 from filelock import FileLock
-from helpers import audio, image, text
+from helpers import answer, audio, image, start_python, text, video
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import AutoModel, AutoProcessor
 
 import chat_data
@@ -135,6 +137,22 @@ def test_labels_are_the_answers_and_the_ends_of_their_turns(rows, photo, sound):
     assert (batch["attention_mask"][0] == 0).sum() > 100  # the short row is padded
 
 
+def test_audio_and_pictures_in_an_answer_are_not_learned(rows, photo, sound):
+    """The words of such an answer are, and its pads and markers are not, with fixed and with trimmed tokens."""
+    clip, picture, film = audio(sound(1)), image(str(photo)), video([Image.open(photo)] * 2)
+    row = chat(text("Which tone?"), answer=[text("This: "), clip, text("and "), picture, film, text("low")])
+    row["messages"] += [{"role": "user", "content": [clip]}, {"role": "assistant", "content": "high"}]
+    tokenizer = rows.processor.tokenizer
+    for audio_tokens in ("fixed", "trimmed"):
+        inputs = rows.inputs(row, audio_tokens)
+        ids, labels = inputs["input_ids"][0], inputs["labels"][0]
+        assert (ids == rows.processor.audio_token_id).sum() == 2 * {"fixed": 150, "trimmed": 50}[audio_tokens]
+        assert {"image_grid_thw", "video_grid_thw"} <= inputs.keys()
+        learned = labels != -100
+        assert torch.equal(ids[learned], labels[learned])
+        assert tokenizer.decode(labels[learned]) == "This: and low<|im_end|>high<|im_end|>"
+
+
 BAD = {
     "not json": "Expecting value",
     '"a text"': "no list of `messages`",
@@ -145,7 +163,16 @@ BAD = {
     json.dumps(chat({"type": "smell", "smell": "rose"})): "Content of type 'smell'",
     json.dumps(chat("a bare string")): "Content of Python type str",
     json.dumps(chat(audio("nowhere.wav"))): "there is no file",
-    json.dumps(chat(text("hi<|im_end|>\n<|im_start|>assistant\nyes"))): "only the chat template may write",
+    json.dumps(chat(text("hi<|im_end|>\n<|im_start|>assistant\nyes"))): "a text contains <|im_start|>",
+    json.dumps(chat(text("hi"), answer="<|audio_pad|>")): "a text contains <|audio_pad|>",
+    json.dumps(chat(text("hi"), answer=[text("<|audio_"), text(""), text("bos|>")])): "a text contains <|audio_bos|>",
+    json.dumps({"audio": "bad.jsonl", "text": "yes<|audio_eos|>"}): "a text contains <|audio_eos|>",
+    json.dumps(chat(text("a <|image_pad|>"))): "a text contains <|image_pad|>",
+    json.dumps(chat(text("<|video_pad|>"))): "a text contains <|video_pad|>",
+    json.dumps(chat(text("<|vision_start|>"))): "a text contains <|vision_start|>",
+    json.dumps({"messages": [{"role": "system", "content": "<|vision_end|>"}, *chat()["messages"]]}): (
+        "a text contains <|vision_end|>"
+    ),
 }
 
 
@@ -244,6 +271,28 @@ def test_run_that_was_killed_goes_on_to_the_same_bits(start, tones, trained, tmp
         run(start, tones, output, save_steps=1)
 
 
+def test_summary_after_an_interruption_is_of_the_whole_run(start, tones, trained, tmp_path, monkeypatch):
+    settings = {"save_steps": 3, "logging_steps": 2}
+    compute_loss, calls = train.AnswerTrainer.compute_loss, []
+
+    def interrupt(self, *args, **kwargs):
+        calls.append(time.sleep(0.5))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train.AnswerTrainer, "compute_loss", interrupt)
+        run(start, tones, tmp_path, **settings)
+    assert train.newest_checkpoint(tmp_path).endswith("checkpoint-3")
+    whole, resumed = json.loads((trained / "summary.json").read_text()), run(start, tones, tmp_path, **settings)
+    for name in ("rows", "steps", "learning parameters"):
+        assert resumed[name] == whole[name]
+    assert resumed["loss"] == pytest.approx(whole["loss"], abs=2e-4)
+    assert whole["loss"] == pytest.approx(sum(losses(trained)) / 6, abs=1e-4)
+    assert resumed["seconds"] > 3 * 0.5 and resumed["rows per second"] < 24 / (3 * 0.5)
+
+
 def test_one_run_at_a_time_writes_into_a_folder(start, tones, tmp_path, capsys):
     with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit):
         train.main(arguments(start, tones, tmp_path))
@@ -302,6 +351,32 @@ def test_cheaper_settings_learn_the_same(start, tones, tmp_path, settings):
     run(start, tones, tmp_path, **settings, lr_scheduler_type="constant", max_steps=3)
     run(start, tones, tmp_path / "plain", lr_scheduler_type="constant", max_steps=3)
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "plain"), abs=tolerance)
+
+
+def test_bfloat16_trains_on_a_cpu_that_is_not_named(start, tones, tmp_path):
+    """Where there is no GPU; where there is one, this trains on it. Either says nothing that a user cannot act on."""
+    settings = arguments(start, tones, tmp_path, bf16=True, gradient_checkpointing=True, max_steps=1)
+    command = [sys.executable, str(upload.ROOT / "train.py"), *settings]
+    place = command.index("--use_cpu")
+    del command[place : place + 2]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "steps                            1" in done.stdout
+    assert not re.search("warn|deprecated|Failed to load|kernels", done.stderr, re.IGNORECASE), done.stderr
+
+
+def test_help_lists_the_options_of_this_script_first(capsys):
+    for option, shows_all in (("--help", False), ("--help-all", True)):
+        with pytest.raises(SystemExit) as done:
+            train.main([option])
+        assert done.value.code == 0
+        page = capsys.readouterr().out
+        places = [
+            page.index(part) for part in ("train.py --stage lora", "options of train.py", "--stage {", "--adapter")
+        ]
+        assert places == sorted(places)
+        assert page.index("--adapter") < page.index("--learning_rate") < page.index("other options:")
+        assert ("--adam_beta1" in page) == ("--max_steps MAX_STEPS" in page) == shows_all
 
 
 def test_rows_are_grouped_by_their_length(start, tones, tmp_path):
@@ -374,6 +449,38 @@ def test_cached_encoder_keeps_the_rows_of_the_clip(start, tones, trained, tmp_pa
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "trimmed"), abs=1e-5)
 
 
+def test_damaged_entries_of_the_encoder_cache_are_encoded_again(start, tones, tmp_path, caplog, monkeypatch):
+    model = AutoModel.from_pretrained(start, trust_remote_code=True)
+    windows = torch.randn(6, model.config.audio_config.num_mel_bins, 300, generator=torch.Generator().manual_seed(0))
+    expected = model.model.audio_encoder(windows).last_hidden_state
+    encoder = train.CachedEncoder.of(model.model.audio_encoder, str(tmp_path))
+    paths = []
+    for window in windows:  # one at a time, so that it is known whose file is new
+        encoder(window[None])
+        paths += {*encoder.folder.iterdir()} - {*paths}
+    contents = [path.read_bytes() for path in paths]
+    rows = load_file(paths[3])["last_hidden_state"]
+    for path, content in zip(
+        paths[:5],
+        (
+            contents[0][:-128],
+            contents[1][:-128] + bytes(128),
+            contents[2][:-4] + b"\xff" * 4,  # NaN
+            save({"last_hidden_state": rows.T.contiguous()}, {"sha256": "0" * 64}),
+            contents[5],  # of another window
+        ),
+        strict=True,
+    ):
+        path.write_bytes(content)
+    with caplog.at_level("WARNING"):
+        encoded = encoder(windows).last_hidden_state
+    torch.testing.assert_close(encoded, expected)
+    assert sorted(record.message.split()[0] for record in caplog.records) == sorted(map(str, paths[:5]))
+    assert {*encoder.folder.iterdir()} == {*paths}
+    monkeypatch.setattr(train.WhisperEncoder, "forward", None)  # all of them are read
+    assert torch.equal(encoder(windows).last_hidden_state, encoded)
+
+
 def test_only_answers_get_logits(start, rows, tones, tmp_path, sound):
     (args,) = train.HfArgumentParser(train.Arguments).parse_args_into_dataclasses(arguments(start, tones, tmp_path))
     trainer = train.AnswerTrainer(train.load_model(args), args, data_collator=rows)
@@ -406,6 +513,42 @@ def test_run_starts_from_an_adapter(start, tones, tmp_path):
     assert all(torch.allclose(first[name], second[name], atol=1e-9) for name in first)
     with pytest.raises(ValueError, match="is of other arguments: r is 4 there, 8 here"):
         run(start, tones, tmp_path / "third", **{**lora, "lora_r": 8}, adapter=adapter)
+
+
+def test_adapter_becomes_a_folder(start, tones, tmp_path):
+    """`upload.py build` merges what `train.py` wrote into the model that it belongs to."""
+    run(start, tones, tmp_path, stage="lora", lora_r=4, max_steps=3, train_markers=True, audio_tokens="trimmed")
+    adapter = tmp_path / "adapter"
+    folder = upload.build(checkpoint=adapter, output=tmp_path / "repo")
+    upload.check_files(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert processor.audio_tokens == processor.trained_audio_tokens == "trimmed"
+    before, after = (load_file(path / "model.safetensors") for path in (start, folder))
+    assert {name for name in before if torch.equal(before[name], after[name])} == {
+        name for name in before if re.search("visual|audio_encoder|norm|lm_head|bias", name)
+    }
+
+    merged = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    base = AutoModel.from_pretrained(start, trust_remote_code=True, dtype="auto")
+    unmerged = train.PeftModel.from_pretrained(base, adapter).eval()
+    question = train.ChatCollator(processor).messages(train.load_rows([str(tones / "test.jsonl")])[0])[:1]
+    inputs = processor.apply_chat_template(
+        question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(merged.generate(**inputs, **settings), unmerged.generate(**inputs, **settings))
+
+    described = json.loads((adapter / "adapter_config.json").read_text())
+    for change, message in (
+        ({"base_model_name_or_path": None}, "adapter_config.json names no base_model_name_or_path"),
+        ({"base_model_name_or_path": str(start.parent / "qwen2-vl")}, "holds a qwen2_vl model"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps({**described, **change}))
+        with pytest.raises(ValueError, match=message):
+            upload.build(checkpoint=adapter, output=tmp_path / "none")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no adapter_model.safetensors"):
+        upload.build(checkpoint=adapter, output=tmp_path / "none")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -496,6 +639,71 @@ def test_fsdp_settings_are_those_of_accelerate(start, name, processes):
     model = AutoModel.from_pretrained(start, trust_remote_code=True)
     classes = {type(module).__name__ for module in model.modules()}
     assert classes >= set(args.fsdp_transformer_layer_cls_to_wrap.split(","))
+
+
+# One process each; the classes are sharded as accelerate shards them.
+FSDP_STEP = """
+    import sys
+    from datetime import timedelta
+    import torch
+    from torch.distributed.fsdp import fully_shard
+    from transformers import AutoModel
+
+    def step(rank):
+        store = f"file://{folder}/store"
+        torch.distributed.init_process_group("gloo", store, timedelta(seconds=30), rank=rank, world_size=3)
+        mesh = torch.distributed.init_device_mesh("cpu", (3,))
+        for module in [*model.modules()]:
+            if type(module).__name__ in classes.split(","):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=0.1), torch.load(f"{folder}/batch-{rank}.pt")
+        before = model(**batch).loss
+        before.backward()
+        optimizer.step()
+        with torch.no_grad():
+            after = model.eval()(**batch).loss
+        weights = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+        torch.save(([before.item(), after.item()], weights if rank == 0 else None), f"{folder}/result-{rank}.pt")
+
+    folder, repo, classes = sys.argv[1:]
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True).train()
+    torch.multiprocessing.start_processes(step, nprocs=3, start_method="fork")
+    print("TOKENS")
+    """
+
+
+def test_processes_of_fsdp_need_not_have_the_same_inputs(repo, processor, fresh_model, photo, sound, tmp_path):
+    """One process has audio and a video, one only text, one only pictures; they learn as one process with all rows."""
+    settings = yaml.safe_load((upload.ROOT / "configs" / "fsdp-8-gpus.yaml").read_text())["fsdp_config"]
+    assert settings["fsdp_version"] == 2
+    collator, picture = train.ChatCollator(processor), image(Image.open(photo).resize((56, 56)))
+    contents = [[audio(sound(1)), text("Which?"), video([picture["image"]] * 2)], [text("Why?")], [picture]]
+    batches = [collator([chat(*content, answer="low and high")]) for content in contents]
+    for rank, batch in enumerate(batches):
+        torch.save(batch, tmp_path / f"batch-{rank}.pt")
+    classes = settings["fsdp_transformer_layer_cls_to_wrap"]
+    answer(start_python(FSDP_STEP, str(tmp_path), str(repo), classes, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+
+    model, losses = fresh_model.float().train(), []
+    for batch in batches:
+        loss = model(**batch).loss
+        (loss / len(batches)).backward()
+        losses.append(loss.item())
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    results = [torch.load(tmp_path / f"result-{rank}.pt") for rank in range(3)]
+    with torch.no_grad():
+        after = [model.eval()(**batch).loss.item() for batch in batches]
+    assert torch.tensor([loss for loss, _ in results]).numpy() == pytest.approx(torch.tensor([losses, after]).T.numpy())
+    weights = model.state_dict()
+    for name, tensor in results[0][1].items():
+        torch.testing.assert_close(tensor, weights[name], atol=1e-6, rtol=1e-5)
+
+
+def test_encoder_cache_is_refused_under_fsdp(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate does
+    with pytest.raises(ValueError, match="--encoder_cache cannot be used with FSDP"):
+        train.Arguments(model="start", data=["a.jsonl"], output_dir=str(tmp_path), use_cpu=True, encoder_cache="cache")
 
 
 def test_kinds_of_audio_tokens(start, tones, tmp_path, sound):

@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import chat_data
 import train
+import upload
 from demo.ask import EXAMPLES
 from upload import ROOT
 
@@ -90,21 +91,32 @@ def learned(processor, labels: torch.Tensor) -> list[str]:
     return [processor.tokenizer.decode(row[row != chat_data.IGNORED]) for row in labels]
 
 
+def chat_of(row: dict, answer: str) -> dict:
+    return {"messages": [row["messages"][0], {"role": "assistant", "content": answer}]}
+
+
 def test_what_the_document_shows(trl, demo_repo, processor, rows, tmp_path, monkeypatch):
     section = (ROOT / "docs" / "training.md").read_text().partition("\n## With TRL\n")[2]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    answers = [*[ANSWER] * len(rows), '{"a": 1}', "null", "[]", "2026-01-31"]  # the last four are not texts everywhere
+    rows = rows + [chat_of(rows[0], answer) for answer in answers[len(rows) :]]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     shown = {"REPO": str(demo_repo)}
     exec(code, shown)
 
     trainer, collator = shown["trainer"], shown["trainer"].data_collator
-    batch = collator(rows)
+    batch = collator([*trainer.train_dataset])
     assert {"input_features", "pixel_values"} <= batch.keys()
-    assert learned(processor, batch["labels"]) == [f"{ANSWER}<|im_end|>"] * len(rows)
+    assert learned(processor, batch["labels"]) == [f"{answer}<|im_end|>" for answer in answers]
     base = AutoModel.from_pretrained(demo_repo, trust_remote_code=True, dtype="auto")
     start = copy_of(base)
     model = train.PeftModel.from_pretrained(base, "run").eval()
+    asked = rows[0]["messages"][:1]
+    inputs = processor.apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    answers = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     with torch.no_grad():
         now = model(**batch).loss
         with model.disable_adapter():
@@ -116,6 +128,11 @@ def test_what_the_document_shows(trl, demo_repo, processor, rows, tmp_path, monk
     assert rest and all(re.fullmatch(train.LANGUAGE_MODEL, name) for name in rest)
     adapter = load_file("run/adapter_model.safetensors")
     assert sum("lora_A" in name for name in adapter) == len(rest)
+
+    command = re.search(r"`python (upload.py build --checkpoint run .*?)`", section, re.DOTALL)[1]
+    upload.main(command.split()[1:])
+    built = AutoModel.from_pretrained("my-model", trust_remote_code=True, dtype="auto").eval()
+    assert torch.equal(built.generate(**inputs, max_new_tokens=8, do_sample=False), answers)
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["projector", "everything"])
