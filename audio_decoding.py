@@ -5,16 +5,19 @@ run as a process of its own, so it imports no more than it needs.
 
 import contextlib
 import functools
-import io
 import itertools
 import multiprocessing
+import os
 import queue
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import av
 import numpy as np
@@ -30,7 +33,7 @@ FULL_RATE = 48_000  # Hz; at a higher rate `max_seconds` is proportionally short
 FULL_SCALE = {"u1": (128, 2**7), "i2": (0, 2**15), "i4": (0, 2**31)}  # zero and full scale of integer samples
 FRAME_BATCH = 2**16  # samples converted at a time
 WORKER_SECONDS = 8  # for an untrusted file
-WORKER_MEMORY = 2**28  # bytes for an untrusted file, beside its content
+WORKER_MEMORY = 2**26  # bytes for an untrusted file of any size; an hour of audio in any container needs half of that
 NUM_WORKERS = 2
 DEMUXER = {
     # FFmpeg's names of audio and video containers. Playlists are left out: with them FFmpeg would open other addresses.
@@ -155,13 +158,17 @@ class DecodingWorker:
     process = connection = None
     is_idle = True
 
-    def decode(self, content: bytes, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
-        """See [`decode`]. AudioError is also raised if decoding needs more time or memory than the limits."""
-        if self.process is None or self.process.poll() is not None:
-            self.start()
-        self.is_idle = False
+    def decode(self, file, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
+        """
+        See [`decode`]. The process reads the file by its descriptor, so that its content needs no memory there.
+        AudioError is also raised if decoding needs more time or memory than the limits, or if the process ends.
+        """
         try:
-            self.connection.send((content, name, max_seconds))
+            if self.process is None or self.process.poll() is not None:
+                self.start()
+            self.is_idle = False
+            self.connection.send((name, max_seconds))
+            send_handle(self.connection, file.fileno(), self.process.pid)
             return join_pieces(self.receive(name), name)
         except (EOFError, OSError) as error:
             raise AudioError(f"{name} cannot be decoded: the process that decodes it ended.") from error
@@ -206,8 +213,12 @@ def decode_in_worker(file, name: str, max_seconds: float) -> tuple[np.ndarray, i
         return decode(file, name, max_seconds)
     worker = WORKERS.get()
     try:
-        with file:
-            return worker.decode(file.read(), name, max_seconds)
+        # A file without a name, in memory on Linux.
+        with open(os.memfd_create("audio"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile() as copy:
+            with file:
+                shutil.copyfileobj(file, copy)
+            copy.flush()
+            return worker.decode(copy, name, max_seconds)
     finally:
         WORKERS.put(worker)
 
@@ -218,20 +229,23 @@ def serve(connection: Connection):
     empty one; an error is a rate of 0 and its text. The process never holds all samples of a file.
     """
     pages = Path("/proc/self/statm")  # Linux; other systems limit the time alone
-    base_memory = int(pages.read_text().split()[0]) * resource.getpagesize() if pages.exists() else None
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+    if pages.exists():
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+        limit = int(pages.read_text().split()[0]) * resource.getpagesize() + WORKER_MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard_limit < 0 else min(limit, hard_limit), hard_limit))
     connection.send_bytes(b"ready")
     while True:
-        content, name, max_seconds = connection.recv()
-        if base_memory is not None:
-            limit = base_memory + WORKER_MEMORY + 2 * len(content)  # the pickled message and the bytes in it
-            resource.setrlimit(resource.RLIMIT_AS, (limit if hard_limit < 0 else min(limit, hard_limit), hard_limit))
-        try:
-            for rate, samples in decode_pieces(io.BytesIO(content), name, max_seconds):
-                connection.send_bytes(rate.to_bytes(4, "little") + samples.tobytes())
-            connection.send_bytes(b"")
-        except AudioError as error:
-            connection.send_bytes(bytes(4) + str(error).encode())
+        name, max_seconds = connection.recv()
+        with open(recv_handle(connection), "rb") as file:
+            file.seek(0)
+            try:
+                for rate, samples in decode_pieces(file, name, max_seconds):
+                    connection.send_bytes(rate.to_bytes(4, "little") + samples.tobytes())
+                connection.send_bytes(b"")
+            except AudioError as error:
+                connection.send_bytes(bytes(4) + str(error).encode())
+            except MemoryError:  # there is none to send a long piece
+                connection.send_bytes(bytes(4) + f"{name} needs more memory to decode than the limit.".encode())
 
 
 if __name__ == "__main__":
