@@ -91,11 +91,12 @@ def fetch_audio(
         max_bytes (`int`, defaults to 2**28): Of everything but local files: downloads, file objects, bytes, base64.
         max_seconds (`float`, defaults to 3600): Of audio; decoding stops there, however small the file. For rates above
             48 kHz it is proportionally less, so that it limits memory as well: 192 KB a second.
-        timeout (`float`, defaults to 30): Seconds for a whole download, redirects included. Only the look-up of a name
-            has the system's own limit.
+        timeout (`float`, defaults to 30): Seconds for a whole download, redirects included; with `public_only` for the
+            download, the wait for a process that decodes, and the decoding. Only the look-up of a name has the system's
+            own limit.
         public_only (`bool`, defaults to `False`): For servers with untrusted requests: refuses local paths, `file://`,
-            and addresses that are not public, also after a redirect, and decodes files in a process of limited memory
-            and time.
+            and addresses that are not public, also after a redirect, and decodes files in processes of limited memory
+            (64 MiB, on Linux) and time (8 s), at most six at once. On Windows they are decoded without these limits.
 
     Returns:
         `torch.Tensor`: float32 `[samples]` in [-1, 1], the mean of all channels. What overshoots is clipped, as by
@@ -104,11 +105,15 @@ def fetch_audio(
     Raises:
         AudioError: a `ValueError`, if the source is missing, unreadable, empty, ambiguous, not finite, past a limit.
     """
+    deadline = time.monotonic() + timeout
     source, rate = unwrap(ele)
     is_file = not isinstance(source, (np.ndarray, torch.Tensor))
     if is_file:
         file, name = read(source, max_bytes, timeout, public_only), describe(source)
-        array, rate = (decode_in_worker if public_only else decode)(file, name, max_seconds)
+        if public_only:
+            array, rate = decode_in_worker(file, name, max_seconds, deadline)
+        else:
+            array, rate = decode(file, name, max_seconds)
         samples, rate = torch.from_numpy(array), check_rate(rate)
     else:
         rate = check_rate(next(given for given in (rate, sampling_rate, sr) if given is not None))

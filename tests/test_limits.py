@@ -4,7 +4,6 @@ import contextlib
 import http.server
 import io
 import ipaddress
-import queue
 import re
 import resource
 import socket
@@ -90,10 +89,9 @@ def test_bombs_cost_little_memory(tmp_path, web):
 @pytest.mark.parametrize("name", BOMBS)
 def test_untrusted_bombs_are_limited_in_memory_and_time(name, monkeypatch):
     """Whatever a file says: it is decoded or refused within the limits, and the next good file is decoded."""
-    monkeypatch.setattr(audio_decoding, "WORKER_SECONDS", 2)  # 8 by default
-    worker = audio_decoding.DecodingWorker()
-    monkeypatch.setattr(audio_decoding, "WORKERS", queue.LifoQueue())
-    audio_decoding.WORKERS.put(worker)
+    pool = audio_decoding.WorkerPool(1, seconds=2)  # 1 and 8 by default
+    monkeypatch.setattr(audio_decoding, "POOLS", (pool,))
+    (worker,) = pool.free
     good = RECORDINGS / "jfk.mp3"
     assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
     usual, first = resident(worker), worker.process.pid
@@ -109,6 +107,82 @@ def test_untrusted_bombs_are_limited_in_memory_and_time(name, monkeypatch):
         assert worker.process.pid == first and resident(worker) - usual < 70
     assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
     worker.stop()
+
+
+@pytest.fixture
+def pools(monkeypatch):
+    """`pools(seconds, ...)` replaces the pools of workers by some of one worker, which has so long for a file."""
+
+    def replace(*seconds: float):
+        started.extend(audio_decoding.WorkerPool(1, limit) for limit in seconds)
+        monkeypatch.setattr(audio_decoding, "POOLS", started)
+
+    started = []
+    yield replace
+    for worker in (worker for pool in started for worker in pool.free if worker.process):
+        worker.stop()
+
+
+def start_strangers(content: bytes, count: int, timeout: float) -> list[threading.Thread]:
+    """Sends a file so many times at once."""
+
+    def send():
+        with contextlib.suppress(AudioError):
+            fetch_audio(content, public_only=True, timeout=timeout)
+
+    threads = [threading.Thread(target=send) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    return threads
+
+
+def test_a_short_clip_does_not_wait_for_long_ones(pools):
+    """The clip comes after two files each of which takes all of the 4 s that it has."""
+    pools(0.25, 8)
+    clip = fetch_audio(RECORDINGS / "jfk.mp3")[:16_000].numpy()
+    strangers = start_strangers(BOMBS["mp3 with many tags"](clip), 2, timeout=4)
+    assert len(fetch_audio(encode(clip, "clip.mp3"), public_only=True)) == 16_000
+    assert any(stranger.is_alive() for stranger in strangers)
+    for stranger in strangers:
+        stranger.join()
+
+
+def test_one_timeout_for_download_wait_and_decoding(pools, web, monkeypatch):
+    pools(8)
+    monkeypatch.setattr(audio_utils, "is_public", lambda address: True)
+    slow = BOMBS["mp3 with many tags"](fetch_audio(RECORDINGS / "jfk.mp3")[:16_000].numpy())
+    (stranger,) = start_strangers(slow, 1, timeout=2)
+    start = time.monotonic()
+    with pytest.raises(AudioError, match="every process that decodes files is busy when `timeout` ends"):
+        fetch_audio(f"{web}late-to=/clip.wav", public_only=True, timeout=1.4)  # after 1 s of which it is downloaded
+    assert time.monotonic() - start < 1.8
+    stranger.join()
+    start = time.monotonic()
+    with pytest.raises(AudioError, match="is not decoded when `timeout` ends"):
+        fetch_audio(slow, public_only=True, timeout=0.3)
+    assert time.monotonic() - start < 0.7
+
+
+def test_who_waits_the_longest_is_next(pools):
+    """Eight threads that send file after file to one worker take turns."""
+    pools(8)
+    content, order = (RECORDINGS / "jfk.mp3").read_bytes()[:3000], []
+    fetch_audio(content, public_only=True)  # the process starts
+
+    def send(number: int):
+        for _ in range(30):
+            fetch_audio(content, public_only=True)
+            order.append(number)
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(8):
+        places = np.flatnonzero(np.array(order) == number)
+        assert np.diff(places).max() <= 16, order
 
 
 def test_what_people_send_fits_into_the_memory():
@@ -132,29 +206,28 @@ def test_a_large_file_after_a_small_one():
 
 def test_a_worker_that_ends_at_its_start_is_an_error_of_the_audio(monkeypatch):
     content, executable = (RECORDINGS / "jfk.mp3").read_bytes(), sys.executable
-    worker = audio_decoding.DecodingWorker()
-    monkeypatch.setattr(audio_decoding, "WORKERS", queue.LifoQueue())
-    audio_decoding.WORKERS.put(worker)
+    pool = audio_decoding.WorkerPool(1, seconds=2)
+    monkeypatch.setattr(audio_decoding, "POOLS", (pool,))
     for program in ("/bin/false", "/nowhere/python"):
         monkeypatch.setattr(sys, "executable", program)
         with pytest.raises(AudioError, match="The content of .* bytes cannot be decoded: the process .* ended"):
             fetch_audio(content, public_only=True)
     monkeypatch.setattr(sys, "executable", executable)
     assert len(fetch_audio(content, public_only=True)) == 176_000
-    worker.stop()
+    pool.free[0].stop()
 
 
 def test_a_worker_that_died_is_replaced():
     worker = audio_decoding.DecodingWorker()
-    clip = RECORDINGS / "jfk.mp3"
+    clip, limits = RECORDINGS / "jfk.mp3", (time.monotonic() + 60, 8)
     for _ in range(2):
-        samples, rate = worker.decode(clip.open("rb"), "clip", 60)
+        samples, rate = worker.decode(clip.open("rb"), "clip", 60, *limits)
         expected, expected_rate = audio_decoding.decode(clip.open("rb"), "clip")
         assert rate == expected_rate and np.array_equal(samples, expected)
         worker.process.kill()
         worker.process.wait()
     with Path(__file__).open("rb") as file, pytest.raises(AudioError, match="clip cannot be decoded"):
-        worker.decode(file, "clip", 60)
+        worker.decode(file, "clip", 60, *limits)
     worker.stop()
 
 
@@ -163,11 +236,12 @@ def test_an_answer_that_ends_early_does_not_hold_up_the_next(monkeypatch, tmp_pa
     clip = fetch_audio(RECORDINGS / "jfk.wav").numpy()
     monkeypatch.setitem(ENCODINGS, "high.aac", ("aac", "adts", 44_100, "fltp"))
     changing, worker = tmp_path / "changing.aac", audio_decoding.DecodingWorker()
+    limits = (time.monotonic() + 60, 8)
     changing.write_bytes(encode(clip[:16_000], "high.aac") + encode(np.tile(clip, 20), "clip.aac"))
     for _ in range(2):
         with pytest.raises(AudioError, match="changes its sampling rate from 44100 to 22050 Hz midway"):
-            worker.decode(changing.open("rb"), "clip", 600)
-        samples, _ = worker.decode((RECORDINGS / "english.wav").open("rb"), "clip", 600)
+            worker.decode(changing.open("rb"), "clip", 600, *limits)
+        samples, _ = worker.decode((RECORDINGS / "english.wav").open("rb"), "clip", 600, *limits)
         assert len(samples) > 10**5
     worker.stop()
 
