@@ -12,7 +12,9 @@ import shutil
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from packaging.version import Version
 from transformers import PreTrainedConfig, Qwen2VLConfig, WhisperConfig
 from transformers.utils import logging
@@ -208,3 +210,25 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
 Qwen2AudioVLConfig.register_for_auto_class()
 
 __all__ = ["AUTO_MAP", "CODE_FILES", "Qwen2AudioVLConfig", "count_audio", "tokens_per_window"]
+
+
+def find_folder(repo: str | Path, revision: str | None = None, **patterns) -> Path:
+    """
+    The folder of a model, for the tools beside this file.
+
+    Args:
+        repo: The path of a folder, or a Hub id, which is downloaded.
+        revision, patterns: As in [`huggingface_hub.snapshot_download`].
+
+    Raises:
+        ValueError: if there is no such folder, and the Hub gives none.
+    """
+    if Path(repo).is_dir():
+        return Path(repo)
+    try:
+        return Path(snapshot_download(str(repo), revision=revision, **patterns))
+    except HFValidationError as error:
+        raise ValueError(f"There is no folder {repo}, and it is no Hub id either.") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"There is no folder {repo}, and it cannot be downloaded from the Hub: {reason}") from error

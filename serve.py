@@ -17,10 +17,13 @@ from transformers.cli.transformers import app
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
+from configuration_qwen2_audio_vl import find_folder
+
 
 def register(repo: str):
     """Makes the classes of a repository known to transformers."""
     name, _, revision = (repo, "", "") if os.path.isdir(repo) else repo.partition("@")
+    find_folder(name, revision or None, allow_patterns=["config.json"])  # an error here says what is missing
     load = partial(get_class_from_dynamic_module, pretrained_model_name_or_path=name, revision=revision or None)
     config_class = load("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
     model_class = load("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration")
@@ -33,5 +36,8 @@ def register(repo: str):
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    register(sys.argv[1])
+    try:
+        register(sys.argv[1])
+    except ValueError as error:
+        sys.exit(f"serve.py: {error}")
     app(["serve", *sys.argv[1:]])

@@ -566,6 +566,7 @@ def main(arguments: list[str] | None = None):
     parser = HfArgumentParser(Arguments, description=__doc__.strip().splitlines()[0])
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments)
+        resolve(args.model)  # a model that is not there is reported before the data is read
         with only_run(args):
             summary = train(args)
     except ValueError as error:
