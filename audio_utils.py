@@ -50,10 +50,10 @@ MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
 INTEGER_SCALE = {torch.uint8: FULL_SCALE["u1"], torch.int16: FULL_SCALE["i2"], torch.int32: FULL_SCALE["i4"]}
 MAX_BYTES = 2**28  # of a source that is no local file
-NOT_PUBLIC = [  # beside those that `ipaddress` knows: NAT64, site-local, IETF protocols, and a cloud's own services
-    ipaddress.ip_network(network)
-    for network in ("64:ff9b::/96", "64:ff9b:1::/48", "fec0::/10", "192.0.0.0/24", "168.63.129.16/32")
-]
+# Beside those that `ipaddress` knows: IETF protocols, and a cloud's own services.
+NOT_PUBLIC = [ipaddress.ip_network(network) for network in ("192.0.0.0/24", "168.63.129.16/32")]
+# All of IPv6 that is assigned to hosts. Others are multicast or local, or carry IPv4 addresses through a translator.
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 CHUNK = 2**16  # bytes read from a connection at a time
 MAX_PHASES = 2**22  # of a filter that torchaudio makes for a pair of rates
 TIMEOUT = 30.0  # seconds for a whole download
@@ -376,8 +376,9 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     for embedded in (getattr(address, name, None) for name in ("ipv4_mapped", "sixtofour")):
         if embedded is not None:
             return is_public(embedded)
-    is_listed = any(address in network for network in NOT_PUBLIC if network.version == address.version)
-    return address.is_global and not address.is_multicast and not is_listed
+    if address.version == 6:
+        return address.is_global and address in GLOBAL_UNICAST
+    return address.is_global and not address.is_multicast and not any(address in network for network in NOT_PUBLIC)
 
 
 def to_mono(samples: np.ndarray | torch.Tensor) -> torch.Tensor:

@@ -461,6 +461,32 @@ def test_a_server_opens_public_addresses_only(web, monkeypatch):
     assert checked[0] == "127.0.0.1"
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "224.0.0.1", "233.252.0.1"])
+def test_addresses_that_are_not_public(address):
+    """Loopback, private, link-local and multicast IPv4, also inside an IPv6 address; then those of IPv6 itself."""
+    high, low = divmod(int(ipaddress.ip_address(address)), 2**16)
+    number, inverted = f"{high:x}:{low:x}", f"{high ^ 0xFFFF:x}:{low ^ 0xFFFF:x}"
+    mapped, compatible, translated = f"::ffff:{number}", f"::{number}", f"::ffff:0:{number}"
+    nat64, local_nat64 = f"64:ff9b::{number}", f"64:ff9b:1::{number}"
+    six_to_four, teredo = f"2002:{number}::1", f"2001:0:808:808:0:0:{inverted}"
+    teredo_server = f"2001:0:{number}:0:0:f7f7:f7f7"
+    for form in (address, mapped, compatible, translated, nat64, local_nat64, six_to_four, teredo, teredo_server):
+        assert not audio_utils.is_public(ipaddress.ip_address(form)), form
+    for own in (
+        "::",
+        "::1",
+        "fe80::1",
+        "fd00::1",
+        "fec0::1",
+        "2001:db8::1",
+        "ff02::1",
+        "ff05::2",
+        "ff0e::1",
+        "ff3e::1",
+    ):
+        assert not audio_utils.is_public(ipaddress.ip_address(own)), own
+
+
 def test_public_addresses_pass():
     for address in ("93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "::ffff:8.8.8.8"):
         assert audio_utils.is_public(ipaddress.ip_address(address))
