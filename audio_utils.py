@@ -305,6 +305,7 @@ class WebRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, fp, code, message, headers, new_url):
         if urlsplit(new_url).scheme.lower() not in ("http", "https"):
             raise AudioError(f"{describe(request.full_url)} redirects to {describe(new_url)}, which is not on the web.")
+        fp.close()  # or urllib reads all of its content, whatever its size
         return super().redirect_request(request, fp, code, message, headers, new_url)
 
 
@@ -337,12 +338,12 @@ class WebHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         for target, _ in targets if self.public_only else ():
             if not is_public(ipaddress.ip_address(target.partition("%")[0])):
                 raise AudioError(f"What the host {host!r} resolves to is not a public address.")
-        for number, target in enumerate(targets, start=1):
-            try:
-                sock = socket.create_connection(target, self.time_left())
+        for num_left in range(len(targets), 0, -1):
+            try:  # with a share of the time, so that an address that does not answer leaves some for the others
+                sock = socket.create_connection(targets[-num_left], self.time_left() / num_left)
                 break
             except OSError:
-                if number == len(targets):
+                if num_left == 1:
                     raise
         sock.settimeout(self.time_left())  # of the TLS handshake, if one follows
         return sock

@@ -289,6 +289,12 @@ def serve():
                 self.send_response(302)
                 self.send_header("Location", urllib.parse.unquote(path.partition("=")[2]))
                 self.end_headers()
+            elif path == "endless-redirect":
+                self.send_response(302)
+                self.send_header("Location", "/clip.wav")
+                self.end_headers()
+                while not stopped.is_set():
+                    self.wfile.write(bytes(2**16))
             elif path == "loop":
                 self.send_response(302)
                 self.send_header("Location", "/loop")
@@ -367,6 +373,32 @@ def test_downloads(web):
     expected = fetch_audio(RECORDINGS / "english.wav")
     for path in ("clip.wav", "chunked", f"to={web}clip.wav", "to=/to%3D/chunked"):
         assert torch.equal(fetch_audio(web + path), expected), path
+
+
+def test_the_content_of_a_redirect_is_not_read(web):
+    """urllib would read it to its end, whatever its size, before it follows."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(fetch_audio(f"{web}endless-redirect", timeout=1)) == len(fetch_audio(RECORDINGS / "english.wav"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(web, monkeypatch):
+    """A name with two addresses, the first of which drops all connections because its queue is full."""
+    port = urllib.parse.urlsplit(web).port
+    look_up = socket.getaddrinfo
+
+    def resolve(host, *arguments, **settings):
+        hosts = ["127.0.0.2", "127.0.0.1"] if host == "two.example" else [host]
+        return [answer for host in hosts for answer in look_up(host, *arguments, **settings)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with socket.create_server(("127.0.0.2", port), backlog=0), contextlib.ExitStack() as fillers:
+        for _ in range(3):
+            filler = fillers.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.2", port))
+        samples = fetch_audio(f"http://two.example:{port}/clip.wav", timeout=1.5)
+    assert torch.equal(samples, fetch_audio(RECORDINGS / "english.wav"))
 
 
 def test_secure_downloads(serve, monkeypatch, tmp_path):
