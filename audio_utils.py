@@ -402,9 +402,12 @@ def to_mono(samples: np.ndarray | torch.Tensor) -> torch.Tensor:
             f"{name} could be [channels, samples] or [samples, channels], or is neither: exactly one axis has to "
             f"be the channels, at most {MAX_CHANNELS}. Give mono samples instead."
         )
+    if np.ma.is_masked(samples):
+        raise AudioError(f"{name} has masked samples; fill them first, such as with `samples.filled(0)`.")
     if isinstance(samples, np.ndarray) and samples.dtype.kind in "fiu":
-        # A copy in native byte order: torch reads neither foreign bytes nor negative strides.
-        samples = torch.from_numpy(np.array(samples, dtype=samples.dtype.newbyteorder("="), order="C"))
+        # A copy in native byte order: torch reads neither foreign bytes nor negative strides nor long doubles.
+        dtype = np.float64 if samples.dtype == np.longdouble else samples.dtype.newbyteorder("=")
+        samples = torch.from_numpy(np.array(samples, dtype=dtype, order="C"))
     if not (isinstance(samples, torch.Tensor) and (samples.is_floating_point() or samples.dtype in INTEGER_SCALE)):
         raise AudioError(f"{name} is no sound: expected float, int16, int32 or uint8 samples.")
     samples = samples.detach()
