@@ -502,7 +502,10 @@ def test_a_folder_that_is_not_there_is_named(name, bases, tmp_path, capsys):
     for tool, *arguments in ((upload, "push", name, "a/b"), (evaluation, "score", name)):
         with pytest.raises(SystemExit, match="1"):
             tool.main(arguments)
-        assert f": There is no folder {name.rstrip('/')}" in (error := capsys.readouterr().err) and "makes one" in error
+        assert re.search(
+            rf": There is no folder ({re.escape(name)}|{re.escape(str(Path(name)))}); .* makes one",
+            capsys.readouterr().err,
+        )
     assert run_main("smoke", name) == 1 and f"{name} is no Hub id; `upload.py check`" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
