@@ -13,13 +13,13 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, StoppingCriteria, TextIteratorStreamer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
+from configuration_qwen2_audio_vl import find_folder
 from handler import DESCRIBE, IMAGE_FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS, MAX_TEXT, TRANSCRIBE, decode_image
 
 
@@ -48,8 +48,8 @@ class StopWhenSet(StoppingCriteria):
 class DemoModel:
     """A loaded repository that answers questions, and shows what in the prompt the answer attends to."""
 
-    def __init__(self, repo: str):
-        self.folder = Path(repo) if Path(repo).is_dir() else Path(snapshot_download(repo))
+    def __init__(self, folder: Path):
+        self.folder = folder
         code = {"trust_remote_code": True}
         self.processor = AutoProcessor.from_pretrained(self.folder, **code)
         self.model = AutoModel.from_pretrained(self.folder, dtype="auto", device_map="auto", **code).eval()
@@ -279,7 +279,11 @@ def main():
     parser.add_argument("repo", nargs="?", default=os.environ.get("REPO", str(Path(__file__).resolve().parent)))
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     options = parser.parse_args()
-    model = DemoModel(options.repo)
+    try:
+        folder = find_folder(options.repo)
+    except ValueError as error:
+        parser.exit(1, f"app.py: {error}\n")
+    model = DemoModel(folder)
     page = make_page(model)
     page.launch(server_port=options.port, allowed_paths=[str(model.folder / "examples")], max_file_size=MAX_BYTES)
 

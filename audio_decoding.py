@@ -3,18 +3,23 @@ An audio or video file -> float32 samples, by PyAV, whose wheel carries FFmpeg. 
 run as a process of its own, so it imports no more than it needs.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import functools
-import io
 import itertools
 import multiprocessing
-import queue
+import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import av
 import numpy as np
@@ -29,9 +34,9 @@ MAX_SECONDS = 3600.0  # of decoded audio; the positions of the model end after a
 FULL_RATE = 48_000  # Hz; at a higher rate `max_seconds` is proportionally shorter, because it also limits memory
 FULL_SCALE = {"u1": (128, 2**7), "i2": (0, 2**15), "i4": (0, 2**31)}  # zero and full scale of integer samples
 FRAME_BATCH = 2**16  # samples converted at a time
-WORKER_SECONDS = 8  # for an untrusted file
-WORKER_MEMORY = 2**28  # bytes for an untrusted file, beside its content
-NUM_WORKERS = 2
+QUICK_SECONDS = 0.5  # for the first try of an untrusted file, so that short ones do not wait for long ones
+WORKER_SECONDS = 8  # for the second try
+WORKER_MEMORY = 2**26  # bytes for an untrusted file of any size; an hour of audio in any container needs half of that
 DEMUXER = {
     # FFmpeg's names of audio and video containers. Playlists are left out: with them FFmpeg would open other addresses.
     "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,aac,ogg,mov,mp4,matroska,webm,asf,avi,amr,mpegts,mpeg",
@@ -155,33 +160,48 @@ class DecodingWorker:
     process = connection = None
     is_idle = True
 
-    def decode(self, content: bytes, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
-        """See [`decode`]. AudioError is also raised if decoding needs more time or memory than the limits."""
-        if self.process is None or self.process.poll() is not None:
-            self.start()
-        self.is_idle = False
+    def decode(self, file, name: str, max_seconds: float, deadline: float, seconds: float) -> tuple[np.ndarray, int]:
+        """
+        See [`decode`]. The process reads the file by its descriptor, so that its content needs no memory there.
+
+        Args:
+            deadline: By `time.monotonic`.
+            seconds: For the decoding, without the start of the process.
+
+        Raises:
+            AudioError: also if decoding needs more memory than the limit, or if the process ends.
+            TimeoutError: at the deadline or after `seconds`.
+        """
         try:
-            self.connection.send((content, name, max_seconds))
-            return join_pieces(self.receive(name), name)
+            if self.process is None or self.process.poll() is not None:
+                self.start()
+                self.receive(deadline)  # it is ready
+            self.is_idle = False
+            deadline = min(deadline, time.monotonic() + seconds)
+            self.connection.send((name, max_seconds))
+            send_handle(self.connection, file.fileno(), self.process.pid)
+            return join_pieces(self.receive_pieces(deadline), name)
+        except TimeoutError:
+            raise
         except (EOFError, OSError) as error:
             raise AudioError(f"{name} cannot be decoded: the process that decodes it ended.") from error
         finally:
             if not self.is_idle:  # it is dead, out of time, or still sends an answer that nobody waits for
                 self.stop()
 
-    def receive(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        deadline = time.monotonic() + WORKER_SECONDS
-        while True:
-            if not self.connection.poll(max(0.0, deadline - time.monotonic())):
-                raise AudioError(f"{name} takes longer than the limit of {WORKER_SECONDS} s to decode.")
-            message = self.connection.recv_bytes()
+    def receive(self, deadline: float) -> bytes:
+        if not self.connection.poll(max(0.0, deadline - time.monotonic())):
+            raise TimeoutError
+        return self.connection.recv_bytes()
+
+    def receive_pieces(self, deadline: float) -> Iterator[tuple[int, np.ndarray]]:
+        while message := self.receive(deadline):
             rate = int.from_bytes(message[:4], "little")
-            self.is_idle = not rate
-            if not message:
-                return
             if not rate:
+                self.is_idle = True
                 raise AudioError(message[4:].decode())
             yield rate, np.frombuffer(message, np.float32, offset=4)
+        self.is_idle = True
 
     def stop(self):
         self.process.kill()
@@ -192,24 +212,63 @@ class DecodingWorker:
         with worker_end:
             command = [sys.executable, __file__, str(worker_end.fileno())]
             self.process = subprocess.Popen(command, pass_fds=[worker_end.fileno()], stdin=subprocess.DEVNULL)
-        self.connection.recv_bytes()  # it is ready
+        self.is_idle = False
 
 
-WORKERS = queue.LifoQueue()
-for _ in range(NUM_WORKERS):
-    WORKERS.put(DecodingWorker())
+class WorkerPool:
+    """Workers that take files in the order in which they came, and spend `seconds` on each."""
+
+    def __init__(self, num_workers: int, seconds: float):
+        self.free, self.seconds = [DecodingWorker() for _ in range(num_workers)], seconds
+        self.turns, self.lock = collections.deque(), threading.Lock()
+
+    def decode(self, file, name: str, max_seconds: float, deadline: float) -> tuple[np.ndarray, int]:
+        """See [`DecodingWorker.decode`]."""
+        turn = concurrent.futures.Future()
+        self.turns.append(turn)
+        self.give_turns()
+        try:
+            worker = turn.result(max(0.0, deadline - time.monotonic()))
+        except concurrent.futures.TimeoutError:
+            if turn.cancel():
+                reason = "every process that decodes files is busy when `timeout` ends. Try again later."
+                raise AudioError(f"{name} cannot be decoded: {reason}") from None
+            worker = turn.result()  # it came at the last moment
+        try:
+            return worker.decode(file, name, max_seconds, deadline, self.seconds)
+        finally:
+            self.free.append(worker)
+            self.give_turns()
+
+    def give_turns(self):
+        """Gives the free workers to those who wait the longest. Taking from the queue alone would let others cut in."""
+        with self.lock:
+            while self.turns and self.free:
+                turn = self.turns.popleft()
+                if turn.set_running_or_notify_cancel():
+                    turn.set_result(self.free.pop())
 
 
-def decode_in_worker(file, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
-    """[`decode`] of an untrusted file, by the next worker that is free."""
+# A file that takes too long for the first pool is decoded again by the second. So a short clip waits half a second, and
+# the start of a process, for every four long files that came before it.
+POOLS = (WorkerPool(4, QUICK_SECONDS), WorkerPool(2, WORKER_SECONDS))
+
+
+def decode_in_worker(file, name: str, max_seconds: float, deadline: float) -> tuple[np.ndarray, int]:
+    """[`decode`] of an untrusted file, by the next worker that is free. Raises AudioError at the deadline as well."""
     if resource is None:
         return decode(file, name, max_seconds)
-    worker = WORKERS.get()
-    try:
+    # A file without a name, in memory on Linux.
+    with open(os.memfd_create("audio"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile() as copy:
         with file:
-            return worker.decode(file.read(), name, max_seconds)
-    finally:
-        WORKERS.put(worker)
+            shutil.copyfileobj(file, copy)
+        copy.flush()
+        for pool in POOLS:
+            with contextlib.suppress(TimeoutError):
+                return pool.decode(copy, name, max_seconds, deadline)
+            if time.monotonic() >= deadline:
+                raise AudioError(f"{name} is not decoded when `timeout` ends, which counts its download as well.")
+    raise AudioError(f"{name} takes longer than the limit of {pool.seconds:g} s to decode.")
 
 
 def serve(connection: Connection):
@@ -218,20 +277,23 @@ def serve(connection: Connection):
     empty one; an error is a rate of 0 and its text. The process never holds all samples of a file.
     """
     pages = Path("/proc/self/statm")  # Linux; other systems limit the time alone
-    base_memory = int(pages.read_text().split()[0]) * resource.getpagesize() if pages.exists() else None
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+    if pages.exists():
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+        limit = int(pages.read_text().split()[0]) * resource.getpagesize() + WORKER_MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard_limit < 0 else min(limit, hard_limit), hard_limit))
     connection.send_bytes(b"ready")
     while True:
-        content, name, max_seconds = connection.recv()
-        if base_memory is not None:
-            limit = base_memory + WORKER_MEMORY + 2 * len(content)  # the pickled message and the bytes in it
-            resource.setrlimit(resource.RLIMIT_AS, (limit if hard_limit < 0 else min(limit, hard_limit), hard_limit))
-        try:
-            for rate, samples in decode_pieces(io.BytesIO(content), name, max_seconds):
-                connection.send_bytes(rate.to_bytes(4, "little") + samples.tobytes())
-            connection.send_bytes(b"")
-        except AudioError as error:
-            connection.send_bytes(bytes(4) + str(error).encode())
+        name, max_seconds = connection.recv()
+        with open(recv_handle(connection), "rb") as file:
+            file.seek(0)
+            try:
+                for rate, samples in decode_pieces(file, name, max_seconds):
+                    connection.send_bytes(rate.to_bytes(4, "little") + samples.tobytes())
+                connection.send_bytes(b"")
+            except AudioError as error:
+                connection.send_bytes(bytes(4) + str(error).encode())
+            except MemoryError:  # there is none to send a long piece
+                connection.send_bytes(bytes(4) + f"{name} needs more memory to decode than the limit.".encode())
 
 
 if __name__ == "__main__":

@@ -50,10 +50,10 @@ MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
 INTEGER_SCALE = {torch.uint8: FULL_SCALE["u1"], torch.int16: FULL_SCALE["i2"], torch.int32: FULL_SCALE["i4"]}
 MAX_BYTES = 2**28  # of a source that is no local file
-NOT_PUBLIC = [  # beside those that `ipaddress` knows: NAT64, site-local, IETF protocols, and a cloud's own services
-    ipaddress.ip_network(network)
-    for network in ("64:ff9b::/96", "64:ff9b:1::/48", "fec0::/10", "192.0.0.0/24", "168.63.129.16/32")
-]
+# Beside those that `ipaddress` knows: IETF protocols, and a cloud's own services.
+NOT_PUBLIC = [ipaddress.ip_network(network) for network in ("192.0.0.0/24", "168.63.129.16/32")]
+# All of IPv6 that is assigned to hosts. Others are multicast or local, or carry IPv4 addresses through a translator.
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 CHUNK = 2**16  # bytes read from a connection at a time
 MAX_PHASES = 2**22  # of a filter that torchaudio makes for a pair of rates
 TIMEOUT = 30.0  # seconds for a whole download
@@ -91,11 +91,12 @@ def fetch_audio(
         max_bytes (`int`, defaults to 2**28): Of everything but local files: downloads, file objects, bytes, base64.
         max_seconds (`float`, defaults to 3600): Of audio; decoding stops there, however small the file. For rates above
             48 kHz it is proportionally less, so that it limits memory as well: 192 KB a second.
-        timeout (`float`, defaults to 30): Seconds for a whole download, redirects included. Only the look-up of a name
-            has the system's own limit.
+        timeout (`float`, defaults to 30): Seconds for a whole download, redirects included; with `public_only` for the
+            download, the wait for a process that decodes, and the decoding. Only the look-up of a name has the system's
+            own limit.
         public_only (`bool`, defaults to `False`): For servers with untrusted requests: refuses local paths, `file://`,
-            and addresses that are not public, also after a redirect, and decodes files in a process of limited memory
-            and time.
+            and addresses that are not public, also after a redirect, and decodes files in processes of limited memory
+            (64 MiB, on Linux) and time (8 s), at most six at once. On Windows they are decoded without these limits.
 
     Returns:
         `torch.Tensor`: float32 `[samples]` in [-1, 1], the mean of all channels. What overshoots is clipped, as by
@@ -104,11 +105,15 @@ def fetch_audio(
     Raises:
         AudioError: a `ValueError`, if the source is missing, unreadable, empty, ambiguous, not finite, past a limit.
     """
+    deadline = time.monotonic() + timeout
     source, rate = unwrap(ele)
     is_file = not isinstance(source, (np.ndarray, torch.Tensor))
     if is_file:
         file, name = read(source, max_bytes, timeout, public_only), describe(source)
-        array, rate = (decode_in_worker if public_only else decode)(file, name, max_seconds)
+        if public_only:
+            array, rate = decode_in_worker(file, name, max_seconds, deadline)
+        else:
+            array, rate = decode(file, name, max_seconds)
         samples, rate = torch.from_numpy(array), check_rate(rate)
     else:
         rate = check_rate(next(given for given in (rate, sampling_rate, sr) if given is not None))
@@ -300,6 +305,7 @@ class WebRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, fp, code, message, headers, new_url):
         if urlsplit(new_url).scheme.lower() not in ("http", "https"):
             raise AudioError(f"{describe(request.full_url)} redirects to {describe(new_url)}, which is not on the web.")
+        fp.close()  # or urllib reads all of its content, whatever its size
         return super().redirect_request(request, fp, code, message, headers, new_url)
 
 
@@ -332,12 +338,12 @@ class WebHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         for target, _ in targets if self.public_only else ():
             if not is_public(ipaddress.ip_address(target.partition("%")[0])):
                 raise AudioError(f"What the host {host!r} resolves to is not a public address.")
-        for number, target in enumerate(targets, start=1):
-            try:
-                sock = socket.create_connection(target, self.time_left())
+        for num_left in range(len(targets), 0, -1):
+            try:  # with a share of the time, so that an address that does not answer leaves some for the others
+                sock = socket.create_connection(targets[-num_left], self.time_left() / num_left)
                 break
             except OSError:
-                if number == len(targets):
+                if num_left == 1:
                     raise
         sock.settimeout(self.time_left())  # of the TLS handshake, if one follows
         return sock
@@ -371,8 +377,9 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     for embedded in (getattr(address, name, None) for name in ("ipv4_mapped", "sixtofour")):
         if embedded is not None:
             return is_public(embedded)
-    is_listed = any(address in network for network in NOT_PUBLIC if network.version == address.version)
-    return address.is_global and not address.is_multicast and not is_listed
+    if address.version == 6:
+        return address.is_global and address in GLOBAL_UNICAST
+    return address.is_global and not address.is_multicast and not any(address in network for network in NOT_PUBLIC)
 
 
 def to_mono(samples: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -395,9 +402,12 @@ def to_mono(samples: np.ndarray | torch.Tensor) -> torch.Tensor:
             f"{name} could be [channels, samples] or [samples, channels], or is neither: exactly one axis has to "
             f"be the channels, at most {MAX_CHANNELS}. Give mono samples instead."
         )
+    if np.ma.is_masked(samples):
+        raise AudioError(f"{name} has masked samples; fill them first, such as with `samples.filled(0)`.")
     if isinstance(samples, np.ndarray) and samples.dtype.kind in "fiu":
-        # A copy in native byte order: torch reads neither foreign bytes nor negative strides.
-        samples = torch.from_numpy(np.array(samples, dtype=samples.dtype.newbyteorder("="), order="C"))
+        # A copy in native byte order: torch reads neither foreign bytes nor negative strides nor long doubles.
+        dtype = np.float64 if samples.dtype == np.longdouble else samples.dtype.newbyteorder("=")
+        samples = torch.from_numpy(np.array(samples, dtype=dtype, order="C"))
     if not (isinstance(samples, torch.Tensor) and (samples.is_floating_point() or samples.dtype in INTEGER_SCALE)):
         raise AudioError(f"{name} is no sound: expected float, int16, int32 or uint8 samples.")
     samples = samples.detach()

@@ -12,7 +12,9 @@ import shutil
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from packaging.version import Version
 from transformers import PreTrainedConfig, Qwen2VLConfig, WhisperConfig
 from transformers.utils import logging
@@ -115,6 +117,28 @@ def count_audio(num_samples: int, window_tokens: int, audio_tokens: str = "fixed
     return AudioCount(num_windows, num_tokens if audio_tokens == "trimmed" else num_windows * window_tokens)
 
 
+def find_folder(repo: str | Path, revision: str | None = None, **patterns) -> Path:
+    """
+    The folder of a model, for the tools beside this file.
+
+    Args:
+        repo: The path of a folder, or a Hub id, which is downloaded.
+        revision, patterns: As in [`huggingface_hub.snapshot_download`].
+
+    Raises:
+        ValueError: if there is no such folder, and the Hub gives none.
+    """
+    if Path(repo).is_dir():
+        return Path(repo)
+    try:
+        return Path(snapshot_download(str(repo), revision=revision, **patterns))
+    except HFValidationError as error:
+        raise ValueError(f"There is no folder {repo}, and it is no Hub id either.") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"There is no folder {repo}, and it cannot be downloaded from the Hub: {reason}") from error
+
+
 @strict
 class Qwen2AudioVLConfig(Qwen2VLConfig):
     """
@@ -151,6 +175,12 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
             self.audio_config = dict(WHISPER_LARGE_V3_TURBO)
         if isinstance(self.audio_config, dict):
             self.audio_config = WhisperConfig(**self.audio_config)
+        if isinstance(self.vision_config, dict):
+            # Newer releases save the rotary embeddings of the vision tower, which are the same in all; older ones warn.
+            default = getattr(self.sub_configs["vision_config"], "default_rope_type", None)
+            stored = self.vision_config.get("rope_parameters") or {}
+            if stored.get("rope_type") == "axial" != default:
+                self.vision_config = {k: v for k, v in self.vision_config.items() if k != "rope_parameters"}
         super().__post_init__(**kwargs)
         self._refuse_contradictions()
 

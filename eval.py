@@ -610,9 +610,12 @@ def main(arguments: list[str] | None = None):
     options = parser.parse_args(arguments)
     try:
         if options.command == "score":
+            if not Path(options.folder).is_dir():
+                raise ValueError(f"There is no folder {options.folder}; `eval.py predict` makes one.")
             print(table(score(options)))
             print(f"\n{Path(options.folder) / 'report.html'} has every answer.")
         else:
+            resolve(options.repo)  # a model that is not there is reported before the data is read
             with only_run(options.output, "--output", PartialState().is_main_process):
                 predict(options)
     except (ValueError, OSError) as error:

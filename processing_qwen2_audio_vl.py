@@ -106,7 +106,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             token = f"<|{name}|>" if "_" in name else f"<|{name}_pad|>"
             token_id = tokenizer.convert_tokens_to_ids(token)
             if token_id is None or token_id == tokenizer.unk_token_id:
-                raise ValueError(f"The tokenizer has no {token} token; `upload.py build` adds it.")
+                raise ValueError(f"The tokenizer has no {token} token. It has to be Qwen2-VL's, with the audio tokens.")
             setattr(self, f"{name}_token", token)
             setattr(self, f"{name}_token_id", token_id)
 

@@ -20,6 +20,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from configuration_qwen2_audio_vl import find_folder
+
 
 logger = logging.get_logger(__name__)
 TRANSCRIPTIONS = "/v1/audio/transcriptions"  # a route of `transformers serve`, for models of other families
@@ -28,6 +30,7 @@ TRANSCRIPTIONS = "/v1/audio/transcriptions"  # a route of `transformers serve`, 
 def register(repo: str):
     """Makes the classes of a repository known to transformers."""
     name, _, revision = (repo, "", "") if os.path.isdir(repo) else repo.partition("@")
+    find_folder(name, revision or None, allow_patterns=["config.json"])  # an error here says what is missing
     load = partial(get_class_from_dynamic_module, pretrained_model_name_or_path=name, revision=revision or None)
     config_class = load("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
     model_class = load("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration")
@@ -82,6 +85,9 @@ def answer_errors():
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    register(sys.argv[1])
+    try:
+        register(sys.argv[1])
+    except ValueError as error:
+        sys.exit(f"serve.py: {error}")
     answer_errors()
     app(["serve", *sys.argv[1:]])

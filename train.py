@@ -662,6 +662,7 @@ def main(arguments: list[str] | None = None):
     parser = make_parser("--help-all" in (sys.argv if arguments is None else arguments))
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments)
+        resolve(args.model)  # a model that is not there is reported before the data is read
         with only_run(args.output_dir, "--output_dir", args.process_index == 0):
             summary = train(args)
     except ValueError as error:

@@ -31,9 +31,9 @@ from huggingface_hub import (
     ModelCard,
     get_token,
     hf_hub_download,
-    snapshot_download,
 )
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -71,7 +71,7 @@ from checkpoints import (
     write_checksums,
     write_weights,
 )
-from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, check_audio_tokens
+from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, check_audio_tokens, find_folder
 
 
 ROOT = Path(__file__).resolve().parent
@@ -102,11 +102,9 @@ class Origin(NamedTuple):
 
 def resolve(source: str) -> Origin:
     """A directory, or a Hub id or ID@REVISION, of which the files that `build` reads are downloaded."""
-    folder = Path(source)
-    if not folder.is_dir():
-        repo, _, revision = str(source).partition("@")
-        patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja"], "ignore_patterns": ["*fp32*"]}
-        folder = Path(snapshot_download(repo, revision=revision or None, **patterns))
+    repo, _, revision = (str(source), "", "") if Path(source).is_dir() else str(source).partition("@")
+    patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja"], "ignore_patterns": ["*fp32*"]}
+    folder = find_folder(repo, revision or None, **patterns)
     cached = re.search(r"models--(.+)/snapshots/([0-9a-f]{40})$", folder.resolve().as_posix())
     if cached:
         return Origin(folder, cached[1].replace("--", "/"), cached[2])
@@ -118,8 +116,17 @@ def own_class(reference: str) -> type:
     return get_class_from_dynamic_module(reference, ROOT)
 
 
+def require_files(folder: Path, *names: str):
+    """Raises ValueError that names the missing ones. transformers has defaults for some, which fit no checkpoint."""
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}; copy what the published checkpoint has.")
+
+
 def build_config(base: Path, encoder: Path, tokenizer):
     """Joins the two configurations; contradictions between them are errors."""
+    for folder in (base, encoder):
+        require_files(folder, "config.json")
     base_config = AutoConfig.from_pretrained(base)
     if base_config.model_type != "qwen2_vl":
         raise ValueError(f"{base} holds a {base_config.model_type} model; --base has to be a Qwen2-VL checkpoint.")
@@ -167,6 +174,10 @@ def build_processor(base: Path, encoder: Path, tokenizer, config, trained: Path 
 
 
 def build_tokenizer(base: Path, **kwargs):
+    # Of a folder without them, transformers makes a tokenizer of no words.
+    slow = ("vocab.json", "merges.txt")
+    is_slow = not (base / "tokenizer.json").is_file() and all((base / name).is_file() for name in slow)
+    require_files(base, "tokenizer_config.json", *(slow if is_slow else ("tokenizer.json",)))
     # Generation continues the right end of every row. Of a base that does not name its padding side, `save_pretrained`
     # keeps the side only if it is given here.
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left", **kwargs)
@@ -228,6 +239,7 @@ def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) ->
 
 
 def read_model(origin: Origin) -> BuildParts:
+    require_files(origin.folder, "config.json")
     config_class = own_class("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
     found = json.loads((origin.folder / "config.json").read_text()).get("model_type")
     if found != config_class.model_type:
@@ -512,7 +524,7 @@ def check(repo: str, revision: str | None = None, trust_code: bool = False) -> t
     Raises:
         ValueError: naming the first thing that is wrong.
     """
-    folder = Path(repo) if Path(repo).is_dir() else Path(snapshot_download(repo, revision=revision))
+    folder = find_folder(repo, revision)
     table = check_files(folder, trust_code)
     secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
     environment = {name: value for name, value in os.environ.items() if name not in secrets}
@@ -540,7 +552,7 @@ def push(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; `upload.py build` makes one")
+        raise ValueError(f"There is no folder {folder}; `upload.py build` makes one.")
     if results is not None:
         add_results(folder, Path(results))
     _, found = check(str(folder), trust_code=trust_code)
@@ -548,8 +560,8 @@ def push(
     for widget in getattr(card.data, "widget", None) or []:
         if widget.get("src") in found["answers"]:
             widget["output"] = {"text": found["answers"][widget["src"]]}
-    first = "from transformers import AutoModel, AutoProcessor\n"
-    card.text = re.sub(rf'{first}(REPO = ".*"\n)?', f'{first}REPO = "{repo}"\n', card.text)
+    imports = "from transformers.utils import cached_file\n"
+    card.text = re.sub(rf'{imports}(REPO = ".*"\n)?', f'{imports}REPO = "{repo}"\n', card.text)
     card.save(folder / "README.md")
     write_checksums(folder, {name: sum for name, sum in read_checksums(folder).items() if name != "README.md"})
 
@@ -578,6 +590,10 @@ def smoke(repo: str, revision: str | None = None) -> dict[str, str]:
     Raises:
         ValueError: if it does not load or answer, or if a downloaded file differs from the one that was built.
     """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"{repo} is no Hub id; `upload.py check` is for folders.") from error
     with tempfile.TemporaryDirectory() as cache:
         environment = {name: value for name, value in os.environ.items() if not re.fullmatch("HF_.*_CACHE", name)}
         environment["HF_HOME"] = cache

@@ -9,7 +9,6 @@ crashes, a sample that is not a number) is an error of the run.
 import argparse
 import collections
 import faulthandler
-import queue
 import random
 import re
 import sys
@@ -178,9 +177,8 @@ def main():
     originals += [encode(clip, name) for name in ENCODINGS] + [encode(clip, "aac.m4a", video=True)]
     short = [content for content in originals if len(content) < 2**18]  # whose checksums are soon computed
     generator, outcomes, slowest = random.Random(arguments.seed), collections.Counter(), 0.0
-    worker = audio_decoding.DecodingWorker()
-    audio_decoding.WORKERS = queue.LifoQueue()
-    audio_decoding.WORKERS.put(worker)
+    pool = audio_decoding.WorkerPool(1, audio_decoding.WORKER_SECONDS)
+    (worker,), audio_decoding.POOLS = pool.free, (pool,)
     fetch_audio(originals[0], public_only=True)
     before, largest = resident(worker), 0.0
     for _ in range(arguments.mutations):

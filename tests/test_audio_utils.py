@@ -335,6 +335,15 @@ def test_absurd_samples_are_refused(source):
         fetch_audio(source)
 
 
+def test_a_mask_and_long_doubles_are_not_lost():
+    """torch knows neither: it would take the samples under a mask, and raise TypeError for the other."""
+    samples = np.linspace(-0.5, 0.5, 16_000)
+    assert torch.equal(fetch_audio(samples.astype(np.longdouble)), fetch_audio(samples))
+    assert torch.equal(fetch_audio(np.ma.masked_array(samples)), fetch_audio(samples))
+    with pytest.raises(AudioError, match="has masked samples; fill them"):
+        fetch_audio(np.ma.masked_array(samples, mask=samples > 0))
+
+
 def test_a_picture_is_refused():
     with pytest.raises(AudioError, match="chelsea.png"):
         fetch_audio(ASSETS / "images" / "chelsea.png")

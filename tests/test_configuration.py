@@ -1,6 +1,7 @@
 """What the model is: the files at the top level, and contradictions that are refused."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import checkpoints
 import upload
+from demo.ask import DEMO
 from demo.bases import ASSETS
 
 
@@ -125,3 +127,11 @@ def test_round_trip(config_class, tmp_path):
     config_class().save_pretrained(tmp_path)  # what equals a default has to survive as well
     reloaded = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
     assert (reloaded.text_config.hidden_size, reloaded.audio_config.d_model) == (3584, 1280)
+
+
+def test_the_configuration_of_another_release_loads_without_a_warning(config_class, monkeypatch, caplog):
+    """That of the demo was saved by the newest release."""
+    assert "axial" in (DEMO / "config.json").read_text()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    config_class.from_pretrained(DEMO)
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]

@@ -139,8 +139,11 @@ def test_new_process_with_an_empty_cache_loads_the_commit(load, commit, demo_rep
     assert answer(load(ID, commit)) == answer(load(str(demo_repo), "main", cache="other"))
 
 
-def test_the_first_block_of_the_card_runs_as_pasted(hub, commit, tmp_path):
-    """The line for the shell, then the lines for Python, in an empty folder with an empty cache."""
+def test_the_first_block_of_the_card_runs_as_pasted(hub, commit, demo_repo, tmp_path):
+    """
+    The line for the shell, then the lines for Python, in an empty folder with an empty cache; and the same lines with
+    the path of a folder.
+    """
     read = "import sys; from huggingface_hub import ModelCard; print(ModelCard.load(sys.argv[1]).content)"
     environment = hub.environment(tmp_path / "card", hub.token)
     command = [sys.executable, "-c", read, ID]  # in a process of its own, as the tests run offline
@@ -151,10 +154,13 @@ def test_the_first_block_of_the_card_runs_as_pasted(hub, commit, tmp_path):
     pasted = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
     done = subprocess.run(install, shell=True, **pasted)
     assert done.returncode == 0, done.stderr
-    done = subprocess.run([sys.executable, "-c", code], **pasted)
-    assert done.returncode == 0, done.stderr
     number, *_ = WORLD["held_out"][1].split()  # the question is how many there are in the picture
-    assert done.stdout.strip() == number
+    pushed = f'REPO = "{ID}"\n'
+    assert pushed in code and code.replace(pushed, "") in (demo_repo / "README.md").read_text()
+    for lines in (code, code.replace(pushed, f"REPO = {str(demo_repo)!r}\n")):
+        done = subprocess.run([sys.executable, "-c", lines], **pasted)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == number
 
 
 def test_smoke(upload_py, commit):

@@ -4,7 +4,6 @@ import contextlib
 import http.server
 import io
 import ipaddress
-import queue
 import re
 import resource
 import socket
@@ -23,7 +22,7 @@ import pytest
 import soundfile
 import torch
 import trustme
-from bombs import BOMBS
+from bombs import BOMBS, id3
 from fuzz import resident
 from sounds import ENCODINGS, RECORDINGS, encode
 
@@ -90,10 +89,9 @@ def test_bombs_cost_little_memory(tmp_path, web):
 @pytest.mark.parametrize("name", BOMBS)
 def test_untrusted_bombs_are_limited_in_memory_and_time(name, monkeypatch):
     """Whatever a file says: it is decoded or refused within the limits, and the next good file is decoded."""
-    monkeypatch.setattr(audio_decoding, "WORKER_SECONDS", 2)  # 8 by default
-    worker = audio_decoding.DecodingWorker()
-    monkeypatch.setattr(audio_decoding, "WORKERS", queue.LifoQueue())
-    audio_decoding.WORKERS.put(worker)
+    pool = audio_decoding.WorkerPool(1, seconds=2)  # 1 and 8 by default
+    monkeypatch.setattr(audio_decoding, "POOLS", (pool,))
+    (worker,) = pool.free
     good = RECORDINGS / "jfk.mp3"
     assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
     usual, first = resident(worker), worker.process.pid
@@ -103,38 +101,147 @@ def test_untrusted_bombs_are_limited_in_memory_and_time(name, monkeypatch):
     try:
         assert len(fetch_audio(bomb, max_seconds=600, public_only=True)) == 16_000
     except AudioError as error:
-        assert re.search("limit of 600 s|limit of 2 s to decode|Cannot allocate memory", str(error))
+        assert re.search("limit of 600 s|limit of 2 s to decode|Cannot allocate memory|Unable to allocate", str(error))
     assert time.monotonic() - start < 3
     if worker.process.poll() is None:
-        assert worker.process.pid == first and resident(worker) - usual < 300
+        assert worker.process.pid == first and resident(worker) - usual < 70
     assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
     worker.stop()
 
 
+@pytest.fixture
+def pools(monkeypatch):
+    """`pools(seconds, ...)` replaces the pools of workers by some of one worker, which has so long for a file."""
+
+    def replace(*seconds: float):
+        started.extend(audio_decoding.WorkerPool(1, limit) for limit in seconds)
+        monkeypatch.setattr(audio_decoding, "POOLS", started)
+
+    started = []
+    yield replace
+    for worker in (worker for pool in started for worker in pool.free if worker.process):
+        worker.stop()
+
+
+def start_strangers(content: bytes, count: int, timeout: float) -> list[threading.Thread]:
+    """Sends a file so many times at once."""
+
+    def send():
+        with contextlib.suppress(AudioError):
+            fetch_audio(content, public_only=True, timeout=timeout)
+
+    threads = [threading.Thread(target=send) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    return threads
+
+
+def test_a_short_clip_does_not_wait_for_long_ones(pools):
+    """The clip comes after two files each of which takes all of the 4 s that it has."""
+    pools(0.25, 8)
+    clip = fetch_audio(RECORDINGS / "jfk.mp3")[:16_000].numpy()
+    strangers = start_strangers(BOMBS["mp3 with many tags"](clip), 2, timeout=4)
+    assert len(fetch_audio(encode(clip, "clip.mp3"), public_only=True)) == 16_000
+    assert any(stranger.is_alive() for stranger in strangers)
+    for stranger in strangers:
+        stranger.join()
+
+
+def test_one_timeout_for_download_wait_and_decoding(pools, web, monkeypatch):
+    pools(8)
+    monkeypatch.setattr(audio_utils, "is_public", lambda address: True)
+    slow = BOMBS["mp3 with many tags"](fetch_audio(RECORDINGS / "jfk.mp3")[:16_000].numpy())
+    (stranger,) = start_strangers(slow, 1, timeout=2)
+    start = time.monotonic()
+    with pytest.raises(AudioError, match="every process that decodes files is busy when `timeout` ends"):
+        fetch_audio(f"{web}late-to=/clip.wav", public_only=True, timeout=1.4)  # after 1 s of which it is downloaded
+    assert time.monotonic() - start < 1.8
+    stranger.join()
+    start = time.monotonic()
+    with pytest.raises(AudioError, match="is not decoded when `timeout` ends"):
+        fetch_audio(slow, public_only=True, timeout=0.3)
+    assert time.monotonic() - start < 0.7
+
+
+def test_who_waits_the_longest_is_next(pools):
+    """Eight threads that send file after file to one worker take turns."""
+    pools(8)
+    content, order = (RECORDINGS / "jfk.mp3").read_bytes()[:3000], []
+    fetch_audio(content, public_only=True)  # the process starts
+
+    def send(number: int):
+        for _ in range(30):
+            fetch_audio(content, public_only=True)
+            order.append(number)
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(8):
+        places = np.flatnonzero(np.array(order) == number)
+        assert np.diff(places).max() <= 16, order
+
+
+def test_what_people_send_fits_into_the_memory():
+    """Eight channels in the longest frames, and a song with a cover of 15 MB."""
+    clip = fetch_audio(RECORDINGS / "jfk.mp3")[:16_000].numpy()
+    cover = id3([(b"APIC", b"\x00image/png\x00\x03cover\x00" + bytes(15_000_000))])
+    surround = [encode(clip, name, "7.1") for name in ("s24.flac", "aac.m4a", "f64.wav")]
+    for content in (cover + encode(clip, "clip.mp3"), *surround):
+        assert torch.equal(fetch_audio(content, public_only=True), fetch_audio(content))
+
+
+def test_a_large_file_after_a_small_one():
+    """The memory of the process that decodes does not depend on the size of a file, so each may have 256 MiB."""
+    content = (RECORDINGS / "english.wav").read_bytes()
+    place = content.index(b"data")
+    assert content[12:16] == b"fmt " and place == 36
+    large = content[:place] + b"JUNK" + (2 * 10**8).to_bytes(4, "little") + bytes(2 * 10**8) + content[place:]
+    for file in (content, large, content):
+        assert torch.equal(fetch_audio(file, public_only=True), fetch_audio(content))
+
+
+def test_a_worker_that_ends_at_its_start_is_an_error_of_the_audio(monkeypatch):
+    content, executable = (RECORDINGS / "jfk.mp3").read_bytes(), sys.executable
+    pool = audio_decoding.WorkerPool(1, seconds=2)
+    monkeypatch.setattr(audio_decoding, "POOLS", (pool,))
+    for program in ("/bin/false", "/nowhere/python"):
+        monkeypatch.setattr(sys, "executable", program)
+        with pytest.raises(AudioError, match="The content of .* bytes cannot be decoded: the process .* ended"):
+            fetch_audio(content, public_only=True)
+    monkeypatch.setattr(sys, "executable", executable)
+    assert len(fetch_audio(content, public_only=True)) == 176_000
+    pool.free[0].stop()
+
+
 def test_a_worker_that_died_is_replaced():
     worker = audio_decoding.DecodingWorker()
-    content = (RECORDINGS / "jfk.mp3").read_bytes()
+    clip, limits = RECORDINGS / "jfk.mp3", (time.monotonic() + 60, 8)
     for _ in range(2):
-        samples, rate = worker.decode(content, "clip", 60)
-        expected, expected_rate = audio_decoding.decode(io.BytesIO(content), "clip")
+        samples, rate = worker.decode(clip.open("rb"), "clip", 60, *limits)
+        expected, expected_rate = audio_decoding.decode(clip.open("rb"), "clip")
         assert rate == expected_rate and np.array_equal(samples, expected)
         worker.process.kill()
         worker.process.wait()
-    with pytest.raises(AudioError, match="clip cannot be decoded"):
-        worker.decode(b"no audio", "clip", 60)
+    with Path(__file__).open("rb") as file, pytest.raises(AudioError, match="clip cannot be decoded"):
+        worker.decode(file, "clip", 60, *limits)
     worker.stop()
 
 
-def test_an_answer_that_ends_early_does_not_hold_up_the_next(monkeypatch):
+def test_an_answer_that_ends_early_does_not_hold_up_the_next(monkeypatch, tmp_path):
     """A file whose rate changes midway is refused at once; what its decoder still sends must not meet the next file."""
     clip = fetch_audio(RECORDINGS / "jfk.wav").numpy()
     monkeypatch.setitem(ENCODINGS, "high.aac", ("aac", "adts", 44_100, "fltp"))
-    changing = encode(clip[:16_000], "high.aac") + encode(np.tile(clip, 20), "clip.aac")
-    worker, good = audio_decoding.DecodingWorker(), (RECORDINGS / "english.wav").read_bytes()
+    changing, worker = tmp_path / "changing.aac", audio_decoding.DecodingWorker()
+    limits = (time.monotonic() + 60, 8)
+    changing.write_bytes(encode(clip[:16_000], "high.aac") + encode(np.tile(clip, 20), "clip.aac"))
     for _ in range(2):
         with pytest.raises(AudioError, match="changes its sampling rate from 44100 to 22050 Hz midway"):
-            worker.decode(changing, "clip", 600)
-        samples, _ = worker.decode(good, "clip", 600)
+            worker.decode(changing.open("rb"), "clip", 600, *limits)
+        samples, _ = worker.decode((RECORDINGS / "english.wav").open("rb"), "clip", 600, *limits)
         assert len(samples) > 10**5
     worker.stop()
 
@@ -182,6 +289,12 @@ def serve():
                 self.send_response(302)
                 self.send_header("Location", urllib.parse.unquote(path.partition("=")[2]))
                 self.end_headers()
+            elif path == "endless-redirect":
+                self.send_response(302)
+                self.send_header("Location", "/clip.wav")
+                self.end_headers()
+                while not stopped.is_set():
+                    self.wfile.write(bytes(2**16))
             elif path == "loop":
                 self.send_response(302)
                 self.send_header("Location", "/loop")
@@ -253,13 +366,39 @@ def test_broken_files_are_decoded_or_refused():
         assert run.returncode == 0, output
         count = {name: float(value) for name, value in re.findall(r"([a-z]+)=([0-9.]+)", output)}
         assert count["decoded"] > 200 and count["refused"] > 200 and count["decoded"] + count["refused"] == 1500
-        assert count["seconds"] < 5 and count["megabytes"] < 300
+        assert count["seconds"] < 5 and count["megabytes"] < 70
 
 
 def test_downloads(web):
     expected = fetch_audio(RECORDINGS / "english.wav")
     for path in ("clip.wav", "chunked", f"to={web}clip.wav", "to=/to%3D/chunked"):
         assert torch.equal(fetch_audio(web + path), expected), path
+
+
+def test_the_content_of_a_redirect_is_not_read(web):
+    """urllib would read it to its end, whatever its size, before it follows."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(fetch_audio(f"{web}endless-redirect", timeout=1)) == len(fetch_audio(RECORDINGS / "english.wav"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(web, monkeypatch):
+    """A name with two addresses, the first of which drops all connections because its queue is full."""
+    port = urllib.parse.urlsplit(web).port
+    look_up = socket.getaddrinfo
+
+    def resolve(host, *arguments, **settings):
+        hosts = ["127.0.0.2", "127.0.0.1"] if host == "two.example" else [host]
+        return [answer for host in hosts for answer in look_up(host, *arguments, **settings)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with socket.create_server(("127.0.0.2", port), backlog=0), contextlib.ExitStack() as fillers:
+        for _ in range(3):
+            filler = fillers.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.2", port))
+        samples = fetch_audio(f"http://two.example:{port}/clip.wav", timeout=1.5)
+    assert torch.equal(samples, fetch_audio(RECORDINGS / "english.wav"))
 
 
 def test_secure_downloads(serve, monkeypatch, tmp_path):
@@ -352,6 +491,32 @@ def test_a_server_opens_public_addresses_only(web, monkeypatch):
     with pytest.raises(AudioError, match="'localhost' resolves to is not a public address"):
         fetch_audio(f"{web}to=http://localhost:{port}/clip.wav", public_only=True)
     assert checked[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "224.0.0.1", "233.252.0.1"])
+def test_addresses_that_are_not_public(address):
+    """Loopback, private, link-local and multicast IPv4, also inside an IPv6 address; then those of IPv6 itself."""
+    high, low = divmod(int(ipaddress.ip_address(address)), 2**16)
+    number, inverted = f"{high:x}:{low:x}", f"{high ^ 0xFFFF:x}:{low ^ 0xFFFF:x}"
+    mapped, compatible, translated = f"::ffff:{number}", f"::{number}", f"::ffff:0:{number}"
+    nat64, local_nat64 = f"64:ff9b::{number}", f"64:ff9b:1::{number}"
+    six_to_four, teredo = f"2002:{number}::1", f"2001:0:808:808:0:0:{inverted}"
+    teredo_server = f"2001:0:{number}:0:0:f7f7:f7f7"
+    for form in (address, mapped, compatible, translated, nat64, local_nat64, six_to_four, teredo, teredo_server):
+        assert not audio_utils.is_public(ipaddress.ip_address(form)), form
+    for own in (
+        "::",
+        "::1",
+        "fe80::1",
+        "fd00::1",
+        "fec0::1",
+        "2001:db8::1",
+        "ff02::1",
+        "ff05::2",
+        "ff0e::1",
+        "ff3e::1",
+    ):
+        assert not audio_utils.is_public(ipaddress.ip_address(own)), own
 
 
 def test_public_addresses_pass():

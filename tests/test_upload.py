@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, Qwen2VLForConditionalGeneration, WhisperForConditionalGeneration
 
 import checkpoints
+import eval as evaluation
+import train
 import upload
 from demo.bases import make_qwen2_vl, make_whisper
 
@@ -112,6 +115,24 @@ def test_the_left_is_padded_also_if_the_base_names_no_side(bases, tmp_path):
     config.write_text(json.dumps(settings | {"tokenizer_class": "TokenizersBackend"}))
     upload.build_tokenizer(tmp_path / "base").save_pretrained(tmp_path / "built")
     assert json.loads((tmp_path / "built" / "tokenizer_config.json").read_text())["padding_side"] == "left"
+
+
+@pytest.mark.parametrize("names", [["tokenizer.json"], ["tokenizer_config.json", "tokenizer.json"], ["config.json"]])
+def test_missing_files_of_the_bases_are_named(names, bases, repo, tmp_path):
+    """transformers would make a tokenizer of no words, or a configuration of its own defaults."""
+    folders = {"base": bases["qwen2_vl"], "audio_encoder": bases["whisper"], "checkpoint": repo}
+    copies = {part: Path(shutil.copytree(folder, tmp_path / part)) for part, folder in folders.items()}
+    for part, folder in copies.items():
+        lost = [name for name in names if (folder / name).is_file()]
+        for name in lost:
+            (folder / name).rename(tmp_path / name)
+        others = {} if part == "checkpoint" else {name: copies[name] for name in ("base", "audio_encoder")}
+        if lost:
+            with pytest.raises(ValueError, match=f"^{re.escape(str(folder))} lacks {', '.join(names)}; copy what"):
+                upload.build(output=tmp_path / "out", **{**others, part: folder})
+        for name in lost:
+            (tmp_path / name).rename(folder / name)
+    assert not (tmp_path / "out").exists()
 
 
 def test_current_tensor_names_give_the_same_folder(bases, repo, tmp_path):
@@ -461,6 +482,53 @@ def run_main(*arguments) -> int:
     return 0
 
 
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~/nowhere", "a/b/c", "nowhere/", "no\\where"])
+def test_a_folder_that_is_not_there_is_named(name, bases, tmp_path, capsys):
+    """By every tool that takes a folder or a Hub id; nothing else is read or written before."""
+    build = ["build", "--output", tmp_path / "out"]
+    parts = ["--base", bases["qwen2_vl"], "--audio-encoder", bases["whisper"]]
+    data = ["--data", tmp_path / "rows.jsonl"]  # which is not there either
+    for tool, *arguments in (
+        (upload, *build, "--base", name, *parts[2:]),
+        (upload, *build, *parts[:2], "--audio-encoder", name),
+        (upload, *build, *parts, "--adapter", name),
+        (upload, *build, "--checkpoint", name),
+        (upload, "check", name),
+        (evaluation, "predict", name, *data, "--output", tmp_path / "out"),
+        (train, "--model", name, *data, "--output_dir", tmp_path / "out"),
+    ):
+        with pytest.raises(SystemExit, match="1"):
+            tool.main(list(map(str, arguments)))
+        assert capsys.readouterr().err.endswith(f": There is no folder {name}, and it is no Hub id either.\n")
+    for tool, *arguments in ((upload, "push", name, "a/b"), (evaluation, "score", name)):
+        with pytest.raises(SystemExit, match="1"):
+            tool.main(arguments)
+        assert re.search(
+            rf": There is no folder ({re.escape(name)}|{re.escape(str(Path(name)))}); .* makes one",
+            capsys.readouterr().err,
+        )
+    assert run_main("smoke", name) == 1 and f"{name} is no Hub id; `upload.py check`" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["serve.py", pytest.param("app.py", marks=pytest.mark.app)])
+def test_servers_name_a_folder_that_is_not_there(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "./nowhere"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(upload.ROOT / script), run_name="__main__")
+    message = f"{script}: There is no folder ./nowhere, and it is no Hub id either."
+    assert message in (str(end.value), capsys.readouterr().err.strip())
+
+
+def test_a_model_that_is_not_on_the_hub_is_named(capsys):
+    """The name could be a folder's or a Hub id, so the message is about both; the tests have no network."""
+    assert run_main("check", "nobody/nothing") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "upload.py check: There is no folder nobody/nothing, and it cannot be downloaded from the Hub: "
+    )
+
+
 def test_check_tells_by_its_exit_code(repo, tmp_path, capsys):
     """A folder whose code does not load: its files alone look right."""
     shutil.copytree(repo, tmp_path / "broken")
@@ -547,7 +615,9 @@ def test_wrong_parts_are_refused_before_anything_is_written(bases, tmp_path):
     integers = copy_base(bases["qwen2_vl"], tmp_path / "integers")
     tensors = load(integers)
     save_file(tensors | {norm: tensors[norm].to(torch.int8)}, integers / "model.safetensors")
-    extractor = copy_base(bases["whisper"], tmp_path / "extractor")
+    extractor, whisper = (copy_base(bases["whisper"], tmp_path / name) for name in ("extractor", "whisper"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(bases["qwen2_vl"] / name, whisper / name)
     settings = json.loads((extractor / "preprocessor_config.json").read_text())
     (extractor / "preprocessor_config.json").write_text(json.dumps(settings | {"feature_size": 80}))
     for base, encoder, message in (
@@ -555,12 +625,12 @@ def test_wrong_parts_are_refused_before_anything_is_written(bases, tmp_path):
         (extra, bases["whisper"], r"unexpected: model.other \(there as model.other\)"),
         (integers, bases["whisper"], "of dtype I8: model.language_model.norm.weight; expected one of F32, F16, BF16"),
         (bases["qwen2_vl"], extractor, "feature_size is 80, but the model's num_mel_bins is 128"),
-        (bases["whisper"], bases["whisper"], "Qwen2-VL checkpoint"),
+        (whisper, bases["whisper"], "holds a whisper model; --base has to be a Qwen2-VL checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
             upload.build(base, encoder, tmp_path / "out")
         assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="nowhere is no folder"):
+    with pytest.raises(ValueError, match="There is no folder nowhere; `upload.py build`"):
         upload.push("nowhere", "someone/model")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
