@@ -165,7 +165,7 @@ def own_page(demo_repo, monkeypatch):
     """The page in this process: its address, and how many generations are live and were live at most."""
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     monkeypatch.syspath_prepend(demo_repo)
-    model = importlib.import_module("app").DemoModel(str(demo_repo))
+    model = importlib.import_module("app").DemoModel(demo_repo)
     generate, count = model.model.generate, {"live": 0, "most": 0}
 
     def counted(**inputs):

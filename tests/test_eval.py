@@ -386,6 +386,7 @@ def test_a_group_named_all_is_refused_before_the_model_is_loaded(tmp_path, capsy
     else:
         write_lines(tmp_path / "data.jsonl", ["{", *rows[1:]])
     data = tmp_path / ("data" if form == "saved" else "data.jsonl")
+    (tmp_path / "no-model").mkdir()  # an error once it is loaded
     with pytest.raises(SystemExit):
         predict(tmp_path / "no-model", data, tmp_path / "results", "--group-column", "voice", *RECORDINGS)
     assert f"{data}:2: the group is named 'all', as the scores over all rows are" in capsys.readouterr().err
