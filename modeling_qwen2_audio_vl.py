@@ -1,5 +1,6 @@
 """Model inputs -> logits: Qwen2-VL, unchanged, with a Whisper encoder and a projector beside its vision tower."""
 
+import copy
 import inspect
 
 import torch
@@ -80,18 +81,11 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
         Raises:
             ValueError: if the mel bins or frames are not those of the encoder, or the mask is not that of the features.
         """
-        encoder, bins = self.audio_encoder, self.config.audio_config.num_mel_bins
-        frames = self.config.audio_config.max_source_positions * ENCODER_STRIDE
-        if input_features.ndim == 3 and input_features.shape[2] and input_features.shape[2] % frames == 0:
-            input_features = input_features.unflatten(2, (-1, frames)).transpose(1, 2).flatten(0, 1)
-        if input_features.ndim != 3 or input_features.shape[1:] != (bins, frames):
-            raise ValueError(
-                f"input_features has shape {tuple(input_features.shape)}, but the audio encoder takes (windows, {bins} "
-                f"mel bins, {frames} frames): the feature extractor belongs to another encoder."
-            )
-        input_features, mask, kept = match_weight(input_features, encoder.conv1.weight), None, None
-        if input_features_mask is not None:
-            mask = self.get_frame_mask(input_features, input_features_mask)
+        encoder = self.audio_encoder
+        input_features, mask = self.take_windows(input_features, input_features_mask)
+        input_features, kept = match_weight(input_features, encoder.conv1.weight), None
+        if mask is not None:
+            mask = mask.to(input_features.device)
             kept = mask[:, ::ENCODER_STRIDE]
             if not becomes_graph():
                 input_features, mask, kept = (part[kept.any(1)] for part in (input_features, mask, kept))
@@ -110,17 +104,44 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
             attentions=outputs.attentions,
         )
 
-    def get_frame_mask(self, input_features: torch.Tensor, input_features_mask: torch.Tensor | list) -> torch.Tensor:
-        """`input_features_mask` as bool `(windows, frames)` on the device of the features, which it has to fit."""
+    def take_windows(
+        self, input_features: torch.Tensor, input_features_mask
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Takes windows apart: `(windows, mel bins, frames)`, and their mask, if any, bool `(windows, frames)`."""
+        config = self.config.audio_config
+        bins, frames = config.num_mel_bins, config.max_source_positions * ENCODER_STRIDE
+        if input_features.ndim == 3 and input_features.shape[2] and input_features.shape[2] % frames == 0:
+            input_features = input_features.unflatten(2, (-1, frames)).transpose(1, 2).flatten(0, 1)
+        if input_features.ndim != 3 or input_features.shape[1:] != (bins, frames):
+            raise ValueError(
+                f"input_features has shape {tuple(input_features.shape)}, but the audio encoder takes (windows, {bins} "
+                f"mel bins, {frames} frames): the feature extractor belongs to another encoder."
+            )
+        if input_features_mask is None:
+            return input_features, None
         if isinstance(input_features_mask, list):  # as vLLM gives it
             input_features_mask = torch.stack(input_features_mask)
-        frames = self.config.audio_config.max_source_positions * ENCODER_STRIDE
-        if input_features_mask.numel() != len(input_features) * input_features.shape[-1]:
+        shape = input_features_mask.shape
+        if shape[-1] % frames or shape.numel() != len(input_features) * frames:
             raise ValueError(
-                f"input_features_mask has shape {tuple(input_features_mask.shape)}, but the features are "
-                f"{len(input_features)} windows of {input_features.shape[-1]} frames."
+                f"input_features_mask has shape {tuple(shape)}, but the features are {len(input_features)} windows of "
+                f"{frames} frames."
             )
-        return input_features_mask.reshape(-1, frames).to(input_features.device).bool()
+        return input_features, input_features_mask.reshape(-1, frames).bool()
+
+    def count_rows(self, input_features, input_features_mask, audio_outputs) -> torch.Tensor:
+        """How many embeddings each window has, int64 `(windows,)`; of no axes where windows cannot be told apart."""
+        if audio_outputs is None:
+            windows, mask = self.take_windows(input_features, input_features_mask)
+        else:
+            windows, mask = audio_outputs.pooler_output, None
+            if windows.ndim == 2 or audio_outputs.last_hidden_state is None:  # kept by a mask, or chosen by `generate`
+                return torch.tensor(windows[..., 0].numel())
+        if mask is None:
+            return torch.full((len(windows),), self.config.audio_config.max_source_positions, device=windows.device)
+        if not becomes_graph() and (mask[:, 1:] & ~mask[:, :-1]).any():
+            raise ValueError("input_features_mask must mark the first frames of each window, without a gap.")
+        return mask[:, ::ENCODER_STRIDE].sum(1)
 
     def get_audio_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where the audio tokens stand: bool `(batch, sequence)`, from ids or, where there are none, embeddings."""
@@ -129,41 +150,32 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
         token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def check_audio(self, is_audio: torch.Tensor, num_embeddings: int | torch.Tensor, has_whole_windows: bool = False):
+    def check_audio(self, is_audio: torch.Tensor, rows: torch.Tensor):
         """
         Args:
             is_audio: Where the audio tokens stand, bool `(batch, sequence)`.
-            num_embeddings: The audio embeddings that were given for them.
-            has_whole_windows: Whether these are all rows of their windows, as of features without a mask.
+            rows: How many embeddings were given for them, as [`count_rows`] tells.
 
         Raises:
-            ValueError: if they differ in number, or if whole windows were given for clips of other lengths. A compiled
+            ValueError: if they differ in number, or if a run of audio tokens does not end with a window. A compiled
                 graph fails on the device instead.
         """
-        num_tokens, per_window = is_audio.sum(), self.config.audio_config.max_source_positions
-        fits = num_tokens == num_embeddings
-        if has_whole_windows:
-            place = torch.arange(is_audio.shape[1], device=is_audio.device)
-            starts, ends = is_audio & ~F.pad(is_audio, (1, -1)), is_audio & ~F.pad(is_audio, (-1, 1))
-            length = place - (starts * place).cummax(1).values + 1  # of the run of audio tokens, up to each place
-            fits = fits & ~(ends & (length % per_window != 0)).any()
+        rows, num_tokens = rows.to(is_audio.device), is_audio.sum()
+        fits = num_tokens == rows.sum()
+        if rows.ndim:
+            ends, last_tokens = is_audio & ~F.pad(is_audio, (-1, 1)), is_audio.flatten().cumsum(0)
+            fits = fits & (~ends.flatten() | torch.isin(last_tokens, rows.cumsum(0))).all()
         if becomes_graph():
             torch._assert_async(fits, "Audio tokens and audio features do not match.")
         elif not fits:
-            trimmed = (
-                f" These are of whole windows, so that every clip must have a multiple of {per_window} tokens. With "
-                "trimmed audio tokens pass the input_features_mask that the processor returns beside input_features."
-            )
             raise ValueError(
                 f"Audio tokens and audio features do not match: the prompt has {int(num_tokens)} audio tokens, but "
-                f"{int(num_embeddings)} audio embeddings were given. Every audio token in input_ids needs its "
-                "embedding, and every embedding its token; the processor makes both from one call."
-                + (trimmed if has_whole_windows else "")
+                f"{int(rows.sum())} audio embeddings were given (by window: {rows.reshape(-1).tolist()[:10]}). Every "
+                "audio token needs its embedding, every embedding its token, and every clip ends with a window. The "
+                "processor makes all from one call; with trimmed audio tokens pass its input_features_mask as well."
             )
 
-    def run_idle_encoders(
-        self, inputs_embeds, input_features=None, pixel_values=None, pixel_values_videos=None, **kwargs
-    ) -> torch.Tensor:
+    def run_idle_encoders(self, inputs_embeds, input_features=None, pixel_values=None, pixel_values_videos=None, **_):
         """
         Runs a silent window and black pictures through the encoders that these inputs leave out, and returns
         `inputs_embeds` with the same values. Under FSDP the layers gather their weights from all processes, so every
@@ -204,18 +216,15 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
         input_features, input_features_mask, audio_outputs = take_audio(kwargs)
         if input_features is not None or audio_outputs is not None:
             is_audio = self.get_audio_mask(input_ids, inputs_embeds)
+            self.check_audio(is_audio, self.count_rows(input_features, input_features_mask, audio_outputs))
             if audio_outputs is None:
                 audio_outputs = self.get_audio_features(input_features, input_features_mask, return_dict=True)
-            num_embeddings = audio_outputs.pooler_output[..., 0].numel()
-            if input_features_mask is not None and becomes_graph():
-                num_embeddings = self.get_frame_mask(input_features, input_features_mask)[:, ::ENCODER_STRIDE].sum()
-            self.check_audio(is_audio, num_embeddings, is_whole_windows(audio_outputs))
             if "audio" in mm_encoder_outputs:  # the caller's place for it, filled as upstream fills those of pictures
                 mm_encoder_outputs["audio"] = audio_outputs
             audio_embeds = audio_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(is_audio[..., None].to(inputs_embeds.device), audio_embeds)
         elif is_prefill and not is_embedded:  # a decode step must not wait for the device
-            self.check_audio(self.get_audio_mask(input_ids, None), 0)
+            self.check_audio(self.get_audio_mask(input_ids, None), torch.tensor(0))
         if is_prefill and getattr(self, "_is_fsdp_managed_module", False):  # which torch sets when it shards
             inputs_embeds = self.run_idle_encoders(inputs_embeds, input_features, **kwargs)
 
@@ -344,6 +353,17 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             outputs["audio_outputs"] = mm_encoder_outputs["audio"]
         return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
+    def generate(self, *args, **kwargs):
+        """[`GenerationMixin.generate`], which takes `cache` and `past_key_values` on all releases."""
+        if CACHE != "cache" and "cache" in kwargs:
+            kwargs[CACHE] = kwargs.pop("cache")
+        drafts = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens")
+        if drafts and (cached_length(kwargs.get("cache")) or cached_length(kwargs.get("past_key_values"))):
+            raise ValueError(
+                "Assisted decoding must start without a filled cache: it computes the cached tokens again."
+            )
+        return super().generate(*args, **kwargs)
+
     def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
         """
         [`GenerationMixin.generate_batch`], continuous batching of prompts of text.
@@ -353,10 +373,8 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             ImportError: before transformers 5.24, whose Qwen2-VL is the first that its engine can run.
         """
         require_version("transformers>=5.24", "generate_batch needs it.")
-        config = self.config
-        placeholders = {config.audio_token_id, config.image_token_id, config.video_token_id}
-        held = [index for index, ids in enumerate(inputs) if not placeholders.isdisjoint(ids)]
-        if held:
+        placeholders = {self.config.audio_token_id, self.config.image_token_id, self.config.video_token_id}
+        if held := [index for index, ids in enumerate(inputs) if not placeholders.isdisjoint(ids)]:
             raise ValueError(
                 f"generate_batch takes text alone, but prompts {held[:10]} have tokens of audio, images or video. Use "
                 "generate, or a server such as vLLM."
@@ -398,10 +416,15 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Called before the prompt is repeated for beams and returned sequences. Every clip is encoded here, once, and
         # its embeddings are repeated with their row; repeating input_features one by one would mix the rows up.
-        audio = self._prepare_audio(input_ids, model_kwargs, expand_size)
+        num_new = model_kwargs["position_ids"].shape[-1] - cached_length(model_kwargs.get(CACHE))
+        audio = self._prepare_audio(input_ids, model_kwargs, expand_size, num_new)
         # Upstream counts by the tokens how many of the pictures belong to each row; only new ones are given.
-        new_ids, num_new = input_ids.clone(), count_new(model_kwargs)
+        new_ids = input_ids.clone()
         new_ids[:, :-num_new] = 0
+        if outputs := model_kwargs.get(
+            "mm_encoder_outputs"
+        ):  # copied, because upstream repeats what they hold in place
+            model_kwargs["mm_encoder_outputs"] = {name: copy.copy(output) for name, output in outputs.items()}
         _, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=new_ids, **model_kwargs
         )
@@ -409,41 +432,37 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             model_kwargs["mm_encoder_outputs"] = {**(model_kwargs.get("mm_encoder_outputs") or {}), "audio": audio}
         return input_ids.repeat_interleave(expand_size, dim=0), model_kwargs
 
-    def _prepare_audio(self, input_ids, model_kwargs: dict, expand_size: int) -> BaseModelOutputWithPooling | None:
-        """Takes the audio out of `model_kwargs`; returns the embeddings of the tokens that the cache does not hold."""
+    def _prepare_audio(self, input_ids, model_kwargs: dict, expand_size: int, num_new: int):
+        """Takes the audio out of `model_kwargs`; returns the outputs for the `num_new` tokens that the cache lacks."""
         input_features, input_features_mask, audio = take_audio(model_kwargs)
         is_audio = self.model.get_audio_mask(input_ids, model_kwargs.get("inputs_embeds"))
-        is_new = is_audio[:, -count_new(model_kwargs) :]
+        is_new = is_audio[:, -num_new:]
         if input_features is None and audio is None:
             if model_kwargs.get("inputs_embeds") is None:
-                self.model.check_audio(is_new, 0)
+                self.model.check_audio(is_new, torch.tensor(0))
             return None
 
-        if audio is not None:
-            is_whole, num_embeddings = is_whole_windows(audio), audio.pooler_output[..., 0].numel()
-        else:
-            is_whole = input_features_mask is None
-            frames = torch.ones_like(input_features[:, 0]) if is_whole else input_features_mask
-            frames = self.model.get_frame_mask(input_features, frames)
-            num_embeddings = int(frames[:, ::ENCODER_STRIDE].sum())
+        rows = self.model.count_rows(input_features, input_features_mask, audio)
         # The processor was given either the whole conversation or only its new turn, which the numbers tell.
-        is_given = is_audio if num_embeddings == is_audio.sum() else is_new
-        self.model.check_audio(is_given, num_embeddings, is_whole)
+        is_given = is_audio if int(is_audio.sum()) == int(rows.sum()) else is_new
+        self.model.check_audio(is_given, rows)
         tokens = is_new.sum(1).tolist()
         if not any(tokens):
             return None
-        is_needed = torch.zeros_like(is_given)
-        is_needed[:, -is_new.shape[1] :] = True
-        is_needed = is_needed[is_given]  # one value for each embedding: what is in the cache is left out
-        if audio is None:
-            if not is_needed.all():
-                rows = frames[:, ::ENCODER_STRIDE].clone()
-                rows[rows.clone()] = is_needed.to(rows.device)
-                input_features_mask = rows.repeat_interleave(ENCODER_STRIDE, dim=1)
-            audio = self.model.get_audio_features(input_features, input_features_mask, return_dict=True)
-            embeddings = audio.pooler_output.flatten(0, -2)
-        else:
+        is_needed = torch.arange(-is_given.shape[1], 0, device=is_given.device) >= -is_new.shape[1]
+        is_needed = is_needed.expand_as(is_given)[is_given]  # for each embedding: what is in the cache is left out
+        if audio is not None:
             embeddings = audio.pooler_output.flatten(0, -2)[is_needed.to(audio.pooler_output.device)]
+        else:
+            input_features, mask = self.model.take_windows(input_features, input_features_mask)
+            if not is_needed.all():
+                kept = torch.ones_like(input_features[:, 0]).bool() if mask is None else mask
+                kept = kept[:, ::ENCODER_STRIDE].clone()
+                kept[kept.clone()] = is_needed.to(kept.device)
+                mask = kept.repeat_interleave(ENCODER_STRIDE, dim=1)
+            embeddings = self.model.get_audio_features(input_features, mask, return_dict=True).pooler_output.flatten(
+                0, -2
+            )
         repeated = [row for row in embeddings.split(tokens) for _ in range(expand_size)]
         return BaseModelOutputWithPooling(pooler_output=torch.cat(repeated)[None])
 
@@ -465,16 +484,6 @@ def match_weight(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return tensor.to(dtype) if weight.is_meta else tensor.to(weight.device, dtype)
 
 
-def count_new(model_kwargs: dict) -> int:
-    """The tokens of a prompt that its cache does not hold."""
-    return model_kwargs["position_ids"].shape[-1] - cached_length(model_kwargs.get(CACHE))
-
-
-def is_whole_windows(outputs: BaseModelOutputWithPooling) -> bool:
-    """Whether these are outputs of [`Qwen2AudioVLModel.get_audio_features`] without a mask."""
-    return outputs.last_hidden_state is not None and outputs.pooler_output.ndim == 3
-
-
 def take_audio(kwargs: dict) -> tuple[torch.Tensor | None, torch.Tensor | None, BaseModelOutputWithPooling | None]:
     """Moves log-mel windows and their mask, or the encoder's outputs for them, out of `kwargs`."""
     mm_encoder_outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
@@ -484,19 +493,16 @@ def take_audio(kwargs: dict) -> tuple[torch.Tensor | None, torch.Tensor | None, 
         raise ValueError("Give either input_features or mm_encoder_outputs['audio'], not both.")
     if input_features is None and mask is not None:
         raise ValueError("Give input_features_mask only together with the input_features that it belongs to.")
+    if any(outputs is not None for outputs in mm_encoder_outputs.values()):
+        require_version("transformers>=5.18", "mm_encoder_outputs of images and videos needs it.")
     if mm_encoder_outputs:
         kwargs["mm_encoder_outputs"] = mm_encoder_outputs  # no argument of upstream's forward before 5.18
     return input_features, mask, audio_outputs
 
 
 def becomes_graph() -> bool:
-    """
-    Whether this call is made into a graph (torch.compile, torch.export, CUDA graphs), which cannot ask for the numbers
-    in a tensor: its checks fail on the device, without them.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    """Whether this call is made into a graph, which cannot read the numbers in a tensor: it checks on the device."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 Qwen2AudioVLForConditionalGeneration.register_for_auto_class("AutoModel")

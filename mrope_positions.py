@@ -6,6 +6,7 @@ its rows were selected, reordered or repeated.
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 
@@ -39,6 +40,11 @@ class MRopePositions:
             raise ValueError(
                 "The prompt has placeholders of more images or videos than image_grid_thw and video_grid_thw have "
                 "rows. Every picture needs its row there and its pixels; the processor makes all from one call."
+            ) from error
+        except RuntimeError as error:
+            raise ValueError(
+                "The image and video tokens do not fit image_grid_thw and video_grid_thw. Give a row of these for each "
+                f"picture whose tokens the cache does not hold, and for no other: {error}"
             ) from error
 
     def compute_3d_position_ids(
@@ -96,12 +102,17 @@ class MRopePositions:
         if position_ids is None:
             position_ids = torch.arange(past_length, past_length + length, device=keys.device)[None]
         positions = position_ids[-3:].amax(0) if position_ids.ndim == 3 else position_ids
-        following = positions.cummax(1).values.expand(batch, length) + 1
+        mask = as_mask(attention_mask, batch, past_length + length, positions.device)
+        # Nothing follows a place of padding but what follows the token before it.
+        positions = positions.expand(batch, length).masked_fill(mask[:, -length:].to(positions.device) == 0, -1)
+        following = positions.cummax(1).values + 1
         if past_length:
-            mask = as_mask(attention_mask, batch, past_length + length, following.device)
-            before = positions_after(cache, past_length, mask)
-            following = torch.cat([before.to(following.device), following], dim=1)
-        keys = keys[:, 0, : past_length + length, 0].detach().clone()
+            before = positions_after(cache, past_length, mask).to(following.device)
+            following = torch.cat([before, following.maximum(before[:, -1:])], dim=1)
+        # A sliding or quantized layer does not hold all keys. Its rows are taken to be those that were kept.
+        is_sliding = getattr(cache.layers[0], "is_sliding", False)
+        holds_all = keys.ndim == 4 and not is_sliding and keys.shape[2] >= past_length + length
+        keys = keys[:, 0, : past_length + length, 0].detach().clone() if holds_all else following[:, :0]
         cache.mrope_positions = CachedPositions(following, keys)
 
     def check_cached_pictures(self, cache: Cache, cached_ids: torch.Tensor):
@@ -122,9 +133,20 @@ def cached_length(cache: Cache | None) -> int:
 
 
 def as_mask(attention_mask, batch: int, length: int, device: torch.device) -> torch.Tensor:
-    """An attention mask `(batch, length)`; of ones where there is none of two axes, as where `generate` made it 4-D."""
+    """
+    Where `forward` was told that tokens stand, not 0, and where padding: int64 or bool `(batch, length)`.
+
+    Args:
+        attention_mask: Of 2 axes, perhaps longer, as for a static cache; or what `generate` makes of it, of 4 axes
+            `(batch, 1, queries, keys)` and perhaps in a dict by the kind of layer; or None.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention")
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:  # what the last token attends to
+        last = attention_mask[:, 0, -1]
+        attention_mask = (last if last.dtype == torch.bool else last >= 0).long().expand(batch, -1)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        return attention_mask
+        return attention_mask[:, :length]
     return torch.ones(batch, length, dtype=torch.long, device=device)
 
 
@@ -139,17 +161,20 @@ def positions_after(cache: Cache, past_length: int, mask: torch.Tensor) -> torch
     Returns:
         The positions that follow the places of the cache, int64 `(batch, past_length)`.
     """
-    kept = getattr(cache, "mrope_positions", None)
+    mask, kept = mask[:, :past_length].long(), getattr(cache, "mrope_positions", None)
     if kept is None:
-        return mask[:, :past_length].cumsum(1)
+        return mask.cumsum(1)
     following, then = kept.following[:, :past_length], kept.keys[:, :past_length]
-    now = cache.layers[0].keys[:, 0, : then.shape[1], 0].to(then.device)
-    # A sliding or quantized layer does not hold all keys, and its rows cannot be selected.
-    if now.shape[1] == then.shape[1] and not torch.compiler.is_compiling() and not torch.equal(now, then):
-        # How many keys a row and one that was kept have in common from the start: [rows now, rows then].
-        common = torch.stack([(now == row).cumprod(1).sum(1) for row in then], dim=1)
-        following = following[common.argmax(1), : int(common.amax(1).min())]
+    num_known = torch.tensor(following.shape[1], device=following.device)  # places that are as they were
+    if then.shape == following.shape:
+        now = cache.layers[0].keys[:, 0, : then.shape[1], 0].to(then.device)
+        if torch.compiler.is_compiling() or not torch.equal(now, then):
+            # How many keys a row and one that was kept have in common from the start: [rows now, rows then].
+            common = torch.stack([(now == row).cumprod(1).sum(1) for row in then], dim=1)
+            following, num_known = following[common.argmax(1)], common.amax(1).min()
     following = following[:: max(1, len(following) // len(mask))]  # the rows of one prompt's beams stand together
-    places = following.shape[1]
-    since = mask[:, places:past_length].cumsum(1).to(following.device)
-    return torch.cat([following, since + (following[:, -1:] if places else 0)], dim=1)
+    following = F.pad(following, (0, past_length - following.shape[1]))
+    # Without a number on the host, which a compiled graph does not know.
+    is_known = torch.arange(past_length, device=following.device) < num_known
+    since = (mask.to(following.device) * ~is_known).cumsum(1)
+    return torch.where(is_known, following, (following * is_known).amax(1, keepdim=True) + since)

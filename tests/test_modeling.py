@@ -373,6 +373,58 @@ def test_second_turn_on_a_cache_without_positions(processor, model, sound, thumb
                 greedy(model, whole, past_key_values=bare)
 
 
+def test_assisted_decoding_starts_without_a_cache(processor, model, repo):
+    inputs, both = conversation_in_two_turns(processor, [text("What?")], [text("And?")])
+    output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    whole, _ = both(output.sequences[:, inputs["input_ids"].shape[1] :])
+    for drafts in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
+        with pytest.raises(ValueError, match="Assisted decoding must start without a filled cache"):
+            greedy(model, whole, past_key_values=output.past_key_values, **drafts)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_both_names_of_the_cache(name, processor, model, sound):
+    inputs, both = conversation_in_two_turns(processor, [audio(sound(1.3, 1))], [text("And?")])
+    output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    whole, _ = both(output.sequences[:, inputs["input_ids"].shape[1] :])
+    expected = step_logits(model, {**whole, **joined(AUDIO, inputs)})
+    continued = step_logits(model, whole, **{name: output.past_key_values})
+    torch.testing.assert_close(continued, expected, atol=2e-5, rtol=0)
+
+
+def test_pictures_of_the_first_turn_given_again(processor, model, thumbnail):
+    inputs, both = conversation_in_two_turns(processor, [image(thumbnail)], [image(thumbnail.rotate(90))])
+    output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    whole, turn = both(output.sequences[:, inputs["input_ids"].shape[1] :])
+    given = joined(("pixel_values", "image_grid_thw"), inputs, turn)
+    with pytest.raises(ValueError, match="image_grid_thw and video_grid_thw|do not match"):
+        greedy(model, {**whole, **given}, past_key_values=output.past_key_values)
+
+
+def test_padding_is_counted_by_any_form_of_the_mask(ask, model, thumbnail):
+    """The second turn of a padded batch, by `forward` alone, with masks of two axes and of four."""
+    first = ask([text("Yes."), image(thumbnail)], [text("No, not this.")])
+    rows = [ask(text("Yes."), image(thumbnail)), ask(text("No, not this."))]
+    ids = model.get_input_embeddings().weight.new_tensor([11, 12, 13]).long()
+    length = first["input_ids"].shape[1]
+    words = ids[None].expand(2, -1)
+    expected = []
+    for row in rows:
+        whole = torch.cat([row["input_ids"], ids[None]], dim=1)
+        types = torch.cat([row["mm_token_type_ids"], torch.zeros(1, 3, dtype=torch.long)], dim=1)
+        with torch.no_grad():
+            vision = joined(("pixel_values", "image_grid_thw"), row)
+            expected.append(model(input_ids=whole, mm_token_type_ids=types, **vision, logits_to_keep=1).logits[0, -1])
+    mask = torch.cat([first["attention_mask"], torch.ones(2, 3, dtype=torch.long)], dim=1)
+    causal = torch.ones(length + 3, length + 3).tril().bool()[None, None, -3:] & mask[:, None, None, :].bool()
+    for form in (mask, causal, torch.where(causal, 0.0, torch.finfo(torch.float32).min)):
+        cache = DynamicCache(config=model.config.get_text_config())
+        with torch.no_grad():
+            model(**first, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits = model(input_ids=words, attention_mask=form, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        torch.testing.assert_close(logits, torch.stack(expected), atol=2e-5, rtol=0)
+
+
 def test_second_turn_needs_its_audio(processor, model, sound):
     inputs, both = conversation_in_two_turns(processor, [audio(sound(1.3, 1))], [audio(sound(0.6, 2))])
     output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)

@@ -132,7 +132,7 @@ def test_wrong_numbers_are_errors_that_name_both(ask, model, sound, processor):
     features, mask, ids = inputs["input_features"], inputs["input_features_mask"], inputs["input_ids"]
     one_more = ids.clone()
     one_more[0, (ids[0] == processor.audio_eos_token_id).nonzero()[-1]] = processor.audio_token_id
-    without = r"130 audio tokens, but 150 audio embeddings .* pass the input_features_mask"
+    without = r"130 audio tokens, but 150 audio embeddings .* pass its input_features_mask"
     for changes, message in (
         ({"input_features_mask": None}, without),
         ({"input_features_mask": None, "input_features": features[:2]}, r"130 audio tokens, but 100 .*_mask"),
@@ -146,6 +146,10 @@ def test_wrong_numbers_are_errors_that_name_both(ask, model, sound, processor):
         for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
             with pytest.raises(ValueError, match=message):
                 call(**{**inputs, **changes})
+    for wrong in (mask[[1, 0, 2]], mask.roll(20, 1), mask.T, mask.masked_fill(torch.arange(100) == 4, 0)):
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match="input_features"):
+                call(**{**inputs, "input_features_mask": wrong})
     encoded = {"audio": model.get_audio_features(features)}
     given = {name: value for name, value in inputs.items() if not name.startswith("input_features")}
     for call in (model, model.generate):
@@ -161,11 +165,11 @@ def test_numbers_that_coincide_are_no_match_of_windows(ask, model, sound):
     del inputs["input_features_mask"]
     inputs["input_features"] = inputs["input_features"][:1]
     for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
-        with pytest.raises(ValueError, match=r"50 audio tokens, but 50 .* a multiple of 50 .*input_features_mask"):
+        with pytest.raises(ValueError, match=r"50 audio tokens, but 50 .*by window: \[50\].*input_features_mask"):
             call(**inputs)
     encoded = {"audio": model.get_audio_features(inputs.pop("input_features"))}
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match=r"50 audio tokens, but 50 .* a multiple of 50 .*input_features_mask"):
+        with pytest.raises(ValueError, match=r"50 audio tokens, but 50 .*by window: \[50\].*input_features_mask"):
             call(**inputs, mm_encoder_outputs=dict(encoded))
 
 
