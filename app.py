@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor, StoppingCriteria, TextIterato
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
-from configuration_qwen2_audio_vl import find_folder
+from configuration_qwen2_audio_vl import WHOLE_MODEL, find_folder
 from handler import DESCRIBE, IMAGE_FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS, MAX_TEXT, TRANSCRIBE, decode_image
 
 
@@ -280,7 +280,7 @@ def main():
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     options = parser.parse_args()
     try:
-        folder = find_folder(options.repo)
+        folder = find_folder(options.repo, needed=WHOLE_MODEL)
     except ValueError as error:
         parser.exit(1, f"app.py: {error}\n")
     model = DemoModel(folder)

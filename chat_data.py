@@ -75,10 +75,12 @@ def load_rows(
 def check_lines(source: str):
     """
     Raises:
-        ValueError: if a local file of JSON lines is empty or not UTF-8.
+        ValueError: if a local file of JSON lines is not there, empty or not UTF-8.
     """
     if not Path(source).is_file():
-        return
+        if "://" in source:
+            return
+        raise ValueError(f"There is no file {source}.")
     with open(source, "rb") as file:
         start = file.read(2**16)
     if not start.strip():
@@ -185,6 +187,8 @@ def load_dataset(source: str, streaming: bool, columns: tuple[str, str] | None, 
         rows = rows.to_iterable_dataset() if streaming else rows
     else:
         name, *configuration, split = split_source(source)
+        if name.startswith((".", "/", "~")) and not Path(name).exists():
+            raise ValueError(f"There is no file or folder {name}.")
         rows = datasets.load_dataset(name, *configuration, split=split or "train", streaming=streaming)
     found, needed = rows.features or {}, columns or ("messages",)
     if missing := [f"`{name}`" for name in (*needed, *keep) if name not in found]:

@@ -51,6 +51,8 @@ CODE_FILES = (
     "audio_decoding.py",
 )
 
+WHOLE_MODEL = ("config.json", "processor_config.json", "tokenizer.json", "*.safetensors")  # what a tool has to find
+
 HOP_LENGTH = 160  # samples at 16 kHz from one log-mel frame to the next
 ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
 AUDIO_TOKEN_COUNTS = ("fixed", "trimmed")  # how many audio tokens stand for a clip, see `count_audio`
@@ -117,21 +119,27 @@ def count_audio(num_samples: int, window_tokens: int, audio_tokens: str = "fixed
     return AudioCount(num_windows, num_tokens if audio_tokens == "trimmed" else num_windows * window_tokens)
 
 
-def find_folder(repo: str | Path, revision: str | None = None, **patterns) -> Path:
+def find_folder(repo: str | Path, revision: str | None = None, needed: tuple[str, ...] = (), **patterns) -> Path:
     """
     The folder of a model, for the tools beside this file.
 
     Args:
         repo: The path of a folder, or a Hub id, which is downloaded.
+        needed: Names of files that it must have, or patterns of names.
         revision, patterns: As in [`huggingface_hub.snapshot_download`].
 
     Raises:
-        ValueError: if there is no such folder, and the Hub gives none.
+        ValueError: if there is no such folder, and the Hub gives none, or if it lacks a file.
     """
-    if Path(repo).is_dir():
-        return Path(repo)
     try:
-        return Path(snapshot_download(str(repo), revision=revision, **patterns))
+        folder = (
+            Path(repo) if Path(repo).is_dir() else Path(snapshot_download(str(repo), revision=revision, **patterns))
+        )
+        if missing := [name for name in needed if not any(folder.glob(name))]:
+            raise ValueError(
+                f"{folder} lacks {', '.join(missing)}; `upload.py build` makes a folder that has all files."
+            )
+        return folder
     except HFValidationError as error:
         raise ValueError(f"There is no folder {repo}, and it is no Hub id either.") from error
     except (HfHubHTTPError, OSError) as error:

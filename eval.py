@@ -14,6 +14,7 @@ import importlib.metadata
 import io
 import itertools
 import json
+import logging as standard_logging
 import os
 import platform
 import sys
@@ -23,6 +24,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
+
+
+# transformers imports peft and so bitsandbytes, which on a CPU warns about a kernel that it can do without.
+standard_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(standard_logging.ERROR)
 
 import av
 import datasets
@@ -50,6 +55,7 @@ from chat_data import (
     refuse_unreadable,
 )
 from checkpoints import only_run, sha256
+from configuration_qwen2_audio_vl import WHOLE_MODEL
 from results_page import write_page
 from scoring import ALL, AS_GIVEN, compare, file_of, read_folder, read_prediction, score_arms, table
 from upload import resolve
@@ -57,6 +63,7 @@ from upload import resolve
 
 logger = logging.get_logger(__name__)
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 ARMS = ("silence", "swapped", "no-image", "text")
 RATE = 16_000  # samples a second
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
@@ -110,6 +117,12 @@ class Questions:
         self.rows, self.collator = rows, collator
         self.group_column, self.transcript_column = group_column, transcript_column
 
+    def group(self, row: dict) -> str | None:
+        with prefix_errors(place_of(row)):
+            group = content_of(row).get(self.group_column)
+            refuse_group(group)
+            return None if group is None else str(group)
+
     def read(self, index: int, row: dict) -> Question:
         messages = self.collator.messages(row)
         with prefix_errors(place_of(row)):
@@ -117,12 +130,10 @@ class Questions:
             text, said = answer_text(messages[-1]["content"]), content.get(self.transcript_column)
             if said is None and content.get("messages") is None:  # a recording with its transcript
                 said = text
-            group = content.get(self.group_column)
-            refuse_group(group)
             return Question(
                 row=index,
                 place=short_place(row),
-                group=None if group is None else str(group),
+                group=self.group(row),
                 messages=[{**message, "content": open_content(message["content"])} for message in messages[:-1]],
                 text=text,
                 said=[said] if isinstance(said, str) else list(said or []),
@@ -483,8 +494,9 @@ def predict_arm(arm: str, questions: Questions, backend, options: argparse.Names
                 line = dict.fromkeys(("group", "audio_filepath", "duration", "time"))
                 line |= {"row": index, "place": short_place(row), "media": [], "prompt": "", "text": ""}
                 try:
+                    line["group"] = questions.group(row)
                     question = questions.read(index, row)
-                    line |= {"group": question.group, "text": question.text}
+                    line["text"] = question.text
                     if changed := questions.change(question, arm):
                         asked.append(changed)
                     else:
@@ -599,7 +611,7 @@ def main(arguments: list[str] | None = None):
     command.add_argument("--batch-size", type=int, default=8, help="rows, or requests, at a time (default: 8)")
     command.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default: 256)")
     command.add_argument("--audio-tokens", help="fixed or trimmed (default: the model's; a server has its own)")
-    command.add_argument("--dtype", default="auto", help="of the weights (default: as they are stored)")
+    command.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as they are stored)")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--backend", default="transformers", choices=BACKENDS, help="vllm: a server with OpenAI's API")
     command.add_argument("--url", help="of the server, up to and with /v1")
@@ -615,7 +627,7 @@ def main(arguments: list[str] | None = None):
             print(table(score(options)))
             print(f"\n{Path(options.folder) / 'report.html'} has every answer.")
         else:
-            resolve(options.repo)  # a model that is not there is reported before the data is read
+            resolve(options.repo, WHOLE_MODEL)  # a model that is not there is reported before the data is read
             with only_run(options.output, "--output", PartialState().is_main_process):
                 predict(options)
     except (ValueError, OSError) as error:

@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from configuration_qwen2_audio_vl import find_folder
+from configuration_qwen2_audio_vl import WHOLE_MODEL, find_folder
 
 
 logger = logging.get_logger(__name__)
@@ -30,7 +30,9 @@ TRANSCRIPTIONS = "/v1/audio/transcriptions"  # a route of `transformers serve`, 
 def register(repo: str):
     """Makes the classes of a repository known to transformers."""
     name, _, revision = (repo, "", "") if os.path.isdir(repo) else repo.partition("@")
-    find_folder(name, revision or None, allow_patterns=["config.json"])  # an error here says what is missing
+    # An error here says what is missing; `transformers serve` downloads the rest.
+    needed = WHOLE_MODEL if os.path.isdir(name) else ("config.json",)
+    find_folder(name, revision or None, needed, allow_patterns=["config.json"])
     load = partial(get_class_from_dynamic_module, pretrained_model_name_or_path=name, revision=revision or None)
     config_class = load("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
     model_class = load("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration")

@@ -66,7 +66,7 @@ from chat_data import (
     told_length,
 )
 from checkpoints import CHECKSUMS, EMBEDDINGS, check_content, only_run, read_checksums, stored_tensors, write_checksums
-from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, TRAINED_AUDIO_TOKENS, check_audio_tokens
+from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, TRAINED_AUDIO_TOKENS, WHOLE_MODEL, check_audio_tokens
 from eval import answer
 from scoring import score
 from upload import resolve
@@ -601,16 +601,17 @@ def train(args: Arguments) -> dict:
         callbacks=[MarkComplete(seconds_before)],
     )
     learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    metrics_of_part = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    seconds_of_part = metrics_of_part["train_runtime"]
-    num_rows = metrics_of_part["train_samples_per_second"] * seconds_of_part  # of the whole run
+    seconds_of_part = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = trainer.state.global_step
+    num_rows = steps * rows_per_step if args.streaming else trainer.state.epoch * len(dataset)  # of the whole run
     metrics = trainer.evaluate() if eval_dataset is not None else {}
     trainer.save_model(str(output / "adapter"))
     summary = {
         "stage": args.stage,
         "learning parameters": learning,
         "rows": None if args.streaming else len(dataset),
-        "steps": trainer.state.global_step,
+        "steps": steps,
         "seconds": round(seconds_before + time.time() - start, 1),
         "rows per second": round(num_rows / (seconds_before + seconds_of_part), 3),
         "loss": round(mean_loss(trainer.state.log_history), 4),
@@ -662,11 +663,15 @@ def main(arguments: list[str] | None = None):
     parser = make_parser("--help-all" in (sys.argv if arguments is None else arguments))
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments)
-        resolve(args.model)  # a model that is not there is reported before the data is read
+        resolve(args.model, WHOLE_MODEL)  # a model that is not there is reported before the data is read
+        if args.aligner is not None:
+            resolve(args.aligner, ("config.json", "*.safetensors"))
         with only_run(args.output_dir, "--output_dir", args.process_index == 0):
             summary = train(args)
-    except ValueError as error:
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         parser.exit(1, f"train.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "train.py: stopped. The same command goes on from the newest checkpoint, if there is one.\n")
     if args.should_log:
         print("\n".join(f"{name:<32} {value}" for name, value in summary.items()))
 

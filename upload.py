@@ -12,12 +12,14 @@ Base weights -> repository folder -> Hub.
 import argparse
 import fnmatch
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -100,11 +102,11 @@ class Origin(NamedTuple):
     commit: str | None  # of the Hub
 
 
-def resolve(source: str) -> Origin:
+def resolve(source: str, needed: tuple[str, ...] = ()) -> Origin:
     """A directory, or a Hub id or ID@REVISION, of which the files that `build` reads are downloaded."""
     repo, _, revision = (str(source), "", "") if Path(source).is_dir() else str(source).partition("@")
     patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja"], "ignore_patterns": ["*fp32*"]}
-    folder = find_folder(repo, revision or None, **patterns)
+    folder = find_folder(repo, revision or None, needed, **patterns)
     cached = re.search(r"models--(.+)/snapshots/([0-9a-f]{40})$", folder.resolve().as_posix())
     if cached:
         return Origin(folder, cached[1].replace("--", "/"), cached[2])
@@ -263,6 +265,8 @@ def read_adapter(origin: Origin) -> BuildParts:
     if not (origin.folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{origin.folder} holds no adapter_model.safetensors; save the adapter as safetensors.")
     try:
+        # peft imports bitsandbytes, which on a CPU warns about a kernel that it can do without.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         from peft import PeftModel
     except ImportError as error:
         raise ValueError("An adapter is merged by peft, which is not installed: pip install peft") from error
@@ -270,8 +274,10 @@ def read_adapter(origin: Origin) -> BuildParts:
     parts = read_model(resolve(model))
     folder = parts.origins["trained checkpoint"].folder
     model_class = own_class("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration")
-    merged = PeftModel.from_pretrained(model_class.from_pretrained(folder, dtype="auto"), str(origin.folder))
-    plan = merged.merge_and_unload().state_dict()
+    with warnings.catch_warnings():  # the new name is not known to peft
+        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+        merged = PeftModel.from_pretrained(model_class.from_pretrained(folder, dtype="auto"), str(origin.folder))
+        plan = merged.merge_and_unload().state_dict()
     if parts.config.tie_word_embeddings:
         del plan["lm_head.weight"]
     described = origin.folder / "processor_config.json"  # which TRL and train.py save beside an adapter

@@ -386,7 +386,9 @@ def test_a_group_named_all_is_refused_before_the_model_is_loaded(tmp_path, capsy
     else:
         write_lines(tmp_path / "data.jsonl", ["{", *rows[1:]])
     data = tmp_path / ("data" if form == "saved" else "data.jsonl")
-    (tmp_path / "no-model").mkdir()  # an error once it is loaded
+    (tmp_path / "no-model").mkdir()
+    for name in ("config.json", "processor_config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / "no-model" / name).touch()  # an error once they are loaded
     with pytest.raises(SystemExit):
         predict(tmp_path / "no-model", data, tmp_path / "results", "--group-column", "voice", *RECORDINGS)
     assert f"{data}:2: the group is named 'all', as the scores over all rows are" in capsys.readouterr().err
