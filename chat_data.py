@@ -187,8 +187,6 @@ def load_dataset(source: str, streaming: bool, columns: tuple[str, str] | None, 
         rows = rows.to_iterable_dataset() if streaming else rows
     else:
         name, *configuration, split = split_source(source)
-        if name.startswith((".", "/", "~")) and not Path(name).exists():
-            raise ValueError(f"There is no file or folder {name}.")
         rows = datasets.load_dataset(name, *configuration, split=split or "train", streaming=streaming)
     found, needed = rows.features or {}, columns or ("messages",)
     if missing := [f"`{name}`" for name in (*needed, *keep) if name not in found]:
@@ -206,8 +204,16 @@ def load_dataset(source: str, streaming: bool, columns: tuple[str, str] | None, 
 
 
 def split_source(source: str) -> list[str]:
-    """The name, perhaps the configuration, and the split of a dataset."""
-    return source.split(":") if ":" in source else [source, "train"]
+    """
+    The name, perhaps the configuration, and the split of a dataset.
+
+    Raises:
+        ValueError: if the name is a path at which there is nothing.
+    """
+    parts = source.split(":") if ":" in source else [source, "train"]
+    if parts[0].startswith((".", "/", "~")) and not Path(parts[0]).exists():
+        raise ValueError(f"There is no file or folder {parts[0]}.")
+    return parts
 
 
 def without_decoding(feature):

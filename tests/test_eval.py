@@ -241,9 +241,10 @@ def test_content_that_no_decoder_reads_is_an_error_of_its_row(demo_repo, broken,
         "video": ["good.mp4", "cut.mp4", "nothing.webm"],
         "audio": ["cut.wav", "good.wav"],
     }
-    rows = [about(type, name) for type, files in names.items() for name in files]
+    rows = [{**about(type, name), "kind": type} for type, files in names.items() for name in files]
     data = write_lines(broken / "broken.jsonl", rows)
-    rows = predict(demo_repo, data, tmp_path / "results")
+    rows = predict(demo_repo, data, tmp_path / "results", "--group-column", "kind")
+    assert [row["group"] for row in rows] == [type for type, files in names.items() for _ in files]
     assert ["error" in row for row in rows] == [False, True, True, True, False, True, True, True, False]
     assert "broken.jsonl:2: SyntaxError: broken PNG file" in rows[1]["error"]
     assert "broken.jsonl:3: DecompressionBombError: " in rows[2]["error"]

@@ -290,13 +290,27 @@ def test_summary_after_an_interruption_is_of_the_whole_run(start, tones, trained
         assert resumed[name] == whole[name]
     assert resumed["loss"] == pytest.approx(whole["loss"], abs=2e-4)
     assert whole["loss"] == pytest.approx(sum(losses(trained)) / 6, abs=1e-4)
-    assert resumed["seconds"] > 3 * 0.5 and resumed["rows per second"] < 24 / (3 * 0.5)
+    assert resumed["seconds"] > 3 * 0.5
+    assert 24 / resumed["seconds"] < resumed["rows per second"] < 24 / (3 * 0.5)
 
 
 def test_one_run_at_a_time_writes_into_a_folder(start, tones, tmp_path, capsys):
     with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit):
         train.main(arguments(start, tones, tmp_path))
     assert "is in use by another run" in capsys.readouterr().err
+
+
+def test_data_that_is_not_there_is_named(start, tones, tmp_path, capsys):
+    for option, path in (
+        ("data", "nowhere.jsonl"),
+        ("eval", "nowhere.jsonl"),
+        ("data", "/no/where"),
+        ("aligner", "./no"),
+    ):
+        more = {option: path} | ({"stage": "align"} if option == "aligner" else {})
+        with pytest.raises(SystemExit, match="1"):
+            train.main(arguments(start, tones, tmp_path, **more))
+        assert f"train.py: There is no {'folder' if option == 'aligner' else 'file'}" in capsys.readouterr().err
 
 
 def test_files_of_other_editors(start, rows, tones, tmp_path, speech):

@@ -507,6 +507,13 @@ def test_a_folder_that_is_not_there_is_named(name, bases, tmp_path, capsys):
             rf": There is no folder ({re.escape(name)}|{re.escape(str(Path(name)))}); .* makes one",
             capsys.readouterr().err,
         )
+    for tool, *arguments in (
+        (evaluation, "predict", tmp_path, *data, "--output", tmp_path / "out"),
+        (train, "--model", tmp_path, *data, "--output_dir", tmp_path / "out"),
+    ):
+        with pytest.raises(SystemExit, match="1"):
+            tool.main(list(map(str, arguments)))
+        assert f"{tmp_path} lacks config.json, processor_config.json, tokenizer.json" in capsys.readouterr().err
     assert run_main("smoke", name) == 1 and f"{name} is no Hub id; `upload.py check`" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
