@@ -295,10 +295,6 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         return counted
 
     @property
-    def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "input_features_mask"]
-
-    @property
     def unused_input_names(self) -> list[str]:
         return [*super().unused_input_names, "tokens_per_clip"]
 
