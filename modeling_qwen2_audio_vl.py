@@ -487,13 +487,13 @@ def match_weight(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def take_audio(kwargs: dict) -> tuple[torch.Tensor | None, torch.Tensor | None, BaseModelOutputWithPooling | None]:
     """Moves log-mel windows and their mask, or the encoder's outputs for them, out of `kwargs`."""
     mm_encoder_outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
-    input_features, mask = (kwargs.pop(name, None) for name in ("input_features", "input_features_mask"))
+    input_features, mask = kwargs.pop("input_features", None), kwargs.pop("input_features_mask", None)
     audio_outputs = mm_encoder_outputs.pop("audio", None)
     if input_features is not None and audio_outputs is not None:
         raise ValueError("Give either input_features or mm_encoder_outputs['audio'], not both.")
     if input_features is None and mask is not None:
         raise ValueError("Give input_features_mask only together with the input_features that it belongs to.")
-    if any(outputs is not None for outputs in mm_encoder_outputs.values()):
+    if list(mm_encoder_outputs.values()).count(None) < len(mm_encoder_outputs):
         require_version("transformers>=5.18", "mm_encoder_outputs of images and videos needs it.")
     if mm_encoder_outputs:
         kwargs["mm_encoder_outputs"] = mm_encoder_outputs  # no argument of upstream's forward before 5.18
