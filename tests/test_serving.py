@@ -373,11 +373,18 @@ def ask(text, **parameters) -> dict:
 
 @contextlib.contextmanager
 def holding(executor, threads=1):
-    """The threads of an executor do nothing until the block ends."""
-    held = threading.Event()
+    """The threads of an executor do nothing until the block ends; what they did before has ended when it begins."""
+    held, started = threading.Event(), threading.Semaphore(0)
+
+    def hold():
+        started.release()
+        held.wait()
+
     for _ in range(threads):
-        executor.submit(held.wait)
+        executor.submit(hold)
     try:
+        for _ in range(threads):
+            assert started.acquire(timeout=60)
         yield
     finally:
         held.set()
