@@ -135,9 +135,10 @@ class RowEnds(StoppingCriteria):
         self.limits = torch.tensor([request.max_new_tokens for request in batch])
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        new = input_ids[:, self.prompt_length :].cpu()
-        ended = (self.limits <= new.shape[1]) | torch.isin(new[:, -1], self.end_ids)
-        self.answer(new, ended.tolist())
+        num_new = input_ids.shape[1] - self.prompt_length
+        ended = (self.limits <= num_new) | torch.isin(input_ids[:, -1].cpu(), self.end_ids)
+        if ended.any():
+            self.answer(input_ids[:, self.prompt_length :], ended.tolist())
         self.after_step()
         return ended.to(input_ids.device)
 
