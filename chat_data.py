@@ -144,7 +144,7 @@ def named_files(line: bytes, columns: tuple[str, str]) -> Iterator[str]:
 
 
 def checksum_of_files(folder: Path, names: Iterable[str]) -> str:
-    """Of the names, sizes and times of change of files; whole seconds, as archives keep no more."""
+    """Takes the names, sizes and times of change of files; whole seconds, as archives keep no more."""
     digest = hashlib.sha256()
     for name in sorted(names):
         try:

@@ -26,7 +26,7 @@ RULE = {
 # References that the leaderboard does not score; the second one stands in the transcripts of TED-LIUM.
 NOTHING_SAID = ("", "ignore time segment in scoring")
 
-# Of a text that is aligned. The time and memory of an alignment grow with the square: these take a second and 80 MB.
+# The longest text that is aligned. Time and memory of an alignment grow with the square: these take a second and 80 MB.
 MAX_CHARACTERS, MAX_WORDS = 10_000, 2_000
 TOO_LONG = "(too long)"  # in the place of the answer then; no normalized text has brackets
 
