@@ -119,6 +119,15 @@ def count_audio(num_samples: int, window_tokens: int, audio_tokens: str = "fixed
     return AudioCount(num_windows, num_tokens if audio_tokens == "trimmed" else num_windows * window_tokens)
 
 
+def require_files(folder: Path, names: tuple[str, ...], advice: str):
+    """
+    Raises:
+        ValueError: that tells which of the files, named or by patterns of names, a folder lacks, and the advice.
+    """
+    if missing := [name for name in names if not any(path.is_file() for path in folder.glob(name))]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}; {advice}.")
+
+
 def find_folder(repo: str | Path, revision: str | None = None, needed: tuple[str, ...] = (), **patterns) -> Path:
     """
     The folder of a model, for the tools beside this file.
@@ -135,10 +144,7 @@ def find_folder(repo: str | Path, revision: str | None = None, needed: tuple[str
         folder = (
             Path(repo) if Path(repo).is_dir() else Path(snapshot_download(str(repo), revision=revision, **patterns))
         )
-        if missing := [name for name in needed if not any(folder.glob(name))]:
-            raise ValueError(
-                f"{folder} lacks {', '.join(missing)}; `upload.py build` makes a folder that has all files."
-            )
+        require_files(folder, needed, "`upload.py build` makes a folder that has all files")
         return folder
     except HFValidationError as error:
         raise ValueError(f"There is no folder {repo}, and it is no Hub id either.") from error

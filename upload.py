@@ -73,7 +73,7 @@ from checkpoints import (
     write_checksums,
     write_weights,
 )
-from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, check_audio_tokens, find_folder
+from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, check_audio_tokens, find_folder, require_files
 
 
 ROOT = Path(__file__).resolve().parent
@@ -89,6 +89,8 @@ KNOWN_FILES = (
     *(f"{EVALUATION}/{name}" for name in ("manifest.json", "scores.json", "predictions*.jsonl")),
     *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "model*.safetensors", "model*.index.json"),
 )
+# For files that a base lacks; transformers has defaults for some, which fit no checkpoint.
+COPY = "copy what the published checkpoint has"
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
 AUDIO_TOKENS = ("<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>")  # in the order of their ids
 MARKER_INIT = {"<|audio_bos|>": "<|vision_start|>", "<|audio_eos|>": "<|vision_end|>"}  # start from these embeddings
@@ -118,17 +120,10 @@ def own_class(reference: str) -> type:
     return get_class_from_dynamic_module(reference, ROOT)
 
 
-def require_files(folder: Path, *names: str):
-    """Raises ValueError that names the missing ones. transformers has defaults for some, which fit no checkpoint."""
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}; copy what the published checkpoint has.")
-
-
 def build_config(base: Path, encoder: Path, tokenizer):
     """Joins the two configurations; contradictions between them are errors."""
     for folder in (base, encoder):
-        require_files(folder, "config.json")
+        require_files(folder, ("config.json",), COPY)
     base_config = AutoConfig.from_pretrained(base)
     if base_config.model_type != "qwen2_vl":
         raise ValueError(f"{base} holds a {base_config.model_type} model; --base has to be a Qwen2-VL checkpoint.")
@@ -179,7 +174,7 @@ def build_tokenizer(base: Path, **kwargs):
     # Of a folder without them, transformers makes a tokenizer of no words.
     slow = ("vocab.json", "merges.txt")
     is_slow = not (base / "tokenizer.json").is_file() and all((base / name).is_file() for name in slow)
-    require_files(base, "tokenizer_config.json", *(slow if is_slow else ("tokenizer.json",)))
+    require_files(base, ("tokenizer_config.json", *(slow if is_slow else ("tokenizer.json",))), COPY)
     # Generation continues the right end of every row. Of a base that does not name its padding side, `save_pretrained`
     # keeps the side only if it is given here.
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left", **kwargs)
@@ -241,7 +236,7 @@ def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) ->
 
 
 def read_model(origin: Origin) -> BuildParts:
-    require_files(origin.folder, "config.json")
+    require_files(origin.folder, ("config.json",), COPY)
     config_class = own_class("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
     found = json.loads((origin.folder / "config.json").read_text()).get("model_type")
     if found != config_class.model_type:
