@@ -421,9 +421,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         # Upstream counts by the tokens how many of the pictures belong to each row; only new ones are given.
         new_ids = input_ids.clone()
         new_ids[:, :-num_new] = 0
-        if outputs := model_kwargs.get(
-            "mm_encoder_outputs"
-        ):  # copied, because upstream repeats what they hold in place
+        if outputs := model_kwargs.get("mm_encoder_outputs"):  # which upstream would repeat in place
             model_kwargs["mm_encoder_outputs"] = {name: copy.copy(output) for name, output in outputs.items()}
         _, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=new_ids, **model_kwargs
@@ -460,9 +458,8 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
                 kept = kept[:, ::ENCODER_STRIDE].clone()
                 kept[kept.clone()] = is_needed.to(kept.device)
                 mask = kept.repeat_interleave(ENCODER_STRIDE, dim=1)
-            embeddings = self.model.get_audio_features(input_features, mask, return_dict=True).pooler_output.flatten(
-                0, -2
-            )
+            audio = self.model.get_audio_features(input_features, mask, return_dict=True)
+            embeddings = audio.pooler_output.flatten(0, -2)
         repeated = [row for row in embeddings.split(tokens) for _ in range(expand_size)]
         return BaseModelOutputWithPooling(pooler_output=torch.cat(repeated)[None])
 
