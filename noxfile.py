@@ -17,7 +17,7 @@ import nox
 
 nox.options.envdir = ".venv/nox"
 PYTHON = ".venv/bin/python"
-REQUIREMENTS = Path("requirements-dev.txt").read_text().splitlines()
+REQUIREMENTS = Path("requirements/dev.txt").read_text().splitlines()
 HUB_1 = ("huggingface_hub==1.33.0",)  # the newest that the first releases take
 RELEASES = {
     "5.16.1": HUB_1,
@@ -70,7 +70,7 @@ def upcoming(session: nox.Session):
     kept = requirements_without("transformers", *COMPANIONS)
     session.install("--quiet", "--upgrade", *(session.posargs or [MAIN]), *COMPANIONS, *kept)
     session.run("python", "-m", "pip", "list", "--format", "freeze")
-    session.run("python", "-m", "pytest", *WORKERS, *CORE, "tests/test_train.py")
+    session.run("python", "-m", "pytest", *WORKERS, *CORE, "tests/test_training.py")
 
 
 def requirements_without(*names: str) -> list[str]:

@@ -7,16 +7,16 @@ from transformers.utils.versions import require_version
 # because a processor is loaded without the configuration.
 require_version("transformers>=5.16.1,<6", "Install one with: pip install 'transformers>=5.16.1,<6'")
 
-import dataclasses
 import difflib
 import functools
 import inspect
 import re
-from collections.abc import Mapping
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
+from PIL import Image
+from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.audio_utils import AudioInput
 from transformers.image_utils import ImageInput
@@ -27,10 +27,20 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 from transformers.video_utils import VideoInput, load_video, make_batched_videos
 
-from .audio_utils import AUDIO_TYPES, fetch_audio, iter_audio_sources, log_mel, split_windows
+from .audio_download import MAX_BYTES, TIMEOUT, read
+from .audio_utils import (
+    fetch_audio,
+    iter_audio_sources,
+    join_texts,
+    log_mel,
+    normalize_conversations,
+    split_windows,
+)
 from .configuration_qwen2_audio_vl import (
     ENCODER_STRIDE,
+    IGNORED_LABEL,
     TRAINED_AUDIO_TOKENS,
+    TRANSCRIBE,
     AudioCount,
     check_audio_tokens,
     count_audio,
@@ -40,7 +50,6 @@ from .configuration_qwen2_audio_vl import (
 
 logger = logging.get_logger(__name__)
 
-CONTENT_TYPES = ("text", "image", "image_url", "video", "video_url", *AUDIO_TYPES)
 MODALITIES = {
     "text_kwargs": "tokenizer",
     "images_kwargs": "image_processor",
@@ -51,7 +60,7 @@ FETCH_LIMITS = ("max_bytes", "max_seconds", "timeout", "public_only")  # see `fe
 OWN_KWARGS = (*FETCH_LIMITS, "load_audio_backend")  # taken here, and not passed on to transformers
 # A clip is never padded, truncated or resized: it becomes whole windows.
 AUDIO_KWARGS = ("sampling_rate", "device", "audio_tokens", *OWN_KWARGS)
-TRANSCRIBE = "Transcribe the audio."
+IMAGE_KEYS = ("image", "url", "path", "base64")  # under which a normalized item holds its picture
 ANSWER_START = "<|im_start|>assistant\n"
 
 
@@ -229,7 +238,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         if has_audio and self.trained_audio_tokens not in (None, "both", asked):
             logger.warning_once(
                 f"This model was trained with {self.trained_audio_tokens} audio tokens; with {asked} ones it may not "
-                "understand most of the audio. `train.py --audio_tokens both` adapts it."
+                "understand most of the audio. `python -m training --audio-tokens both` adapts it."
             )
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
@@ -340,6 +349,95 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         except (LookupError, AttributeError, RuntimeError, TemplateError) as error:  # RecursionError is a RuntimeError
             raise ValueError(f"The conversation cannot be processed: {str(error) or type(error).__name__}") from error
 
+    def make_inputs(self, conversations: list, **kwargs) -> BatchFeature:
+        """
+        The inputs of `generate` for conversations that end with a user's message: [`apply_chat_template`] with a
+        generation prompt, as tensors, padded on the left. `kwargs` are its own.
+        """
+        settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        settings["processor_kwargs"] = {"padding": True, **(kwargs.pop("processor_kwargs", None) or {})}
+        return self.apply_chat_template(conversations, **{**settings, **kwargs})
+
+    def answer(self, model, conversations: list[list[dict]], max_new_tokens: int = 256, **kwargs) -> list[str]:
+        """
+        The answers of a model to a batch of conversations that end with a user's message.
+
+        Args:
+            model: [`Qwen2AudioVLForConditionalGeneration`], or a model that wraps it.
+            max_new_tokens: Tokens of the longest answer.
+            kwargs: Of `generate`. The default is greedy.
+
+        Raises:
+            ValueError: what [`apply_chat_template`] raises.
+        """
+        inputs = self.make_inputs(conversations).to(model.device)
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False, **kwargs})
+        return self.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def join_rows(self, rows: list[dict[str, torch.Tensor]], pad_to_multiple_of: int = 1) -> BatchFeature:
+        """
+        Joins the inputs of single prompts to a batch, padded on the left.
+
+        Args:
+            rows: Inputs of one prompt each, perhaps with `labels`; pictures and windows of audio follow row after row.
+            pad_to_multiple_of: The length of the batch becomes a multiple of it.
+        """
+        length = max(row["input_ids"].shape[1] for row in rows)
+        length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
+        fillers = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+        fillers["labels"] = IGNORED_LABEL
+        joined = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            tensors = [row[name] for row in rows if name in row]
+            if name in fillers:
+                tensors = [F.pad(tensor, (length - tensor.shape[1], 0), value=fillers[name]) for tensor in tensors]
+            joined[name] = torch.cat(tensors)
+        return BatchFeature(joined)
+
+    @staticmethod
+    def normalize_conversations(conversation) -> tuple[list[list[dict]], bool]:
+        """See `audio_utils.normalize_conversations`."""
+        return normalize_conversations(conversation)
+
+    def open_item(self, item: dict, *, formats: tuple[str, ...] | None = None, **limits) -> dict:
+        """
+        Opens a content item that [`normalize_conversations`] returned.
+
+        Args:
+            formats: Pillow's names of the formats that a picture may have. The default is all.
+            limits: Of `audio_utils.fetch_audio`; those that concern a file hold for a picture as well.
+
+        Returns:
+            `{"type": "audio", "audio": float32 [samples] at the feature extractor's rate}`, or `{"type": "image",
+            "image": PIL image}`, of which only the header was read. Other items are returned as they are.
+
+        Raises:
+            ValueError: if the source is missing, ambiguous, unreadable or past a limit.
+        """
+        if item["type"] == "audio":
+            return {"type": "audio", "audio": fetch_audio(item, self.feature_extractor.sampling_rate, **limits)}
+        if item["type"] != "image":
+            return item
+        sources = [item[key] for key in IMAGE_KEYS if item.get(key) is not None]
+        if len(sources) != 1:
+            raise ValueError(
+                f"A picture must have exactly one source, under one of {', '.join(IMAGE_KEYS)}; got {len(sources)}."
+            )
+        source = sources[0].get("bytes") if isinstance(sources[0], dict) else sources[0]  # a row of `datasets`
+        if isinstance(source, Image.Image):
+            return {"type": "image", "image": source}
+        if not isinstance(source, (str, bytes)):
+            raise ValueError(f"A picture must be an address, base64 or bytes, got a {type(sources[0]).__name__}.")
+        public_only, max_bytes = limits.get("public_only", False), limits.get("max_bytes", MAX_BYTES)
+        file = read(source, max_bytes, limits.get("timeout", TIMEOUT), public_only)
+        try:
+            return {"type": "image", "image": Image.open(file, formats=formats)}
+        except Exception as error:  # of many types, in Pillow's parsers of broken files
+            if formats is None:
+                raise ValueError(f"{type(error).__name__}: {error}") from error
+            raise ValueError(f"A picture must be one of {', '.join(formats)}; this content is not.") from error
+
     def apply_transcription_request(self, audio, language=None, prompt=None, tokenize: bool = True, **kwargs):
         """
         The chat that asks for the words of a clip, ready for `generate`. What is generated after the prompt is the
@@ -372,11 +470,9 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
                 words += f" The language is {name_language(code)}."
             content = [{"type": "audio", "audio": clip}, {"type": "text", "text": words}]
             conversations.append([{"role": "user", "content": content}])
-        settings = {"add_generation_prompt": True, "tokenize": tokenize, "return_dict": True}
         if tokenize:
-            settings["return_tensors"] = "pt"
-            kwargs["processor_kwargs"] = {"padding": True, **(kwargs.get("processor_kwargs") or {})}
-        return self.apply_chat_template(conversations, **{**settings, **kwargs})
+            return self.make_inputs(conversations, **kwargs)
+        return self.apply_chat_template(conversations, **{"add_generation_prompt": True, "tokenize": False, **kwargs})
 
     def decode(self, *args, return_format: str = "raw", **kwargs):
         """
@@ -457,56 +553,6 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             )
 
 
-def normalize_conversations(conversation) -> tuple[list[list[dict]], bool]:
-    """
-    Checks the structure of a conversation, or of a list of conversations, without opening anything.
-
-    Returns:
-        A list of conversations, copied, with every content item in transformers' form; and whether a list was given.
-
-    Raises:
-        ValueError: naming the place of the first fault, such as `messages[2]["content"][1]`.
-    """
-    if not isinstance(conversation, (list, tuple)) or not conversation:
-        raise ValueError(f"A conversation must be a list of messages, got {describe_value(conversation)}.")
-    is_batch = isinstance(conversation[0], (list, tuple))
-    normalized = []
-    for row, messages in enumerate(conversation if is_batch else [conversation]):
-        name = f"conversations[{row}]" if is_batch else "messages"
-        if not isinstance(messages, (list, tuple)) or not messages:
-            raise ValueError(f"{name} must be a list of messages, got {describe_value(messages)}.")
-        normalized.append([normalize_message(message, f"{name}[{i}]") for i, message in enumerate(messages)])
-    return normalized, is_batch
-
-
-def normalize_message(message, place: str) -> dict:
-    message = read_object(message)
-    if not isinstance(message, Mapping):
-        raise ValueError(f"{place} must be a dict of role and content, got {describe_value(message)}.")
-    message = {name: value for name, value in message.items() if value is not None}  # as newer releases do
-    if message.get("tool_calls") or message.get("function_call"):
-        raise ValueError(f"{place} calls a tool, but this model calls none; leave the message out.")
-    if not isinstance(message.get("role"), str):
-        raise ValueError(f'{place}["role"] must be a string, got {describe_value(message.get("role"))}.')
-    content, place = message.get("content"), f'{place}["content"]'
-    if isinstance(content, (list, tuple)):
-        return {**message, "content": [normalize_item(item, f"{place}[{i}]") for i, item in enumerate(content)]}
-    if isinstance(content, str):
-        normalize_item({"text": content}, place)
-    elif content is not None:
-        raise ValueError(f"{place} must be a string or a list of items, got {describe_value(content)}.")
-    return message
-
-
-def read_object(value):
-    """The fields of a pydantic model, such as a message of the OpenAI client, or of a dataclass; else `value`."""
-    if callable(getattr(value, "model_dump", None)):
-        return value.model_dump()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return value
-
-
 def name_language(language: str) -> str:
     """The English name of a language, from one that Whisper knows or its code."""
     name = LANGUAGES.get(language.lower(), language.lower()) if isinstance(language, str) else None
@@ -515,56 +561,6 @@ def name_language(language: str) -> str:
             f"language must be a code or name that Whisper knows, such as en or English; got {language!r}."
         )
     return name.title()
-
-
-def normalize_item(item, place: str) -> dict:
-    try:
-        return normalize_content(item)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-
-
-def describe_value(value) -> str:
-    is_empty = isinstance(value, (list, tuple, dict, str)) and not value
-    return f"an empty {type(value).__name__}" if is_empty else f"a {type(value).__name__}"
-
-
-def join_texts(items: list[dict]) -> list[dict]:
-    """
-    Content items in transformers' form, with each run of adjacent texts joined to one. The chat template writes them
-    without a gap, so that one may begin a control token and the next one end it: sanitizing must see the whole text.
-    """
-    joined = []
-    for item in items:
-        if joined and item["type"] == joined[-1]["type"] == "text":
-            item = {"type": "text", "text": joined.pop()["text"] + item["text"]}
-        joined.append(item)
-    return joined
-
-
-def normalize_content(item) -> dict:
-    """A content item in transformers' form: its `type` is text, image, video or audio, OpenAI's addresses are `url`."""
-    found, kind, item = f"Python type {type(item).__name__}", None, read_object(item)
-    if isinstance(item, Mapping):
-        kind = item.get("type") or next((kind for kind in CONTENT_TYPES if kind in item), None)
-        found = f"type {kind!r} and keys {list(item)}"
-    if not isinstance(kind, str) or kind not in CONTENT_TYPES:
-        raise ValueError(f"Content of {found} cannot be taken: expected a dict of type {', '.join(CONTENT_TYPES)}.")
-    if kind == "text" and not isinstance(item.get("text"), str):
-        raise ValueError(f"A text item needs a string under 'text'; this one has keys {list(item)}.")
-    if kind == "text" and re.search("[\ud800-\udfff]", item["text"]):
-        raise ValueError("A text must be Unicode; this one has a lone surrogate, half of a character.")
-    item = dict(item)
-    if kind in AUDIO_TYPES:
-        return {**item, "type": "audio"}
-    for modality in ("image", "video"):
-        address = item.get(f"{modality}_url")
-        if kind.startswith(modality) and address is not None:
-            address = address.get("url") if isinstance(address, dict) else address
-            if not isinstance(address, str):
-                raise ValueError(f"An item of type {kind!r} needs a string under {modality}_url or its `url`.")
-            return {"type": modality, "url": address}
-    return {**item, "type": kind}
 
 
 Qwen2AudioVLProcessor.register_for_auto_class()

@@ -22,9 +22,9 @@ from transformers import AutoConfig, Qwen2VLForConditionalGeneration, WhisperFor
 
 from benchmarks.measure import where
 from benchmarks.report import report
-from checkpoints import BASE_NAMES, rename
 from demo.bases import ASSETS
-from upload import ROOT
+from publishing.checkpoints import BASE_NAMES, rename
+from publishing.paths import ROOT
 
 
 NOISE = os.urandom(2**22)

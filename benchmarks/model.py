@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import added_memory, decode_step, in_turns, where
 from benchmarks.parts import Parts, full_config, make_model, make_prompt, small_config
 from benchmarks.report import report
-from upload import ROOT
+from publishing.paths import ROOT
 
 
 matplotlib.use("Agg")

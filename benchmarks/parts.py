@@ -4,7 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from configuration_qwen2_audio_vl import ENCODER_STRIDE
-from upload import ROOT
+from publishing.paths import ROOT
 
 
 PICTURE = 28  # patches a side of a picture of 384 x 384, which are 14 x 14 tokens

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 import upload
 from benchmarks.report import report
 from demo.ask import DEMO, content_of, load, prepare, read_examples
+from publishing import paths
 
 
-RECORDS = upload.ROOT / "build" / "releases"
+RECORDS = paths.ROOT / "build" / "releases"
 
 
 def record() -> str:

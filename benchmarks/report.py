@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from upload import ROOT
+from publishing.paths import ROOT
 
 
 README = ROOT / "benchmarks" / "README.md"

@@ -22,6 +22,7 @@ from audio_utils import fetch_audio, log_mel, resample, split_windows
 from benchmarks.measure import in_turns, where
 from benchmarks.report import report
 from demo.bases import ASSETS, make_qwen2_vl, make_whisper
+from publishing import paths
 from tests.sounds import encode
 
 
@@ -29,7 +30,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
-PLOT = upload.ROOT / "benchmarks" / "sound.png"
+PLOT = paths.ROOT / "benchmarks" / "sound.png"
 RATE = 16_000  # Hz
 
 

@@ -20,7 +20,7 @@ from benchmarks.measure import where
 from benchmarks.parts import full_config
 from benchmarks.report import report
 from demo.ask import DEMO, write_transcripts
-from train import LANGUAGE_MODEL
+from training.train import LANGUAGE_MODEL
 
 
 STEPS, BATCH = 12, 4
@@ -38,7 +38,7 @@ ANSWER = 100  # of them, which alone get logits
 def run(folder: Path, number: int, options: list[str]) -> tuple[float, float]:
     """Rows per second, and the peak memory of the process in GiB."""
     output = folder / f"run-{number}"
-    command = [sys.executable, str(upload.ROOT / "train.py"), "--model", str(folder / "model"), "--use_cpu"]
+    command = [sys.executable, "-m", "training", "--model", str(folder / "model"), "--use_cpu"]
     command += ["--output_dir", str(output), "--data", str(folder / "rows.jsonl"), "--max_steps", str(STEPS)]
     command += ["--per_device_train_batch_size", str(BATCH), "--report_to", "none"]
     command += [option.format(folder=folder) for option in options]

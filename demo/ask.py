@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoModel, AutoProcessor
 
 from demo.world import KINDS, QUESTIONS, WORLD, content
-from upload import ROOT
+from publishing.paths import ROOT
 
 
 DEMO = ROOT / "demo"

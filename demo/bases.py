@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
 
-from upload import ROOT
+from publishing.paths import ROOT
 
 
 ASSETS = ROOT / "assets"

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-import upload
 from demo.world import PHRASES, QUESTIONS, SEEN, TRAINING_SHARES, cast, say
+from publishing import paths
 
 
-BUILD = upload.ROOT / "build" / "world"
+BUILD = paths.ROOT / "build" / "world"
 WINDOW = 3  # seconds; Whisper's own 30 would cost ten times as much
 
 

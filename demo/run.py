@@ -11,9 +11,10 @@ import upload
 from audio_utils import fetch_audio, log_mel, split_windows
 from demo.ask import DEMO, EXAMPLES, ask_example, load, read_examples
 from demo.world import SKILLS
+from publishing import paths
 
 
-BUILD = upload.ROOT / "build" / "demo"
+BUILD = paths.ROOT / "build" / "demo"
 
 
 def draw_clip(recording: Path, title: str, feature_extractor, path: Path, until: float | None = None):
@@ -48,7 +49,7 @@ def main():
         draw_clip(EXAMPLES / name, "\n".join(lines), processor.feature_extractor, BUILD / f"{Path(name).stem}.png")
     seconds = time.perf_counter() - start
     print(f"\n{right} of {len(examples)} right, in {seconds:.0f} s, by {model.num_parameters():,} parameters.")
-    print(f"The log-mel spectrogram of each recording: {BUILD.relative_to(upload.ROOT)}/*.png")
+    print(f"The log-mel spectrogram of each recording: {BUILD.relative_to(paths.ROOT)}/*.png")
     if right < len(examples):
         raise SystemExit("An answer is wrong.")
 

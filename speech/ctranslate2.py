@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints import rename
+from publishing.checkpoints import rename
 
 
 # https://github.com/OpenNMT/CTranslate2/blob/master/python/ctranslate2/specs/model_spec.py

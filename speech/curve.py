@@ -17,8 +17,8 @@ from matplotlib.ticker import NullFormatter
 from peft import PeftModel
 from transformers.utils import logging
 
-import upload
-from scoring import percent, score
+from evaluation.scoring import percent, score
+from publishing import paths
 from speech.recipe import BUILD, ROUNDS, WHOLE, make_start
 from speech.recordings import read_rows
 from speech.run import load, transcribe
@@ -96,7 +96,7 @@ def main():
         raise SystemExit(f"The rate does not fall over the last {FITTED} checkpoints.")
     reached = (AIM / scale) ** (1 / power)
     print(f"{AIM:.0%} after {reached:,.0f} clips, if it goes on as in the last {FITTED}")
-    draw(found, scale, power, reached, upload.ROOT / "docs" / "curve.png")
+    draw(found, scale, power, reached, paths.ROOT / "docs" / "curve.png")
 
 
 if __name__ == "__main__":

@@ -26,13 +26,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import eval as evaluation
 from audio_utils import fetch_audio
 from benchmarks.report import fill
-from scoring import AS_GIVEN, align, normalize, percent, read_folder, score, score_arms
+from evaluation import evaluate as evaluation
+from evaluation.scoring import AS_GIVEN, align, normalize, percent, read_folder, score, score_arms
+from publishing.paths import ROOT
 from speech.recordings import BUILD, read_rows
 from speech.run import DTYPE, INSTRUCTION, MAX_NEW_TOKENS, REPO
-from upload import ROOT
 
 
 SETS = {  # folder in build/speech -> what its clips are, and their column of groups

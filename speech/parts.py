@@ -45,8 +45,9 @@ from transformers import (
     WhisperTokenizer,
 )
 
+from publishing.build import AUDIO_TOKENS
+from publishing.paths import ROOT
 from speech.ctranslate2 import read_ctranslate2, whisper_weights
-from upload import AUDIO_TOKENS, ROOT
 
 
 PACKAGES = ROOT / "speech" / "parts.txt"

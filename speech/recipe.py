@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
-import train
 import upload
 from speech import clips, parts, recordings
 from speech.recordings import BUILD
 from speech.run import ADAPTER
+from training import train
 
 
 # Padding to Whisper's own 30 s costs four times as much as to 10 s, and the projector learns no less.
@@ -113,7 +113,7 @@ def run_train(processes: int = 1, **arguments) -> dict:
         if processes > 1:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             threads = {"OMP_NUM_THREADS": str(os.cpu_count() // processes)}
-            subprocess.run([*launch, train.__file__, *words], check=True, env=os.environ | threads)
+            subprocess.run([*launch, "--module", "training", *words], check=True, env=os.environ | threads)
         else:
             (args,) = HfArgumentParser(train.Arguments).parse_args_into_dataclasses(words)
             with train.only_run(args.output_dir, "--output_dir"):

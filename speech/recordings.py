@@ -23,8 +23,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from eval import write_sound
-from upload import ROOT
+from evaluation.evaluate import write_sound
+from publishing.paths import ROOT
 
 
 BUILD = ROOT / "build" / "speech"

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from eval import answer
 from peft import PeftModel
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
@@ -16,13 +17,13 @@ from audio_utils import fetch_audio
 from configuration_qwen2_audio_vl import count_audio
 from demo.bases import ASSETS
 from demo.run import draw_clip
-from eval import answer
-from scoring import percent, score
+from evaluation.scoring import percent, score
+from publishing import paths
 from speech.parts import make_parts
 from speech.recordings import BUILD, GROUPS, read_rows, write_recordings
 
 
-ADAPTER = upload.ROOT / "speech" / "adapter"
+ADAPTER = paths.ROOT / "speech" / "adapter"
 REPO = BUILD / "qwen2-audio-vl"
 DTYPE = torch.float32  # bfloat16 is a quarter faster where the CPU has its products, and far slower elsewhere
 INSTRUCTION = "Transcribe the audio."  # as in training
@@ -114,8 +115,8 @@ def main():
     seconds = time.perf_counter() - start
     print(f"\n{len(rows)} recordings of {found['words']} words, word error rate in %: {percent(found['wer'])}")
     print(f"Everything took {seconds:.0f} s; {model.num_parameters():,} parameters.")
-    print(f"The log-mel spectrogram of each recording: {BUILD.relative_to(upload.ROOT)}/*.png")
-    print(f"The model, for app.py, eval.py and upload.py: {REPO.relative_to(upload.ROOT)}")
+    print(f"The log-mel spectrogram of each recording: {BUILD.relative_to(paths.ROOT)}/*.png")
+    print(f"The model, for app.py, eval.py and upload.py: {REPO.relative_to(paths.ROOT)}")
 
 
 if __name__ == "__main__":

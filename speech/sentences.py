@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from scoring import normalize
+from evaluation.scoring import normalize
 from speech.sources import read_sources, words_of
 
 

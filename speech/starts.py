@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-import upload
+from publishing import paths
 from speech.recipe import BATCH, BUILD, HELD_OUT, ROUNDS, SETTINGS, make_aligned, make_data, make_start, run_train
 
 
@@ -97,7 +97,7 @@ def main():
             losses = ", ".join(f"{smooth(history)[-1]:.2f}" for history in histories)
             rates = [[line["eval_wer"] for line in history if "eval_wer" in line][-1] for history in histories]
             print(f"{name}: loss {losses}; word error rate {', '.join(f'{rate:.0%}' for rate in rates)}")
-        draw(found, upload.ROOT / "docs" / "starts.png")
+        draw(found, paths.ROOT / "docs" / "starts.png")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from demo.ask import EXAMPLES
 from demo.world import SKILLS
-from upload import ROOT
+from publishing.paths import ROOT
 
 
 VLLM = ROOT / ".venv" / "vllm" / ".ready"  # of an environment of its own, as it pins another torch

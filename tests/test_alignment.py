@@ -10,11 +10,10 @@ from helpers import audio, text
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
-import alignment
-import train
 import upload
 from demo.bases import ASSETS, sharpen, write_feature_extractor
 from demo.make import make_bases
+from training import alignment, train
 
 
 WORDS = ["one", "two", "three"]

@@ -18,10 +18,11 @@ import upload
 from audio_utils import fetch_audio
 from demo.ask import EXAMPLES
 from demo.world import SKILLS
+from publishing import paths
 
 
 pytestmark = pytest.mark.app
-SCREENSHOT = upload.ROOT / "build" / "page.png"
+SCREENSHOT = paths.ROOT / "build" / "page.png"
 TIMEOUT = 60_000  # milliseconds
 
 

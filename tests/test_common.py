@@ -22,7 +22,7 @@ from sounds import encode
 from transformers import ProcessorMixin, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel, testing_utils
 
 from demo.bases import ASSETS
-from upload import ROOT, own_class
+from publishing.paths import ROOT, own_class
 
 
 SOURCE = Path(os.environ.get("TRANSFORMERS_SOURCE", ROOT / ".venv" / "transformers-source"))
@@ -145,7 +145,7 @@ AUDIO_CONFIG = {
 
 
 def test_the_tests_are_of_the_release_that_is_installed():
-    assert f"transformers=={transformers.__version__} " in (ROOT / "requirements-common.txt").read_text()
+    assert f"transformers=={transformers.__version__} " in (ROOT / "requirements/common.txt").read_text()
 
 
 class Inputs:

@@ -14,15 +14,15 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-import checkpoints
-import upload
 from demo.ask import DEMO
 from demo.bases import ASSETS
+from publishing import build as building
+from publishing import checkpoints, paths
 
 
 @pytest.fixture(scope="module")
 def config_class():
-    return get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", upload.ROOT)
+    return get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", paths.ROOT)
 
 
 def small(**changes) -> dict:
@@ -39,9 +39,9 @@ def small(**changes) -> dict:
 def test_top_level_files_are_the_full_size(tmp_path):
     """config.json and its neighbours are what `build` makes of Qwen2-VL-7B-Instruct and whisper-large-v3-turbo."""
     base, encoder = ASSETS / "qwen2-vl-7b", ASSETS / "whisper-large-v3-turbo"
-    tokenizer = upload.build_tokenizer(base)
-    built = upload.build_config(base, encoder, tokenizer)
-    config = AutoConfig.from_pretrained(upload.ROOT, trust_remote_code=True)
+    tokenizer = building.build_tokenizer(base)
+    built = building.build_config(base, encoder, tokenizer)
+    config = AutoConfig.from_pretrained(paths.ROOT, trust_remote_code=True)
     ignored = ("_name_or_path", "transformers_version", "auto_map")
     ours, theirs = ({k: v for k, v in each.to_dict().items() if k not in ignored} for each in (config, built))
     ours["audio_config"], theirs["audio_config"] = config.audio_config.to_diff_dict(), built.audio_config.to_diff_dict()
@@ -50,8 +50,8 @@ def test_top_level_files_are_the_full_size(tmp_path):
     assert (config.audio_config.encoder_layers, config.audio_config.max_source_positions) == (32, 1500)
     assert (config.audio_token_id, config.audio_bos_token_id, config.audio_eos_token_id) == (151657, 151658, 151659)
 
-    upload.build_processor(base, encoder, tokenizer, built).save_pretrained(tmp_path)
-    ours, theirs = (json.loads((folder / "processor_config.json").read_text()) for folder in (upload.ROOT, tmp_path))
+    building.build_processor(base, encoder, tokenizer, built).save_pretrained(tmp_path)
+    ours, theirs = (json.loads((folder / "processor_config.json").read_text()) for folder in (paths.ROOT, tmp_path))
     for name, part in ours.items():
         if isinstance(part, dict) and name != "auto_map":
             # Newer releases write more of their own defaults.
@@ -59,12 +59,12 @@ def test_top_level_files_are_the_full_size(tmp_path):
             assert {"image_processor": 14, "video_processor": 14, "feature_extractor": 128}[name] in part.values()
         else:
             assert theirs[name] == part
-    generation = json.loads((upload.ROOT / "generation_config.json").read_text())
+    generation = json.loads((paths.ROOT / "generation_config.json").read_text())
     assert generation.items() <= json.loads((base / "generation_config.json").read_text()).items()
 
 
 def test_defaults_are_the_full_size(config_class):
-    default, full = config_class(), AutoConfig.from_pretrained(upload.ROOT, trust_remote_code=True)
+    default, full = config_class(), AutoConfig.from_pretrained(paths.ROOT, trust_remote_code=True)
     for part in ("text_config", "vision_config", "audio_config"):
         for name, value in getattr(default, part).to_dict().items():
             if name not in ("dtype", "_name_or_path", "transformers_version", "rope_parameters"):
@@ -72,7 +72,7 @@ def test_defaults_are_the_full_size(config_class):
 
 
 def test_every_auto_class_is_mapped(repo):
-    for folder in (upload.ROOT, repo):
+    for folder in (paths.ROOT, repo):
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
         assert auto_map.keys() == {
             "AutoConfig",
@@ -89,7 +89,7 @@ def test_every_auto_class_is_mapped(repo):
 
 
 def test_full_size_model_on_the_meta_device():
-    config = AutoConfig.from_pretrained(upload.ROOT, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(paths.ROOT, trust_remote_code=True)
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=True)
     names = model.state_dict().keys()

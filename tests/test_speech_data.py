@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from scoring import normalize
+from evaluation.scoring import normalize
 from speech import clips, sentences, sources
 from speech.generated import LETTERS, Templates, spell, spell_ordinal
 from speech.sounds import RATE, SOUNDS, make_sound

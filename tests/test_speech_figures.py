@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from scoring import AS_GIVEN, score, score_arms
+from evaluation.scoring import AS_GIVEN, score, score_arms
 from speech import curve, figures
 
 

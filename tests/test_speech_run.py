@@ -9,8 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
 import upload
+from publishing import check as checking
 from speech import run
-from train import LANGUAGE_MODEL
+from training.train import LANGUAGE_MODEL
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_the_adapter_is_in_the_folder_that_is_built(parts):
     get_peft_model(model, learned).save_pretrained(parts / "adapter")
     repo = run.build_repo(parts / "repo", parts / "adapter")
     assert {path.name for path in parts.iterdir()} == {"smollm2", "whisper", "start", "adapter", "repo"}
-    upload.check_files(repo)
+    checking.check_files(repo)
 
     processor, built = run.load(repo)
     assert (processor.audio_tokens, processor.trained_audio_tokens) == ("trimmed", "trimmed")

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-import chat_data
-import train
 import upload
+from collator import ChatCollator
+from configuration_qwen2_audio_vl import IGNORED_LABEL
 from demo.ask import EXAMPLES
-from upload import ROOT
+from publishing.paths import ROOT
+from training import train
 
 
 pytestmark = pytest.mark.trl
@@ -88,7 +89,7 @@ def changed(before: dict, after: dict) -> set[str]:
 
 
 def learned(processor, labels: torch.Tensor) -> list[str]:
-    return [processor.tokenizer.decode(row[row != chat_data.IGNORED]) for row in labels]
+    return [processor.tokenizer.decode(row[row != IGNORED_LABEL]) for row in labels]
 
 
 def chat_of(row: dict, answer: str) -> dict:
@@ -137,7 +138,7 @@ def test_what_the_document_shows(trl, demo_repo, processor, rows, tmp_path, monk
 
 @pytest.mark.parametrize("alone", [True, False], ids=["projector", "everything"])
 def test_only_what_should_learn_changes(alone, make_trainer, demo_repo, processor, rows):
-    collator = get_class_from_dynamic_module("chat_data.ChatCollator", str(demo_repo))(processor, needs_audio=alone)
+    collator = get_class_from_dynamic_module("collator.ChatCollator", str(demo_repo))(processor, needs_audio=alone)
     has_audio = [row for row in rows if row["messages"][0]["content"][0]["type"] == "audio"]
     trainer = make_trainer(collator, has_audio if alone else rows, learning_rate=1e-2 if alone else 1e-3, **OURS)
     if alone:
@@ -158,12 +159,12 @@ def test_only_what_should_learn_changes(alone, make_trainer, demo_repo, processo
 
 
 def test_collator_is_that_of_the_training_script(demo_repo):
-    assert train.ChatCollator is chat_data.ChatCollator
-    assert (demo_repo / "chat_data.py").read_bytes() == (ROOT / "chat_data.py").read_bytes()
+    assert train.ChatCollator is ChatCollator
+    assert (demo_repo / "collator.py").read_bytes() == (ROOT / "collator.py").read_bytes()
 
 
 def test_settings_that_trl_refuses_with_a_collator(make_trainer, processor):
-    collator = chat_data.ChatCollator(processor)
+    collator = ChatCollator(processor)
     with pytest.raises(ValueError, match="custom data collator is not supported when using padding-free"):
         make_trainer(collator, packing=True, **OURS)
     (labels,) = learned(
@@ -191,7 +192,7 @@ def test_answers_alone_by_the_template_of_the_folder(pictures, make_trainer, pro
     trainer = make_trainer(train_dataset=[row] * 8, assistant_only_loss=True)
     batch = next(iter(trainer.get_train_dataloader()))
     assert set(learned(processor, batch["labels"])) == {f"{ANSWER}<|im_end|>no<|im_end|>"}
-    ours = chat_data.ChatCollator(processor)([row])
+    ours = ChatCollator(processor)([row])
     if not pictures:
         assert torch.equal(batch["input_ids"][:1], ours["input_ids"]) and torch.equal(
             batch["labels"][:1], ours["labels"]

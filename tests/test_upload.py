@@ -19,11 +19,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, Qwen2VLForConditionalGeneration, WhisperForConditionalGeneration
 
-import checkpoints
-import eval as evaluation
-import train
 import upload
+from configuration_qwen2_audio_vl import EXAMPLES, SHIPPED_FILES
 from demo.bases import make_qwen2_vl, make_whisper
+from evaluation import evaluate as evaluation
+from publishing import build as building
+from publishing import check as checking
+from publishing import checkpoints, paths
+from training import train
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -41,15 +44,16 @@ def copy_base(folder: Path, target: Path, change_names=lambda name: name, drop=(
 
 
 def test_folder_holds_all_that_a_user_loads(repo):
-    assert set(upload.files_of(repo)) == {
+    assert set(paths.files_of(repo)) == {
         ".gitattributes",
         "LICENSE",
         "README.md",
         "SHA256SUMS",
         "app.py",
         "audio_decoding.py",
+        "audio_download.py",
         "audio_utils.py",
-        "chat_data.py",
+        "collator.py",
         "chat_template.jinja",
         "config.json",
         "configuration_qwen2_audio_vl.py",
@@ -67,12 +71,10 @@ def test_folder_holds_all_that_a_user_loads(repo):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    for name, source in [(name, name) for name in (*upload.CODE_FILES, "chat_template.jinja")] + [
-        *upload.SHIPPED_FILES.items()
-    ]:
-        assert (repo / name).read_bytes() == (upload.ROOT / source).read_bytes()
+    for name, source in {"chat_template.jinja": "chat_template.jinja", **SHIPPED_FILES}.items():
+        assert (repo / name).read_bytes() == (paths.ROOT / source).read_bytes()
     sums = [line.split("  ") for line in (repo / "SHA256SUMS").read_text().splitlines()]
-    assert {name for _, name in sums} == set(upload.files_of(repo)) - {"SHA256SUMS"}
+    assert {name for _, name in sums} == set(paths.files_of(repo)) - {"SHA256SUMS"}
     for checksum, name in sums:
         assert hashlib.sha256((repo / name).read_bytes()).hexdigest() == checksum
 
@@ -104,7 +106,7 @@ def test_tokens(repo):
         151659,
     ]
     assert tokenizer.padding_side == "left" and tokenizer.model_max_length == 32768
-    assert set(upload.AUDIO_TOKENS) <= set(tokenizer.all_special_tokens)
+    assert set(building.AUDIO_TOKENS) <= set(tokenizer.all_special_tokens)
 
 
 def test_the_left_is_padded_also_if_the_base_names_no_side(bases, tmp_path):
@@ -113,7 +115,7 @@ def test_the_left_is_padded_also_if_the_base_names_no_side(bases, tmp_path):
     settings = json.loads(config.read_text())
     settings.pop("padding_side", None)
     config.write_text(json.dumps(settings | {"tokenizer_class": "TokenizersBackend"}))
-    upload.build_tokenizer(tmp_path / "base").save_pretrained(tmp_path / "built")
+    building.build_tokenizer(tmp_path / "base").save_pretrained(tmp_path / "built")
     assert json.loads((tmp_path / "built" / "tokenizer_config.json").read_text())["padding_side"] == "left"
 
 
@@ -163,7 +165,7 @@ def test_card(repo):
     card = ModelCard.load(repo / "README.md")
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "any-to-any"
     assert card.data.license == "apache-2.0" and "custom_code" in card.data.tags
-    assert [widget["src"] for widget in card.data.widget] == list(upload.EXAMPLES)
+    assert [widget["src"] for widget in card.data.widget] == list(EXAMPLES)
     first_lines = card.text.strip().splitlines()[:3]
     assert first_lines[0] == "# qwen2-audio-vl" and "untrained" in first_lines[2]
     assert re.search(r"\n- [0-9,]{10} parameters in float32, 0.08 GB\n", card.text)
@@ -249,11 +251,11 @@ def test_trained_checkpoint_without_code(repo, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(repo / name, trained / name)
     built = upload.build(checkpoint=trained, output=tmp_path / "built")
-    assert upload.files_of(built) == upload.files_of(repo)
-    same = set(upload.files_of(repo)) - {"README.md", upload.CHECKSUMS, "tokenizer_config.json"}
+    assert paths.files_of(built) == paths.files_of(repo)
+    same = set(paths.files_of(repo)) - {"README.md", paths.CHECKSUMS, "tokenizer_config.json"}
     assert all((built / name).read_bytes() == (repo / name).read_bytes() for name in same)
     assert "The projector is trained." in (built / "README.md").read_text()
-    upload.check_files(built)
+    checking.check_files(built)
 
 
 @pytest.mark.parametrize("given", [(), ("checkpoint", "base"), ("base",), ("checkpoint", "adapter")])
@@ -352,8 +354,9 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path
     code = f"""
         import os, random, shutil, signal, sys, time
         from pathlib import Path
-        sys.path.insert(0, {str(upload.ROOT)!r})
-        import checkpoints, torch, upload
+        sys.path.insert(0, {str(paths.ROOT)!r})
+        import torch, upload
+        from publishing import checkpoints, paths
         torch.set_num_threads(1)
         checkpoints.CHUNK = 2**16
         target = Path({str(tmp_path / "out")!r})
@@ -365,7 +368,7 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path
             upload.build({str(bases["qwen2_vl"])!r}, {str(bases["whisper"])!r}, target)
 
         def content():
-            return {{name: (target / name).read_bytes() for name in upload.files_of(target)}}
+            return {{name: (target / name).read_bytes() for name in paths.files_of(target)}}
 
         build()
         shutil.rmtree(target)
@@ -425,7 +428,7 @@ def test_check_refuses_what_must_not_be_published(repo, tmp_path):
         def change(folder):
             (folder / name).unlink()
             (folder / name).symlink_to("/etc/hostname")
-            upload.write_checksums(folder, {})
+            paths.write_checksums(folder, {})
 
         return change
 
@@ -433,24 +436,24 @@ def test_check_refuses_what_must_not_be_published(repo, tmp_path):
         settings = json.loads((folder / "config.json").read_text())
         settings["auto_map"]["AutoModel"] = "someone/else--" + settings["auto_map"]["AutoModel"]
         (folder / "config.json").write_text(json.dumps(settings))
-        upload.write_checksums(folder, {})
+        paths.write_checksums(folder, {})
 
     def add_code(folder):
         with (folder / "audio_utils.py").open("a") as file:
             file.write("raise RuntimeError('must not run')\n")
-        upload.write_checksums(folder, {})
+        paths.write_checksums(folder, {})
 
     def lose_a_tensor(folder):
         tensors = load(folder)
         del tensors["model.language_model.norm.weight"]
         save_file(tensors, folder / "model.safetensors")
-        upload.write_checksums(folder, {})
+        paths.write_checksums(folder, {})
 
     def change_card(old, new):
         def change(folder):
             card = folder / "README.md"
             card.write_text(card.read_text().replace(old, new))
-            upload.write_checksums(folder, {})
+            paths.write_checksums(folder, {})
 
         return change
 
@@ -469,8 +472,10 @@ def test_check_refuses_what_must_not_be_published(repo, tmp_path):
         (change_card("examples/photo.png", "examples/other.png"), "shows examples/other.png, which is not there"),
     ):
         with pytest.raises(ValueError, match=message):
-            upload.check_files(damaged(change))
-    assert upload.check_files(damaged(lambda folder: None))["weights"] == "96 tensors, names and shapes are the model's"
+            checking.check_files(damaged(change))
+    assert (
+        checking.check_files(damaged(lambda folder: None))["weights"] == "96 tensors, names and shapes are the model's"
+    )
 
 
 def run_main(*arguments) -> int:
@@ -522,7 +527,7 @@ def test_a_folder_that_is_not_there_is_named(name, bases, tmp_path, capsys):
 def test_servers_name_a_folder_that_is_not_there(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "./nowhere"])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(upload.ROOT / script), run_name="__main__")
+        runpy.run_path(str(paths.ROOT / script), run_name="__main__")
     message = f"{script}: There is no folder ./nowhere, and it is no Hub id either."
     assert message in (str(end.value), capsys.readouterr().err.strip())
 
@@ -541,7 +546,7 @@ def test_check_tells_by_its_exit_code(repo, tmp_path, capsys):
     shutil.copytree(repo, tmp_path / "broken")
     with (tmp_path / "broken" / "processing_qwen2_audio_vl.py").open("a") as file:
         file.write("\nraise RuntimeError('broken code')\n")
-    upload.write_checksums(tmp_path / "broken", {})
+    paths.write_checksums(tmp_path / "broken", {})
     assert run_main("check", repo) == 0 and "answer to audio and picture" in capsys.readouterr().out
     assert run_main("check", tmp_path / "broken") == 1
     assert "code in processing_qwen2_audio_vl.py is not this checkout's" in capsys.readouterr().err
@@ -605,7 +610,7 @@ def test_hostile_folders_end_in_a_sentence(repo, tmp_path, capsys):
 
 def test_two_builds_into_one_folder(bases, repo, tmp_path):
     """One of them makes it, whole; the other says so."""
-    command = [sys.executable, upload.ROOT / "upload.py", "build", "--base", bases["qwen2_vl"], "--audio-encoder"]
+    command = [sys.executable, paths.ROOT / "upload.py", "build", "--base", bases["qwen2_vl"], "--audio-encoder"]
     command += [bases["whisper"], "--output", tmp_path / "out"]
     builds = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [build.communicate(timeout=300)[1] for build in builds]
@@ -647,7 +652,7 @@ def test_wrong_parts_are_refused_before_anything_is_written(bases, tmp_path):
 
 def test_command_line(bases, tmp_path, monkeypatch, capsys):
     arguments = ["build", "--base", bases["qwen2_vl"], "--audio-encoder", bases["whisper"], "--output", "out"]
-    command = [sys.executable, upload.ROOT / "upload.py", *arguments]
+    command = [sys.executable, paths.ROOT / "upload.py", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "out is ready" in done.stdout and (tmp_path / "out" / "model.safetensors").is_file()
     monkeypatch.chdir(tmp_path)

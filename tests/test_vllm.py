@@ -19,12 +19,12 @@ from huggingface_hub.errors import BadRequestError
 from serving import VLLM, answers_by_client, openai_form, picture, png, run_curl_lines, serve_vllm, sound
 from transformers import AutoModel, AutoProcessor
 
-import eval as evaluation
 import upload
 from audio_utils import fetch_audio
 from demo.ask import EXAMPLES, write_questions
 from demo.world import SKILLS
-from scoring import read_predictions
+from evaluation import evaluate as evaluation
+from evaluation.scoring import read_predictions
 
 
 pytestmark = pytest.mark.vllm

@@ -26,13 +26,13 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-import card
-import eval as evaluation
-import upload
-from chat_data import describe_data
 from demo.ask import EXAMPLES, read_examples, write_questions, write_transcripts
 from demo.world import WORLD
-from scoring import AS_GIVEN, read_folder, read_predictions
+from evaluation import evaluate as evaluation
+from evaluation.scoring import AS_GIVEN, read_folder, read_predictions
+from publishing import card, paths
+from publishing import check as checking
+from training.rows import describe_data
 
 
 TOLD = ("row", "group", "audio_filepath", "duration", "prompt", "text", "pred_text")
@@ -417,7 +417,7 @@ def scored(demo_repo, results, tmp_path) -> Path:
 
 
 def test_the_card_has_the_scores(scored):
-    assert "predictions of these weights give" in upload.check_files(scored)["scores"]
+    assert "predictions of these weights give" in checking.check_files(scored)["scores"]
     results = ModelCard.load(scored / "README.md").data.eval_results
     shown = {(result.dataset_config, result.metric_type): result.metric_value for result in results}
     assert shown["question", "accuracy"] == 100 and shown["transcribe", "wer"] < 5 and shown[None, "wer"] < 5
@@ -433,11 +433,11 @@ def test_scores_that_the_predictions_do_not_give_are_refused(scored, results, tm
         kept = path.read_text()
         assert old in kept
         path.write_text(kept.replace(old, new, 1))
-        upload.write_checksums(scored, {})
+        paths.write_checksums(scored, {})
         with pytest.raises(ValueError) as found:
-            upload.check_files(scored)
+            checking.check_files(scored)
         path.write_text(kept)
-        upload.write_checksums(scored, {})
+        paths.write_checksums(scored, {})
         return str(found.value)
 
     assert "metadata of README.md and the predictions" in refusal("README.md", "value: 100.0", "value: 100.1")
@@ -450,11 +450,11 @@ def test_scores_that_the_predictions_do_not_give_are_refused(scored, results, tm
     assert "are of other weights" in refusal("evaluation/manifest.json", weights, "0" * 64)
     assert "table of scores in README.md" in refusal("README.md", "| as given | transcribe", "| as given | transcribed")
     assert "of an unfinished run" in refusal("evaluation/manifest.json", '"rows": ', '"rows": 0, "all": ')
-    upload.check_files(scored)
+    checking.check_files(scored)
     shutil.rmtree(scored / "evaluation")
-    upload.write_checksums(scored, {})
+    paths.write_checksums(scored, {})
     with pytest.raises(ValueError, match="with the predictions they come from"):
-        upload.check_files(scored)
+        checking.check_files(scored)
 
 
 def test_files_too_large_to_be_read_are_named(demo_repo, tmp_path):
@@ -468,12 +468,12 @@ def test_files_too_large_to_be_read_are_named(demo_repo, tmp_path):
         with path.open("ab") as file:
             file.truncate(limit + 1)  # which takes no space on the disk
         with pytest.raises(ValueError, match=f"{name}: {limit + 1:,} bytes are past the limit of {limit:,}"):
-            upload.check_files(folder)
+            checking.check_files(folder)
         path.unlink() if content is None else path.write_bytes(content)
 
 
 def start(repo, data, output, *more, launcher=()) -> subprocess.Popen:
-    command = [sys.executable, *launcher, str(upload.ROOT / "eval.py"), "predict", str(repo), "--data", str(data)]
+    command = [sys.executable, *launcher, "-m", "evaluation", "predict", str(repo), "--data", str(data)]
     command += ["--output", str(output), *SHORT, "--batch-size", "1", *more]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

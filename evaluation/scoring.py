@@ -365,7 +365,7 @@ def read_predictions(path: str | Path) -> list[dict]:
         if row["row"] in seen:
             raise ValueError(
                 f"{path}:{number}: row {row['row']} is in line {seen[row['row']]} too; expected each row once. "
-                "`eval.py predict` with the same arguments keeps the first of them."
+                "`python -m evaluation predict` with the same arguments keeps the first of them."
             )
         seen[row["row"]] = number
         rows.append(row)

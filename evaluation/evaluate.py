@@ -1,11 +1,12 @@
 """
 Scores a model, in two steps that may be far apart in time and place:
 
-    eval.py predict REPO --data DATA --output DIR    asks the model, row by row, and goes on where it was stopped
-    eval.py score DIR                                scores the answers; needs no model and no GPU
+    python -m evaluation predict REPO --data DATA --output DIR    asks the model row by row; goes on where it stopped
+    python -m evaluation score DIR                                scores the answers; needs no model and no GPU
 
-DATA is what train.py takes: chat messages, or with --audio-column and --text-column recordings with transcripts, from
-JSON lines or `datasets` (NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT). For several GPUs: `accelerate launch eval.py`.
+DATA is what `python -m training` takes: chat messages, or with --audio-column and --text-column recordings with
+transcripts, from JSON lines or `datasets` (NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT). For several GPUs: `accelerate
+launch -m evaluation`.
 """
 
 import argparse
@@ -34,39 +35,24 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, set_seed
-from transformers.image_utils import load_image
 from transformers.utils import logging
 
-from audio_utils import AUDIO_TYPES, fetch_audio, iter_audio_sources
-from chat_data import (
-    BadRow,
-    ChatCollator,
-    answer_text,
-    changed_data,
-    columns_of,
-    content_of,
-    describe_data,
-    load_rows,
-    place_of,
-    prefix_errors,
-    refuse_unreadable,
-)
-from checkpoints import only_run, sha256
-from configuration_qwen2_audio_vl import WHOLE_MODEL
-from results_page import write_page
-from scoring import ALL, AS_GIVEN, compare, file_of, read_folder, read_prediction, score_arms, table
-from upload import resolve
+from audio_utils import SAMPLING_RATE
+from collator import BadRow, ChatCollator, answer_text, content_of, place_of, prefix_errors, refuse_unreadable
+from configuration_qwen2_audio_vl import TRANSCRIBE, WHOLE_MODEL
+from evaluation.report import write_page
+from evaluation.scoring import ALL, AS_GIVEN, compare, file_of, read_folder, read_prediction, score_arms, table
+from publishing.paths import only_run, replace_file, resolve, sha256, write_json
+from training.rows import changed_data, columns_of, describe_data, load_rows
 
 
 logger = logging.get_logger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ARMS = ("silence", "swapped", "no-image", "text")
-RATE = 16_000  # samples a second
-IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 BUFFER = 16  # batches that are sorted by length together
 LINES = {"encoding": "utf-8", "errors": "backslashreplace"}  # half of a surrogate pair is an escape of JSON
 THUMBNAIL = 320  # pixels a side of the pictures that the report shows
@@ -96,7 +82,7 @@ class Question(NamedTuple):
     @property
     def duration(self) -> float:
         """Seconds of all clips."""
-        return sum(map(len, self.clips)) / RATE
+        return sum(map(len, self.clips)) / SAMPLING_RATE
 
     def replace(self, kind: str, replacements: Iterator[dict]) -> "Question":
         """With other items in the place of those of a kind; they are left out where there are no others."""
@@ -134,10 +120,30 @@ class Questions:
                 row=index,
                 place=short_place(row),
                 group=self.group(row),
-                messages=[{**message, "content": open_content(message["content"])} for message in messages[:-1]],
+                messages=self.open_messages(messages[:-1]),
                 text=text,
                 said=[said] if isinstance(said, str) else list(said or []),
             )
+
+    @refuse_unreadable()
+    def open_messages(self, messages: list[dict]) -> list[dict]:
+        """Opens audio and pictures. Whatever is wrong with one of them is a ValueError."""
+        (normalized,), _ = self.collator.processor.normalize_conversations(messages)
+        opened = []
+        for message in normalized:
+            content = message["content"]
+            if isinstance(content, list):
+                content = [self.open_item(item) for item in content]
+            opened.append({**message, "content": content})
+        return opened
+
+    def open_item(self, item: dict) -> dict:
+        opened = self.collator.processor.open_item(item)
+        if item["type"] == "audio":
+            return {"type": "audio", "audio": opened["audio"].numpy()}
+        if item["type"] == "image":
+            return {"type": "image", "image": ImageOps.exif_transpose(opened["image"]).convert("RGB")}
+        return opened
 
     def change(self, question: Question, arm: str) -> Question | None:
         """
@@ -208,52 +214,6 @@ def short_place(row: dict) -> str:
     return f"{Path(source).name}:{number}" if Path(source).exists() else place_of(row)
 
 
-@refuse_unreadable()
-def open_content(content):
-    """
-    Reads sound and pictures of a message's content.
-
-    Raises:
-        ValueError: whatever is wrong with one of them.
-    """
-    if not isinstance(content, list):
-        return content
-    opened = []
-    for item, source in iter_audio_sources(content):
-        kind = item.get("type") or next((key for key in (*AUDIO_TYPES, *IMAGE_KEYS) if key in item), "text")
-        if kind in AUDIO_TYPES:
-            opened.append({"type": "audio", "audio": fetch_audio(source or item, RATE).numpy()})
-        elif kind in ("image", "image_url"):
-            source = next(item[key] for key in IMAGE_KEYS if item.get(key) is not None)
-            source = source["url"] if isinstance(source, dict) else source
-            opened.append({"type": "image", "image": load_image(source)})
-        else:
-            opened.append({**item, "type": kind})
-    return opened
-
-
-def answer(processor, model, conversations: list[list[dict]], max_new_tokens: int) -> list[str]:
-    """
-    The greedy answers to conversations that end with a user's message.
-
-    Raises:
-        ValueError: if their content cannot be read; videos are opened here.
-    """
-    with refuse_unreadable():
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-        )
-    inputs = inputs.to(model.device)
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
 class OwnModel:
     """Answers by `generate` in this process, a batch at a time."""
 
@@ -273,7 +233,8 @@ class OwnModel:
         start = time.perf_counter()
         places, conversations = zip(*batch, strict=True)
         try:
-            given = answer(self.processor, self.model, list(conversations), self.options.max_new_tokens)
+            with refuse_unreadable():  # videos are opened here
+                given = self.processor.answer(self.model, list(conversations), self.options.max_new_tokens)
         except ValueError as error:  # of one row, so the others are asked without it
             if len(batch) == 1:
                 yield places[0], error, time.perf_counter() - start
@@ -333,9 +294,9 @@ class Server:
 def write_sound(samples: np.ndarray, file, container: str, codec: str):
     """Writes samples at 16 kHz to a path or a binary file."""
     with av.open(file, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=RATE, layout="mono")
+        stream = output.add_stream(codec, rate=SAMPLING_RATE, layout="mono")
         frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
-        frame.sample_rate = RATE
+        frame.sample_rate = SAMPLING_RATE
         output.mux([*stream.encode(frame), *stream.encode(None)])
 
 
@@ -402,10 +363,8 @@ def rows_done(folder: Path, arm: str) -> dict[int, dict]:
 def merge(folder: Path, arm: str):
     """Writes one file of all rows in their order, each once, in the place of all files of an arm."""
     done, path = rows_done(folder, arm), folder / file_of(arm)
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", **LINES) as file:
+    with replace_file(path) as file:
         file.writelines(json.dumps(done[row], ensure_ascii=False) + "\n" for row in sorted(done))
-    unfinished.replace(path)
     for part in rank_files(folder, arm):
         part.unlink()
 
@@ -436,7 +395,7 @@ def make_manifest(options: argparse.Namespace) -> dict:
         "processes": PartialState().num_processes,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-        "command": " ".join(["eval.py", *sys.argv[1:]]),
+        "command": " ".join(["evaluation", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": None,
     }
@@ -456,12 +415,6 @@ def refuse_another_run(folder: Path, manifest: dict):
     differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in LASTING if then.get(name) != now[name]]
     if differing := [*differing, *changed_data(then.get("data", []), now["data"])]:
         raise ValueError(f"{folder} holds the predictions of another run; name a new --output. {'; '.join(differing)}")
-
-
-def write_json(path: Path, content: dict):
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", **LINES)
-    unfinished.replace(path)
 
 
 def predict_arm(arm: str, questions: Questions, backend, options: argparse.Namespace):
@@ -598,11 +551,11 @@ def main(arguments: list[str] | None = None):
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("predict", help="ask a model")
     command.add_argument("repo", metavar="REPO", help="folder of upload.py build, or a Hub id")
-    command.add_argument("--data", nargs="+", required=True, help="as for train.py")
+    command.add_argument("--data", nargs="+", required=True, help="as for training")
     command.add_argument("--output", required=True, metavar="DIR", help="folder of the results")
     command.add_argument("--audio-column", help="of recordings that have transcripts")
     command.add_argument("--text-column", help="of their transcripts")
-    command.add_argument("--instruction", default="Transcribe the audio.", help="what is asked about each of them")
+    command.add_argument("--instruction", default=TRANSCRIBE, help="what is asked about each of them")
     command.add_argument("--group-column", help="groups of rows that are scored for themselves as well")
     command.add_argument("--transcript-column", help="what each clip of a row says, for the arms text and swapped")
     command.add_argument("--streaming", action="store_true", help="read the data as it is needed")
@@ -623,7 +576,7 @@ def main(arguments: list[str] | None = None):
     try:
         if options.command == "score":
             if not Path(options.folder).is_dir():
-                raise ValueError(f"There is no folder {options.folder}; `eval.py predict` makes one.")
+                raise ValueError(f"There is no folder {options.folder}; `python -m evaluation predict` makes one.")
             print(table(score(options)))
             print(f"\n{Path(options.folder) / 'report.html'} has every answer.")
         else:
@@ -631,8 +584,4 @@ def main(arguments: list[str] | None = None):
             with only_run(options.output, "--output", PartialState().is_main_process):
                 predict(options)
     except (ValueError, OSError) as error:
-        parser.exit(1, f"eval.py {options.command}: {error}\n")
-
-
-if __name__ == "__main__":
-    main()
+        parser.exit(1, f"evaluation {options.command}: {error}\n")

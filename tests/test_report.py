@@ -14,8 +14,8 @@ from PIL import Image
 from audio_utils import fetch_audio
 from demo.ask import EXAMPLES, read_examples
 from demo.world import SKILLS
-from results_page import MEDIA_TYPES, SCRIPT, SHADES, STYLE, write_page
-from scoring import read_folder, score_arms
+from evaluation.report import MEDIA_TYPES, SCRIPT, SHADES, STYLE, write_page
+from evaluation.scoring import read_folder, score_arms
 
 
 HOSTILE = '</script><script>alert(1)</script>"><img src=x onerror=alert(1)>&lt;\ud800\x00'

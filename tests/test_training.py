@@ -23,12 +23,14 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from transformers import AutoModel, AutoProcessor
 
-import chat_data
-import checkpoints
-import train
 import upload
+from collator import BadRow
 from demo.make import make_bases
-from scoring import normalize
+from evaluation.scoring import normalize
+from publishing import check as checking
+from publishing import checkpoints, paths
+from training import train
+from training.rows import load_rows
 
 
 TONES = {"low": 200, "middle": 600, "high": 1800}  # Hz
@@ -231,7 +233,7 @@ def test_lora_touches_the_language_model_alone(start, tones, tmp_path):
     before, after = (load_file(path / "model.safetensors") for path in (start, exported))
     changed = {name.removesuffix(".weight") for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name.removesuffix(".weight") for name in adapted}
-    upload.check_files(exported)
+    checking.check_files(exported)
 
     # The merged model says what the trained one does.
     merged = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype="auto").eval()
@@ -246,7 +248,7 @@ def test_lora_touches_the_language_model_alone(start, tones, tmp_path):
 
 def test_run_that_was_killed_goes_on_to_the_same_bits(start, tones, trained, tmp_path):
     output = tmp_path / "out"
-    command = [sys.executable, str(upload.ROOT / "train.py"), *arguments(start, tones, output, save_steps=1)]
+    command = [sys.executable, "-m", "training", *arguments(start, tones, output, save_steps=1)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, stderr=subprocess.DEVNULL)
     while train.newest_checkpoint(output) is None or int(train.newest_checkpoint(output)[-1]) < 2:
         assert process.poll() is None
@@ -310,7 +312,7 @@ def test_data_that_is_not_there_is_named(start, tones, tmp_path, capsys):
         more = {option: path} | ({"stage": "align"} if option == "aligner" else {})
         with pytest.raises(SystemExit, match="1"):
             train.main(arguments(start, tones, tmp_path, **more))
-        assert f"train.py: There is no {'folder' if option == 'aligner' else 'file'}" in capsys.readouterr().err
+        assert f"training: There is no {'folder' if option == 'aligner' else 'file'}" in capsys.readouterr().err
 
 
 def test_files_of_other_editors(start, rows, tones, tmp_path, speech):
@@ -320,7 +322,7 @@ def test_files_of_other_editors(start, rows, tones, tmp_path, speech):
         path = tmp_path / f"{number}.jsonl"
         path.write_bytes(content.encode())
         for streaming in (False, True):
-            (row,) = chat_data.load_rows([str(path)], streaming)
+            (row,) = load_rows([str(path)], streaming)
             assert rows.messages(row)[-1]["content"] == "low"
             assert row["place"] == f"{path}:{2 if number == 1 else 1}"
     for content, message in (
@@ -330,17 +332,17 @@ def test_files_of_other_editors(start, rows, tones, tmp_path, speech):
     ):
         (tmp_path / "bad.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            chat_data.load_rows([str(tmp_path / "bad.jsonl")])
+            load_rows([str(tmp_path / "bad.jsonl")])
     (tmp_path / "deep.jsonl").write_text('{"messages": ' + "[" * 10**5 + "]" * 10**5 + "}\n")
-    (row,) = chat_data.load_rows([str(tmp_path / "deep.jsonl")])
-    with pytest.raises(chat_data.BadRow, match="deep.jsonl:1: maximum recursion depth"):
+    (row,) = load_rows([str(tmp_path / "deep.jsonl")])
+    with pytest.raises(BadRow, match="deep.jsonl:1: maximum recursion depth"):
         rows.messages(row)
 
 
 def test_two_processes_equal_one_with_twice_the_batch(start, tones, trained, tmp_path):
     options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     given = arguments(start, tones, tmp_path, per_device_train_batch_size=2, eval=tones / "test.jsonl")
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(upload.ROOT / "train.py"), *given]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "training", *given]
     done = subprocess.run(
         [*command, "--max_new_tokens=2"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
@@ -370,7 +372,7 @@ def test_cheaper_settings_learn_the_same(start, tones, tmp_path, settings):
 def test_bfloat16_trains_on_a_cpu_that_is_not_named(start, tones, tmp_path):
     """Where there is no GPU; where there is one, this trains on it. Either says nothing that a user cannot act on."""
     settings = arguments(start, tones, tmp_path, bf16=True, gradient_checkpointing=True, max_steps=1)
-    command = [sys.executable, str(upload.ROOT / "train.py"), *settings]
+    command = [sys.executable, "-m", "training", *settings]
     place = command.index("--use_cpu")
     del command[place : place + 2]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -386,7 +388,7 @@ def test_help_lists_the_options_of_this_script_first(capsys):
         assert done.value.code == 0
         page = capsys.readouterr().out
         places = [
-            page.index(part) for part in ("train.py --stage lora", "options of train.py", "--stage {", "--adapter")
+            page.index(part) for part in ("-m training --stage lora", "options of this tool", "--stage {", "--adapter")
         ]
         assert places == sorted(places)
         assert page.index("--adapter") < page.index("--learning_rate") < page.index("other options:")
@@ -534,7 +536,7 @@ def test_adapter_becomes_a_folder(start, tones, tmp_path):
     run(start, tones, tmp_path, stage="lora", lora_r=4, max_steps=3, train_markers=True, audio_tokens="trimmed")
     adapter = tmp_path / "adapter"
     folder = upload.build(checkpoint=adapter, output=tmp_path / "repo")
-    upload.check_files(folder)
+    checking.check_files(folder)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     assert processor.audio_tokens == processor.trained_audio_tokens == "trimmed"
     before, after = (load_file(path / "model.safetensors") for path in (start, folder))
@@ -646,7 +648,7 @@ def test_arguments_that_cannot_be_right_are_refused(tmp_path, more, message):
 def test_fsdp_settings_are_those_of_accelerate(start, name, processes):
     parser = launch.launch_command_parser()
     args, config, _ = launch._validate_launch_command(
-        parser.parse_args(["--config_file", str(upload.ROOT / "configs" / f"{name}.yaml"), "train.py"])
+        parser.parse_args(["--config_file", str(paths.ROOT / "training" / f"{name}.yaml"), "-m", "training"])
     )
     assert args.use_fsdp and args.num_processes == processes == config.num_processes
     assert args.fsdp_version == 2 and args.mixed_precision == "bf16"
@@ -689,7 +691,7 @@ FSDP_STEP = """
 
 def test_processes_of_fsdp_need_not_have_the_same_inputs(repo, processor, fresh_model, photo, sound, tmp_path):
     """One process has audio and a video, one only text, one only pictures; they learn as one process with all rows."""
-    settings = yaml.safe_load((upload.ROOT / "configs" / "fsdp-8-gpus.yaml").read_text())["fsdp_config"]
+    settings = yaml.safe_load((paths.ROOT / "training" / "fsdp-8-gpus.yaml").read_text())["fsdp_config"]
     assert settings["fsdp_version"] == 2
     collator, picture = train.ChatCollator(processor), image(Image.open(photo).resize((56, 56)))
     contents = [[audio(sound(1)), text("Which?"), video([picture["image"]] * 2)], [text("Why?")], [picture]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from scoring import MAX_CHARACTERS, align, normalize_short
+from evaluation.scoring import MAX_CHARACTERS, align, normalize_short
 
 
 AS_GIVEN = "as given"  # the arm whose rows are shown

@@ -1,32 +1,28 @@
 """
 Reads the headers of checkpoints, plans which tensor of the model comes from which file, and writes new safetensors
-files from that plan as a stream, a few megabytes at a time; and keeps the checksums of a folder, and other runs out.
+files from that plan as a stream, a few megabytes at a time.
 """
 
-import glob
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from publishing.paths import is_inside
+
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 PROJECTOR = "model.audio_projector.weight"
 MARKERS = "audio_markers.weight"
-CHECKSUMS = "SHA256SUMS"  # of every other file of a folder, as `sha256sum --check` reads them
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
 MAX_SHARD_SIZE = "5GB"
 CHUNK = 2**22  # bytes in memory at a time
@@ -85,12 +81,6 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
     return tensors
 
 
-def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path of a folder stays in it; the Hub's cache links its snapshots to the blobs beside them."""
-    real, home = path.resolve(), folder.resolve()
-    return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == home.parents[1] / "blobs")
-
-
 def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
@@ -99,7 +89,7 @@ def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 def read_audio_tokens(path: Path) -> tuple[str, str | None]:
     """
-    What a `processor_config.json`, or the projector that `train.py` wrote, says of the audio tokens that its model
+    What a `processor_config.json`, or the projector that training wrote, says of the audio tokens that its model
     uses, and of those that it was trained with, None if it was not trained: fixed, where it says nothing.
     """
     if path.suffix == ".safetensors":
@@ -112,7 +102,7 @@ def read_audio_tokens(path: Path) -> tuple[str, str | None]:
 
 def read_projector(path: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
-    What `train.py` wrote, in a safetensors or `.pt` file.
+    What training wrote, in a safetensors or `.pt` file.
 
     Returns:
         The projector `(hidden size, d_model)`, and the embeddings `(hidden size,)` of bos and eos; none if they are not
@@ -257,68 +247,3 @@ def write_weights(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text)
     return checksums
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_of(folder: Path) -> list[str]:
-    """The names of all files of a folder; the Hub's client keeps some of its own in `.cache`."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if not name.startswith((".cache/", ".git/")))
-
-
-def read_checksums(folder: Path) -> dict[str, str]:
-    lines = (folder / CHECKSUMS).read_text().splitlines()
-    return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
-
-
-def write_checksums(folder: Path, known: dict[str, str]):
-    sums = {name: known.get(name) or sha256(folder / name) for name in files_of(folder) if name != CHECKSUMS}
-    unfinished = folder / f"{CHECKSUMS}.unfinished"
-    unfinished.write_text("".join(f"{checksum}  {name}\n" for name, checksum in sums.items()))
-    unfinished.replace(folder / CHECKSUMS)
-
-
-def check_content(folder: Path, checksums: dict[str, str]):
-    """Compares the files that are there with the checksums of the build."""
-    changed = [name for name, sum in checksums.items() if (folder / name).is_file() and sha256(folder / name) != sum]
-    if changed:
-        raise ValueError(f"the content of {', '.join(changed)} is not what {CHECKSUMS} says")
-
-
-def remove_abandoned(target: Path):
-    """Removes the unfinished folders of builds of this target that were killed."""
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.unfinished"):
-        number = folder.name.removesuffix(".unfinished").rpartition("-")[2]
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except (ValueError, OverflowError, PermissionError):  # not of a build, or of another user's
-            continue
-
-
-@contextmanager
-def only_run(folder: str | Path, option: str, is_main_process: bool = True):
-    """
-    Keeps other runs out of a folder, which is made if it is not there. The lock of a process that was killed is free.
-
-    Args:
-        option: Of the command line, which names the folder in the error.
-        is_main_process: The other processes of a run take no lock.
-
-    Raises:
-        ValueError: if another run that is alive writes into the folder.
-    """
-    if not is_main_process:
-        yield
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(Path(folder) / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise ValueError(f"{option} {folder} is in use by another run; name a new folder, or wait for it.") from error

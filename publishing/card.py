@@ -7,11 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
-from checkpoints import CHECKSUMS, read_checksums, write_checksums
 from configuration_qwen2_audio_vl import tokens_per_window
+from publishing.paths import CHECKSUMS, ROOT, read_checksums, write_checksums
 
 
-ROOT = Path(__file__).resolve().parent
 EVALUATION = "evaluation"  # the folder of the predictions that the card's scores come from
 # Bytes of the files that `check` reads whole, of strangers as well; all files that fit a name count together.
 LARGEST = {
@@ -46,7 +45,7 @@ def make_card(origins: dict, is_trained: bool, tensors, config, feature_extracto
 
 def list_results(scores: dict, manifest: dict) -> list[EvalResult]:
     """The Hub's evaluation metadata, in percent: the accuracy of closed answers, or word and character error rates."""
-    from scoring import AS_GIVEN
+    from evaluation.scoring import AS_GIVEN
 
     sources = ", ".join(source["name"] for source in manifest["data"])
     results = []
@@ -70,7 +69,7 @@ def list_results(scores: dict, manifest: dict) -> list[EvalResult]:
 
 def write_section(scores: dict, manifest: dict) -> str:
     """The scores as a section of the card, between two marks."""
-    from scoring import table
+    from evaluation.scoring import table
 
     origin = f"{', '.join(source['name'] for source in manifest['data'])}, {manifest['date'][:10]}"
     rule = f"{scores['rule']['normalizer']}, {scores['rule']['alignment']}"
@@ -104,11 +103,11 @@ def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
         ValueError: if they are not all there or are too large, are of other weights than those of the folder, or give
             other scores than those beside them.
     """
-    from scoring import AS_GIVEN, read_folder, score_arms
+    from evaluation.scoring import AS_GIVEN, read_folder, score_arms
 
     if missing := [name for name in ("manifest.json", "scores.json") if not (results / name).is_file()]:
         raise ValueError(
-            f"{results} has no {' and no '.join(missing)}; `eval.py predict` and `eval.py score` write them"
+            f"{results} has no {' and no '.join(missing)}; `python -m evaluation predict` and `score` write them"
         )
     check_sizes(results)
     manifest, stored = (json.loads((results / name).read_text()) for name in ("manifest.json", "scores.json"))
@@ -119,7 +118,9 @@ def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
     rows = len(predictions[AS_GIVEN])
     if manifest["rows"] != rows:
         whole = f"{manifest['rows']} rows" if manifest["rows"] else "an unfinished run"
-        raise ValueError(f"{results} has {rows} predictions of {whole}; run `eval.py predict` again, which goes on")
+        raise ValueError(
+            f"{results} has {rows} predictions of {whole}; run `python -m evaluation predict` again, which goes on"
+        )
     scores = json.loads(json.dumps(score_arms(predictions)))
     for place, (found, given) in differences(stored.get("arms"), scores["arms"]).items():
         raise ValueError(f"{results / 'scores.json'} says {place} = {found}, but its predictions give {given}")

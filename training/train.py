@@ -1,13 +1,13 @@
 """
 Trains the audio path of a folder that `upload.py build` made:
 
-    train.py --stage align --aligner WHISPER --model DIR --data FILE --output_dir OUT    a start for it in closed form
-    train.py --stage projector --model DIR --data FILE --output_dir OUT    the projector alone, the model stays as it is
-    train.py --stage lora --model DIR --data FILE --output_dir OUT         the projector, and LoRA on the language model
+    python -m training --stage align --aligner WHISPER --model DIR --data FILE --output_dir OUT    a start for it
+    python -m training --stage projector --model DIR --data FILE --output_dir OUT    the projector alone
+    python -m training --stage lora --model DIR --data FILE --output_dir OUT         LoRA on the language model as well
 
-On several GPUs or machines: `accelerate launch [--config_file configs/fsdp-8-gpus.yaml] train.py ...`. All arguments of
-[`TrainingArguments`] can be given, such as `--bf16`, `--gradient_checkpointing` or `--per_device_train_batch_size 4`;
-`--help-all` lists them.
+On several GPUs or machines: `accelerate launch [--config_file training/fsdp-8-gpus.yaml] -m training ...`. All
+arguments of [`TrainingArguments`] can be given, such as `--bf16` or `--per_device_train_batch_size 4`; `--help-all`
+lists them.
 """
 
 import hashlib
@@ -52,24 +52,28 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import is_torch_xla_available, logging
 
-from alignment import Aligner, fit_projector
-from chat_data import (
-    IGNORED,
-    BadRow,
-    ChatCollator,
-    SkipBadRows,
-    answer_text,
-    changed_data,
-    columns_of,
-    describe_data,
-    load_rows,
-    told_length,
+from collator import BadRow, ChatCollator, answer_text
+from configuration_qwen2_audio_vl import (
+    AUDIO_TOKEN_COUNTS,
+    IGNORED_LABEL,
+    TRAINED_AUDIO_TOKENS,
+    TRANSCRIBE,
+    WHOLE_MODEL,
+    check_audio_tokens,
 )
-from checkpoints import CHECKSUMS, EMBEDDINGS, check_content, only_run, read_checksums, stored_tensors, write_checksums
-from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, TRAINED_AUDIO_TOKENS, WHOLE_MODEL, check_audio_tokens
-from eval import answer
-from scoring import score
-from upload import resolve
+from evaluation.scoring import score
+from publishing.checkpoints import EMBEDDINGS, stored_tensors
+from publishing.paths import (
+    CHECKSUMS,
+    check_content,
+    only_run,
+    read_checksums,
+    resolve,
+    write_checksums,
+    write_json,
+)
+from training.alignment import Aligner, fit_projector
+from training.rows import SkipBadRows, changed_data, columns_of, describe_data, load_rows, told_length
 
 
 logger = logging.get_logger(__name__)
@@ -101,7 +105,7 @@ class Arguments(TrainingArguments):
     streaming: bool = field(default=False, metadata={"help": "read --data as it is needed; set --max_steps as well"})
     audio_column: str | None = field(default=None, metadata={"help": "of recordings with transcripts, not `messages`"})
     text_column: str | None = field(default=None, metadata={"help": "of their transcripts"})
-    instruction: str = field(default="Transcribe the audio.", metadata={"help": "what is asked about each of them"})
+    instruction: str = field(default=TRANSCRIBE, metadata={"help": "what is asked about each of them"})
     skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that cannot be used, naming them"})
     audio_tokens: str | None = field(
         default=None,
@@ -377,7 +381,7 @@ class AnswerTrainer(Trainer):
 
     def compute_loss(self, model, inputs: dict[str, torch.Tensor], *args, **kwargs):
         """As in [`Trainer`]; what comes before the first label of all rows, the audio mostly, gets no logits."""
-        is_label = (inputs["labels"] != IGNORED).any(0)
+        is_label = (inputs["labels"] != IGNORED_LABEL).any(0)
         kept = min(len(is_label), len(is_label) - int(is_label.int().argmax()) + 1)
         inputs = {**inputs, "labels": inputs["labels"][:, -kept:], "logits_to_keep": kept}
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -404,7 +408,7 @@ class AnswerTrainer(Trainer):
             conversations = [collator.messages(dataset[index]) for index in mine[start : start + batch_size]]
             asked = [messages[:-1] for messages in conversations]
             with self.compute_loss_context_manager():
-                answers = answer(collator.processor, model, asked, self.args.max_new_tokens)
+                answers = collator.processor.answer(model, asked, self.args.max_new_tokens)
             for messages, given in zip(conversations, answers, strict=True):
                 rows.append({"text": answer_text(messages[-1]["content"]), "pred_text": given})
         return gather_object(rows)
@@ -478,9 +482,7 @@ def refuse_another_run(args: Arguments):
         except ValueError as error:
             raise ValueError(f"{checkpoint}: {error}. Remove it to go on from the one before.") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({**own, "content of data": described}, indent=2) + "\n")
-    unfinished.replace(path)
+    write_json(path, {**own, "content of data": described})
 
 
 def write_projector(adapter: Path, path: Path, audio_tokens: str):
@@ -636,9 +638,11 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 def make_parser(shows_all: bool) -> HfArgumentParser:
     """The parser of the command line, whose help lists the options of [`TrainingArguments`] only if `shows_all`."""
-    parser = HfArgumentParser(Arguments, usage="train.py [options]", description=__doc__, formatter_class=HelpFormatter)
+    parser = HfArgumentParser(
+        Arguments, usage="python -m training [options]", description=__doc__, formatter_class=HelpFormatter
+    )
     inherited = {field.name for field in fields(TrainingArguments)}
-    own = parser.add_argument_group("options of train.py")
+    own = parser.add_argument_group("options of this tool")
     changed = parser.add_argument_group("options of transformers' TrainingArguments with other defaults")
     other = parser.add_argument_group("other options")
     other.add_argument("--help-all", action="help", help="show all options of TrainingArguments as well and exit")
@@ -669,12 +673,8 @@ def main(arguments: list[str] | None = None):
         with only_run(args.output_dir, "--output_dir", args.process_index == 0):
             summary = train(args)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        parser.exit(1, f"train.py: {error}\n")
+        parser.exit(1, f"training: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "train.py: stopped. The same command goes on from the newest checkpoint, if there is one.\n")
+        parser.exit(130, "training: stopped. The same command goes on from the newest checkpoint, if there is one.\n")
     if args.should_log:
         print("\n".join(f"{name:<32} {value}" for name, value in summary.items()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,4 @@
+from evaluation.evaluate import main
+
+
+main()

@@ -1,0 +1,132 @@
+"""Folders of models and runs: where they are, which files they have, and who may write to them."""
+
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from filelock import FileLock, Timeout
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from configuration_qwen2_audio_vl import find_folder
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKSUMS = "SHA256SUMS"  # of every other file of a folder, as `sha256sum --check` reads them
+
+
+class Origin(NamedTuple):
+    """A checkpoint on this disk, and where it came from as far as that is known."""
+
+    folder: Path
+    name: str  # Hub id, or the directory's name
+    commit: str | None  # of the Hub
+
+
+def resolve(source: str, needed: tuple[str, ...] = ()) -> Origin:
+    """A directory, or a Hub id or ID@REVISION, of which the files that `build` reads are downloaded."""
+    repo, _, revision = (str(source), "", "") if Path(source).is_dir() else str(source).partition("@")
+    patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja"], "ignore_patterns": ["*fp32*"]}
+    folder = find_folder(repo, revision or None, needed, **patterns)
+    cached = re.search(r"models--(.+)/snapshots/([0-9a-f]{40})$", folder.resolve().as_posix())
+    if cached:
+        return Origin(folder, cached[1].replace("--", "/"), cached[2])
+    return Origin(folder, folder.resolve().name, None)
+
+
+def own_class(reference: str) -> type:
+    """A class of this checkout's remote code, loaded as transformers loads it."""
+    return get_class_from_dynamic_module(reference, ROOT)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path of a folder stays in it; the Hub's cache links its snapshots to the blobs beside them."""
+    real, home = path.resolve(), folder.resolve()
+    return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == home.parents[1] / "blobs")
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[TextIO]:
+    """
+    Opens a text file that takes the place of `path` when it is complete, so that nobody reads half of it. Half of a
+    surrogate pair, which JSON can hold, becomes an escape.
+    """
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        yield file
+    unfinished.replace(path)
+
+
+def write_json(path: Path, content):
+    with replace_file(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_of(folder: Path) -> list[str]:
+    """The names of all files of a folder; the Hub's client keeps some of its own in `.cache`."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if not name.startswith((".cache/", ".git/")))
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    lines = (folder / CHECKSUMS).read_text().splitlines()
+    return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+
+
+def write_checksums(folder: Path, known: dict[str, str]):
+    sums = {name: known.get(name) or sha256(folder / name) for name in files_of(folder) if name != CHECKSUMS}
+    with replace_file(folder / CHECKSUMS) as file:
+        file.writelines(f"{checksum}  {name}\n" for name, checksum in sums.items())
+
+
+def check_content(folder: Path, checksums: dict[str, str]):
+    """Compares the files that are there with the checksums of the build."""
+    changed = [name for name, sum in checksums.items() if (folder / name).is_file() and sha256(folder / name) != sum]
+    if changed:
+        raise ValueError(f"the content of {', '.join(changed)} is not what {CHECKSUMS} says")
+
+
+def remove_abandoned(target: Path):
+    """Removes the unfinished folders of builds of this target that were killed."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.unfinished"):
+        number = folder.name.removesuffix(".unfinished").rpartition("-")[2]
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, OverflowError, PermissionError):  # not of a build, or of another user's
+            continue
+
+
+@contextmanager
+def only_run(folder: str | Path, option: str, is_main_process: bool = True):
+    """
+    Keeps other runs out of a folder, which is made if it is not there. The lock of a process that was killed is free.
+
+    Args:
+        option: Of the command line, which names the folder in the error.
+        is_main_process: The other processes of a run take no lock.
+
+    Raises:
+        ValueError: if another run that is alive writes into the folder.
+    """
+    if not is_main_process:
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(Path(folder) / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"{option} {folder} is in use by another run; name a new folder, or wait for it.") from error

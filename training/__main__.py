@@ -1,0 +1,4 @@
+from training.train import main
+
+
+main()
