@@ -8,13 +8,12 @@ TRL_VERSION := 1.16.0
 TRL := $(VENV)/trl-$(TRL_VERSION)
 SOURCE := $(VENV)/transformers-source
 
-# Nothing that runs from here asks the Hub, and the cache of remote code is the checkout's own.
+# No target asks the Hub, and the checkout has a cache of remote code of its own.
 export HF_HOME := $(CURDIR)/build/huggingface
 export HF_HUB_OFFLINE := 1
 
-.DEFAULT_GOAL := help
-.PHONY: help demo speech app eval test test-common test-releases test-endurance test-app test-vllm test-trl test-speech releases bench held-out lint \
-	format clean
+.PHONY: help demo speech app eval test test-common test-releases test-endurance test-app test-vllm test-trl test-speech \
+	releases bench held-out lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -98,12 +97,11 @@ $(VENV)/.speech: speech/requirements.txt $(READY)
 	$(PYTHON) -m pip install --quiet --requirement speech/requirements.txt
 	touch $@
 
-# Those of Debian are named where they are missing.
+# demo/make.py says which packages of Debian are needed as well.
 $(VENV)/.synthesizers: demo/requirements.txt $(READY)
 	$(PYTHON) -m pip install --quiet --requirement demo/requirements.txt
 	touch $@
 
-# pip checks the hash.
 $(SOURCE)/.ready: requirements/common.txt $(READY)
 	rm -rf $(SOURCE)
 	$(PYTHON) -m pip download --quiet --no-deps --require-hashes --dest $(SOURCE) --requirement requirements/common.txt
@@ -121,6 +119,6 @@ $(VLLM)/.ready: requirements/vllm.txt
 		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
-# Beside .venv's packages and not among them: TRL alone, because all that it needs is there.
+# TRL lies beside the packages of .venv, and is installed alone, because .venv has all that it needs.
 $(TRL): | $(READY)
 	$(PYTHON) -m pip install --quiet --target $@ --no-deps trl==$(TRL_VERSION)

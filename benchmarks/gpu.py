@@ -1,11 +1,11 @@
 """
-Full size on a GPU, with random bf16 weights that are made there: how much of the card's own rates this model reaches,
+Measures how much of a GPU's own rates this model reaches, at full size with random bf16 weights that are made there,
 beside the sum of its parts and transformers' Qwen2-Audio and Qwen2.5-Omni at their own sizes. Needs 40 GB on the card.
 
-    python -m benchmarks.gpu [--readme] [--limit SECONDS]
-    python -m benchmarks.gpu --small      the same with small models, where there is no GPU: shows only that it runs
+    python -m benchmarks.gpu [--limit SECONDS] [--readme]
+    python -m benchmarks.gpu --small      the same with small models on the CPU, which only shows that it runs
 
-Prefill and features come first; decoding, where each model is compiled twice, takes most of the time.
+Features and prefill come first; decoding, where each model is compiled twice, takes most of the time.
 """
 
 import gc
@@ -13,15 +13,16 @@ import io
 import itertools
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import soundfile
 import soxr
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     PreTrainedModel,
     Qwen2_5OmniThinkerConfig,
@@ -32,27 +33,38 @@ from transformers import (
 )
 
 from audio_utils import fetch_audio, log_mel
-from benchmarks.measure import added_memory, decode_step, in_turns, synchronize, where
-from benchmarks.parts import Parts, full_config, make_model, make_prompt, small_config
-from benchmarks.report import report
-from demo.bases import ASSETS
+from benchmarks.measure import added_memory, count_operations, decode_step, in_turns, synchronize, where
+from benchmarks.parts import Parts, count_parameters, full_config, make_model, make_prompt, prefill, small_config
+from benchmarks.report import report, table
+from benchmarks.sound import RATE, make_speech, read_by_soundfile
 
 
 TEXT = 64  # tokens beside a clip
-RATE = 16_000  # Hz
 COLUMNS = ("this model", "sum of the parts", "Qwen2-Audio", "Qwen2.5-Omni")
-AUDIO_BOS, AUDIO_EOS = 151_647, 151_648  # of both peers
+# Both peers: a clip of 30 s is 3,000 frames and 750 tokens between two markers.
+FRAMES, TOKENS, AUDIO_BOS, AUDIO_EOS = 3_000, 750, 151_647, 151_648
 
 
 @dataclass
 class Scale:
-    """How much is measured."""
+    """How much is measured, and on what."""
 
-    clips: int = 16  # of a prefill
-    batches: tuple[int, ...] = (1, 16, 64)  # of decoding, the first one stream
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    clips: int = 16  # in a prefill
+    batches: tuple[int, ...] = (1, 16, 64)  # rows of decoding, the first one stream
     steps: int = 64  # tokens of an answer
     seconds: float = 4  # of a comparison
     matrix: int = 8192  # rows and columns of a large product
+
+
+SMALL = Scale("cpu", torch.float32, clips=1, batches=(1, 2), steps=4, seconds=0, matrix=512)
+SMALL_TEXT = {
+    **{"num_hidden_layers": 1, "intermediate_size": 64, "hidden_size": 256},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1},
+}
+SMALL_AUDIO = {"encoder_layers": 1, "d_model": 64, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+SMALL_VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256}
 
 
 @dataclass
@@ -62,217 +74,164 @@ class Subject:
 
     Args:
         model: Holds the weights.
-        prompt: Inputs for a batch of rows, each a clip of 30 s and `TEXT` tokens of text.
+        make_inputs: Makes inputs for a batch of rows, each a clip of 30 s and `TEXT` tokens of text.
         prefill: Computes the logits that follow such inputs.
         generate: Answers them.
-        language_model: The part whose weights every decode step reads, with `lm_head`.
     """
 
     model: PreTrainedModel
-    prompt: Callable[[int], dict]
-    prefill: Callable[[dict], object]
+    make_inputs: Callable[[int], dict]
+    prefill: Callable
     generate: Callable
-    language_model: torch.nn.Module
-    lm_head: torch.nn.Module
 
-    def step_bytes(self, length: int) -> int:
-        """What a decode step has to read: the weights but the embeddings, and the cache of the prompt."""
-        config = self.language_model.config
+    def bytes_per_step(self, length: int) -> int:
+        """Returns what a decode step has to read: the weights except the embeddings, and the cache of the prompt."""
+        decoder = self.model.get_decoder()
+        config = decoder.config
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         cache = 2 * config.num_hidden_layers * config.num_key_value_heads * width * length
-        weights = itertools.chain(self.language_model.layers.parameters(), self.lm_head.parameters())
-        return self.model.dtype.itemsize * (cache + sum(parameter.numel() for parameter in weights))
+        weights = count_parameters(decoder.layers) + count_parameters(self.model.get_output_embeddings())
+        return self.model.dtype.itemsize * (cache + weights)
 
 
-def measure_rates(device: str, dtype: torch.dtype, scale: Scale) -> tuple[float, float]:
-    """The operations per second of a large matrix product, and the bytes per second of a large copy."""
+def make_ours(config, scale: Scale) -> dict[str, Subject]:
+    model = make_model(config, scale.dtype, scale.device)
+    parts = Parts(model)
+
+    def make_inputs(batch):
+        return make_prompt(model, text=TEXT, batch=batch)[0]
+
+    def make_stock_inputs(batch):
+        inputs, stock = make_prompt(model, text=TEXT, batch=batch)
+        return {**stock, "input_features": inputs["input_features"]}
+
+    def generate_stock(input_features, **inputs):
+        return parts.qwen.generate(**inputs)
+
+    return {
+        "this model": Subject(model, make_inputs, partial(prefill, model), model.generate),
+        "sum of the parts": Subject(model, make_stock_inputs, parts.prefill, generate_stock),
+    }
+
+
+def make_peer(name: str, model_class: type[PreTrainedModel], config, scale: Scale) -> dict[str, Subject]:
+    with torch.device(scale.device):
+        model = model_class._from_config(config, dtype=scale.dtype).eval()
+
+    def make_inputs(batch):
+        clip = torch.tensor([AUDIO_BOS, *[config.audio_token_index] * TOKENS, AUDIO_EOS])
+        rows = torch.randint(0, 100_000, (batch, len(clip) + TEXT), generator=torch.Generator().manual_seed(0))
+        rows[:, : len(clip)] = clip
+        inputs = {
+            "input_ids": rows,
+            "attention_mask": torch.ones_like(rows),
+            "input_features": torch.randn(batch, config.audio_config.num_mel_bins, FRAMES).to(model.dtype),
+            "feature_attention_mask": torch.ones(batch, FRAMES, dtype=torch.long),
+        }
+        return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+    return {name: Subject(model, make_inputs, partial(prefill, model), model.generate)}
+
+
+def makers_of(scale: Scale) -> list[Callable[[], dict[str, Subject]]]:
+    """Returns functions that make the subjects, because not all of them fit on the card at once."""
+    is_small = scale is SMALL
+    # Sizes of Qwen/Qwen2-Audio-7B-Instruct, where they are not the defaults of its configuration.
+    text = {"model_type": "qwen2", "vocab_size": 156_032, "intermediate_size": 11_008, "rms_norm_eps": 1e-5}
+    qwen2_audio = Qwen2AudioConfig(
+        text_config={**text, **(SMALL_TEXT if is_small else {})}, audio_config=SMALL_AUDIO if is_small else None
+    )
+    # The sizes of Qwen/Qwen2.5-Omni-7B's thinker are the defaults, except a token that its model reads.
+    sizes = {"text_config": SMALL_TEXT, "audio_config": {**SMALL_AUDIO, "output_dim": 256}}
+    sizes["vision_config"] = SMALL_VISION
+    omni = Qwen2_5OmniThinkerConfig(**(sizes if is_small else {}), vision_start_token_id=151_652)
+    return [
+        partial(make_ours, small_config(layers=1) if is_small else full_config(), scale),
+        partial(make_peer, "Qwen2-Audio", Qwen2AudioForConditionalGeneration, qwen2_audio, scale),
+        partial(make_peer, "Qwen2.5-Omni", Qwen2_5OmniThinkerForConditionalGeneration, omni, scale),
+    ]
+
+
+def measure_rates(scale: Scale) -> tuple[float, float]:
+    """Returns the operations per second of a large matrix product, and the bytes per second of a large copy."""
     size = scale.matrix
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    source = torch.empty(size * size * 16, device=device, dtype=torch.uint8)
+    left, right = (torch.randn(size, size, device=scale.device, dtype=scale.dtype) for _ in range(2))
+    source = torch.empty(size * size * 16, device=scale.device, dtype=torch.uint8)
     target = torch.empty_like(source)
     product, copy = in_turns(lambda: left @ right, lambda: target.copy_(source), seconds=scale.seconds)
     return 2 * size**3 / product, 2 * source.numel() / copy
 
 
-def ours_and_parts(config, device: str, dtype: torch.dtype) -> dict[str, Subject]:
-    model = make_model(config, dtype, device)
-    parts = Parts(model)
-
-    def prompt(batch):
-        return make_prompt(model, text=TEXT, batch=batch)[0]
-
-    def words(batch):
-        inputs, stock = make_prompt(model, text=TEXT, batch=batch)
-        return {**stock, "input_features": inputs["input_features"]}
-
-    def sum_of_parts(inputs):
-        inputs = dict(inputs)
-        parts.embed_audio(inputs.pop("input_features"))
-        return parts.qwen(**inputs, use_cache=True, logits_to_keep=1)
-
-    def stock(input_features, **inputs):
-        return parts.qwen.generate(**inputs)
-
-    weights = model.model.language_model, model.lm_head
-    return {
-        "this model": Subject(model, prompt, prefill_of(model), model.generate, *weights),
-        "sum of the parts": Subject(model, words, sum_of_parts, stock, *weights),
-    }
-
-
-def prefill_of(model: PreTrainedModel) -> Callable[[dict], object]:
-    return lambda inputs: model(**inputs, use_cache=True, logits_to_keep=1)
-
-
-def qwen2_audio(sizes: dict, device: str, dtype: torch.dtype) -> dict[str, Subject]:
-    """Sizes of Qwen/Qwen2-Audio-7B-Instruct: Whisper large-v3's encoder, 750 tokens a window."""
-    text = {"model_type": "qwen2", "vocab_size": 156_032, "intermediate_size": 11_008, "rms_norm_eps": 1e-5}
-    config = Qwen2AudioConfig(text_config={**text, **sizes.get("text", {})}, audio_config=sizes.get("audio"))
-    with torch.device(device):
-        model = Qwen2AudioForConditionalGeneration._from_config(config, dtype=dtype).eval()
-
-    def prompt(batch):
-        return peer_prompt(model, config.audio_token_index, batch)
-
-    return {"Qwen2-Audio": subject_of(model, prompt)}
-
-
-def qwen2_5_omni(sizes: dict, device: str, dtype: torch.dtype) -> dict[str, Subject]:
-    """The thinker of Qwen/Qwen2.5-Omni-7B, whose sizes are the defaults of its configuration."""
-    config = Qwen2_5OmniThinkerConfig(
-        text_config=sizes.get("text"),
-        audio_config=sizes.get("audio"),
-        vision_config=sizes.get("vision"),
-        vision_start_token_id=151_652,  # read by its model, but no default of its configuration
-    )
-    with torch.device(device):
-        model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config, dtype=dtype).eval()
-
-    def prompt(batch):
-        return peer_prompt(model, config.audio_token_index, batch)
-
-    return {"Qwen2.5-Omni": subject_of(model, prompt)}
-
-
-def subject_of(model: PreTrainedModel, prompt: Callable[[int], dict]) -> Subject:
-    weights = model.get_decoder(), model.get_output_embeddings()
-    return Subject(model, prompt, prefill_of(model), model.generate, *weights)
-
-
-def peer_prompt(model: PreTrainedModel, audio_token: int, batch: int) -> dict:
-    """Noise of 30 s, which is 3,000 frames and 750 tokens, and text."""
-    row = torch.randint(0, 100_000, (batch, 752 + TEXT), generator=torch.Generator().manual_seed(0))
-    row[:, :752] = torch.tensor([AUDIO_BOS, *[audio_token] * 750, AUDIO_EOS])
-    bins = model.config.audio_config.num_mel_bins
-    inputs = {
-        "input_ids": row,
-        "attention_mask": torch.ones_like(row),
-        "input_features": torch.randn(batch, bins, 3000).to(model.dtype),
-        "feature_attention_mask": torch.ones(batch, 3000, dtype=torch.long),
-    }
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
-
-
-@torch.no_grad()
-def measure_prefill(subject: Subject, rates: tuple[float, float], scale: Scale) -> Iterator[tuple[str, str]]:
-    """Figures of a prefill by their names."""
-    size = sum(parameter.numel() for parameter in subject.model.parameters())
-    yield "parameters", f"{size / 1e9:.2f} billion"
-    inputs = subject.prompt(scale.clips)
-    yield f"prompt of a clip of 30 s and {TEXT} tokens", f"{inputs['input_ids'].shape[1]:,} tokens"
-    # The counter does not know attention with fewer heads of keys, as fused on a GPU.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        subject.prefill(inputs)
-    (prefill,) = in_turns(lambda: subject.prefill(inputs), seconds=scale.seconds)
-    yield f"prefill of {scale.clips} such", f"{prefill * 1e3:,.0f} ms"
-    yield "that, as a share of the matrix rate", f"{counter.get_total_flops() / prefill / rates[0]:.0%}"
-    memory = added_memory(lambda: subject.prefill(inputs))
-    yield "memory of it, above the weights", f"{memory / 1e9:.1f} GB"
-
-
-@torch.no_grad()
-def measure_decoding(subject: Subject, rates: tuple[float, float], scale: Scale) -> Iterator[tuple[str, str]]:
-    """Figures of decoding by their names."""
-    for batch in scale.batches:
-        inputs = subject.prompt(batch)
-        # Compiled where `generate` compiles with a static cache, on a GPU: the first answer waits for that.
-        _, step = (decode_step(subject.generate, inputs, scale.steps, cache_implementation="static") for _ in range(2))
-        if batch == 1:
-            yield "decode of one stream, a token", f"{step * 1e3:.1f} ms"
-            read = subject.step_bytes(inputs["input_ids"].shape[1])
-            yield "that, as a share of the memory rate", f"{read / step / rates[1]:.0%}"
-        yield f"tokens a second, {batch} stream{'s' if batch > 1 else ''}", f"{batch / step:,.0f}"
-
-
-def measure_sound(device: str, scale: Scale) -> list[str]:
-    """Seconds of sound that become `input_features` in a second, from files of 30 s, wav of 44.1 kHz stereo."""
-    speech = np.resize(fetch_audio(ASSETS / "audio" / "jfk.wav").numpy(), 30 * RATE)
+def measure_features(scale: Scale) -> list[str]:
+    """Returns the seconds of audio that become features in a second, here and by soundfile, soxr and transformers."""
     file = io.BytesIO()
-    soundfile.write(file, np.stack([soxr.resample(speech, RATE, 44_100)] * 2, axis=1), 44_100, format="wav")
+    soundfile.write(file, np.stack([soxr.resample(make_speech(), RATE, 44_100)] * 2, axis=1), 44_100, format="wav")
     files, extractor = [file.getvalue()] * scale.clips, WhisperFeatureExtractor(feature_size=128)
 
     def ours():
-        log_mel([fetch_audio(content, RATE, device) for content in files], extractor)
+        log_mel([fetch_audio(content, RATE, scale.device) for content in files], extractor)
 
     def theirs():
-        clips = []
-        for content in files:
-            samples, rate = soundfile.read(io.BytesIO(content), dtype="float32")
-            clips.append(soxr.resample(samples.mean(axis=1), rate, RATE))
-        extractor(clips, sampling_rate=RATE, return_tensors="pt", device=device)
+        clips = [read_by_soundfile(content) for content in files]
+        extractor(clips, sampling_rate=RATE, return_tensors="pt", device=scale.device)
 
     return [f"{scale.clips * 30 / seconds:,.0f}" for seconds in in_turns(ours, theirs, seconds=scale.seconds)]
 
 
-def compare(options) -> str:
-    if not options.small and not torch.cuda.is_available():
+def measure_prefill(subject: Subject, rates: tuple[float, float], scale: Scale) -> Iterator[tuple[str, str]]:
+    """Yields the names of figures and the figures."""
+    yield "parameters", f"{count_parameters(subject.model) / 1e9:.2f} billion"
+    inputs = subject.make_inputs(scale.clips)
+    yield f"prompt of a clip of 30 s and {TEXT} tokens", f"{inputs['input_ids'].shape[1]:,} tokens"
+    run = partial(subject.prefill, **inputs)
+    # The counter does not know attention with fewer heads of keys, as fused on a GPU.
+    with sdpa_kernel(SDPBackend.MATH):
+        _, operations = count_operations(run)
+    (seconds,) = in_turns(run, seconds=scale.seconds)
+    yield f"prefill of {scale.clips} such", f"{seconds * 1e3:,.0f} ms"
+    yield "that, as a share of the matrix rate", f"{operations / seconds / rates[0]:.0%}"
+    yield "memory of it, above the weights", f"{added_memory(run) / 1e9:.1f} GB"
+
+
+def measure_decoding(subject: Subject, rates: tuple[float, float], scale: Scale) -> Iterator[tuple[str, str]]:
+    """Yields the names of figures and the figures."""
+    for batch in scale.batches:
+        inputs = subject.make_inputs(batch)
+        # `generate` compiles with a static cache on a GPU, and the first answer waits for that.
+        _, step = (decode_step(subject.generate, inputs, scale.steps, cache_implementation="static") for _ in range(2))
+        if batch == 1:
+            yield "decode of one stream, a token", f"{step * 1e3:.1f} ms"
+            share = subject.bytes_per_step(inputs["input_ids"].shape[1]) / step / rates[1]
+            yield "that, as a share of the memory rate", f"{share:.0%}"
+        yield f"tokens a second, {batch} stream{'s' if batch > 1 else ''}", f"{batch / step:,.0f}"
+
+
+def main(small: bool, limit: float) -> list[str]:
+    if not small and not torch.cuda.is_available():
         raise SystemExit("There is no GPU; --small tries the script without one.")
-    device, dtype, config, peers, scale = "cuda", torch.bfloat16, full_config(), ({}, {}), Scale()
-    if options.small:
-        device, dtype, config = "cpu", torch.float32, small_config(layers=1)
-        scale = Scale(clips=1, batches=(1, 2), steps=4, seconds=0, matrix=512)
-        text = {"num_hidden_layers": 1, "intermediate_size": 64, "hidden_size": 256}
-        text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-        audio = {"encoder_layers": 1, "d_model": 64, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
-        vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256}
-        peers = (
-            {"text": text, "audio": audio},
-            {"text": text, "audio": {**audio, "output_dim": 256}, "vision": vision},
-        )
-    end = time.monotonic() + options.limit
-    rates = measure_rates(device, dtype, scale)
-    table = {name: {} for name in COLUMNS}
-
-    def fill(name: str, figures: Iterator[tuple[str, str]]):
-        while time.monotonic() < end and (found := next(figures, None)):
-            table[name][found[0]] = found[1]
-            print(f"{name}: {found[0]}: {found[1]}", file=sys.stderr, flush=True)
-
-    for name, figure in zip(("this model", "Qwen2-Audio"), measure_sound(device, scale), strict=True):
-        table[name]["seconds of sound to features in a second"] = figure
-    makers = (
-        lambda: ours_and_parts(config, device, dtype),
-        lambda: qwen2_audio(peers[0], device, dtype),
-        lambda: qwen2_5_omni(peers[1], device, dtype),
-    )
-    for measure, make in itertools.product((measure_prefill, measure_decoding), makers):
-        for name, subject in make().items() if time.monotonic() < end else ():
-            fill(name, measure(subject, rates, scale))
-            del subject
+    scale, end = SMALL if small else Scale(), time.monotonic() + limit
+    rates = measure_rates(scale)
+    rows = defaultdict(dict)  # name of a figure -> column -> figure
+    features = measure_features(scale)
+    rows["seconds of audio to features in a second"] = {"this model": features[0], "Qwen2-Audio": features[1]}
+    for measure, make in itertools.product((measure_prefill, measure_decoding), makers_of(scale)):
+        for column, subject in make().items() if time.monotonic() < end else ():
+            figures = measure(subject, rates, scale)
+            while time.monotonic() < end and (pair := next(figures, None)):
+                name, rows[name][column] = pair
+                print(f"{column}: {name}: {pair[1]}", file=sys.stderr, flush=True)
+            del subject, figures
             synchronize()
         torch.compiler.reset()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    lines = [f"| | {' | '.join(table)} |", "|---|" + "---|" * len(table)]
-    for what in dict.fromkeys(what for column in table.values() for what in column):
-        lines.append(f"| {what} | {' | '.join(column.get(what, '') for column in table.values())} |")
+    cells = ((name, *(figures.get(column, "") for column in COLUMNS)) for name, figures in rows.items())
     note = (
-        f"{where()}; {rates[0] / 1e12:.1f} TFLOP/s and {rates[1] / 1e12:.2f} TB/s measured; random weights, {dtype}. "
-        "Features: Qwen2-Audio's extractor, behind soundfile and soxr."
+        f"{where()}; {rates[0] / 1e12:.1f} TFLOP/s and {rates[1] / 1e12:.2f} TB/s measured; random weights, "
+        f"{scale.dtype}. Features: Qwen2-Audio's extractor, behind soundfile and soxr."
     )
-    return "\n".join([*lines, "", note])
+    return [table(("", *COLUMNS), cells), note]
 
 
 if __name__ == "__main__":
@@ -280,4 +239,4 @@ if __name__ == "__main__":
         "--small": {"action": "store_true", "help": "small models on the CPU, to try the script"},
         "--limit": {"type": float, "default": float("inf"), "help": "seconds after which no figure is begun"},
     }
-    report(__file__, __doc__, compare, options)
+    report(__file__, __doc__, main, options)

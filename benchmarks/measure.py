@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, memory, and a line with date, machine and versions."""
+"""How the benchmarks measure time, memory and operations, and the line that names date, machine and versions."""
 
 import itertools
 import json
@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import StoppingCriteria
 
 
@@ -22,7 +24,7 @@ def synchronize():
 
 
 class Clock(StoppingCriteria):
-    """Notes in `times` when each token of an answer was there, for `generate(stopping_criteria=[clock])`."""
+    """Notes the time of each token of an answer in `times`, for `generate(stopping_criteria=[clock])`."""
 
     def __init__(self):
         self.times = []
@@ -32,22 +34,17 @@ class Clock(StoppingCriteria):
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    @property
-    def steps(self) -> list[float]:
-        """Seconds between the tokens."""
-        return [after - before for before, after in itertools.pairwise(self.times)]
-
 
 def in_turns(*functions: Callable, seconds: float = 2.0, rounds: int = 5, take: Callable = statistics.median) -> list:
     """
-    Times functions in turns. A round runs each one for at least 20 ms and notes its mean seconds; there are at least
-    `rounds` rounds, and more until `seconds` have passed. Returns the median of each, or `take` of its rounds.
+    Times functions in turns. A round runs each function for at least 20 ms and notes its mean seconds; there are at
+    least `rounds` rounds, and more until `seconds` have passed. Returns `take` of the rounds of each function.
     """
     times, end = [[] for _ in functions], time.perf_counter() + seconds
     for function in functions:
         function()
     while time.perf_counter() < end or len(times[0]) < rounds:
-        for function, own in zip(functions, times, strict=True):
+        for function, means in zip(functions, times, strict=True):
             synchronize()
             start, calls, spent = time.perf_counter(), 0, 0.0
             while spent < 0.02:
@@ -55,25 +52,32 @@ def in_turns(*functions: Callable, seconds: float = 2.0, rounds: int = 5, take: 
                 synchronize()
                 calls += 1
                 spent = time.perf_counter() - start
-            own.append(spent / calls)
-    return [take(own) for own in times]
+            means.append(spent / calls)
+    return [take(means) for means in times]
 
 
 def decode_step(generate: Callable, inputs: dict, tokens: int, **settings) -> float:
-    """Seconds of a decode step, the median of a greedy answer of so many tokens."""
+    """Returns the median seconds of a decode step in a greedy answer of `tokens` tokens."""
     clock, length = Clock(), {"max_new_tokens": tokens, "min_new_tokens": tokens}
     generate(**inputs, **settings, **length, do_sample=False, stopping_criteria=[clock])
-    return statistics.median(clock.steps)
+    return statistics.median(after - before for before, after in itertools.pairwise(clock.times))
+
+
+def count_operations(function: Callable) -> tuple[Any, int]:
+    """Returns what the function returns, and the floating point operations of the call."""
+    with FlopCounterMode(display=False) as counter:
+        result = function()
+    return result, counter.get_total_flops()
 
 
 def added_memory(function: Callable) -> int:
-    """Peak bytes that a second call allocates, above what was allocated before it."""
+    """Returns the peak bytes that a second call allocates, above what was allocated before it."""
     function()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         function()
-        return torch.cuda.max_memory_allocated() - held
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +89,7 @@ def added_memory(function: Callable) -> int:
 
 
 def where() -> str:
-    """Date, machine and versions."""
+    """Returns the date, the machine and the versions."""
     device = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
     if torch.cuda.is_available():
         device += f", {torch.cuda.get_device_name()}"

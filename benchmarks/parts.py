@@ -1,9 +1,16 @@
-"""This model with random weights, and the parts that it is made of on the very same weights."""
+"""Models to measure: this model with random weights, the parts that it is made of on the same weights, and the demo."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from configuration_qwen2_audio_vl import ENCODER_STRIDE
+from demo.ask import DEMO
+from publishing.build import build
 from publishing.paths import ROOT
 
 
@@ -16,42 +23,29 @@ SPECIAL_TOKEN_IDS = (
 
 
 def full_config():
-    """The configuration of this repository: Qwen2-VL-7B-Instruct with the encoder of whisper-large-v3-turbo."""
+    """Returns the configuration of this repository: Qwen2-VL-7B-Instruct with the encoder of whisper-large-v3-turbo."""
     return AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
 
 
 def small_config(window_tokens: int = 1500, layers: int = 8):
     """
-    A small model at the proportions of the full size: encoder and head have a tenth of the language model's parameters.
+    Returns a small model at the proportions of the full size: encoder and head have a tenth of the language model's
+    parameters.
 
     Args:
-        window_tokens (`int`): Audio tokens of a window, 50 for each second.
-        layers (`int`): Of the language model; the encoder has about half as many.
+        window_tokens: Audio tokens of a window, 50 for each second.
+        layers: Layers of the language model; the encoder has about half as many.
     """
     config = full_config()
-    config.text_config.update(
-        {
-            "hidden_size": 512,
-            "intermediate_size": 2688,
-            "num_hidden_layers": layers,
-            "layer_types": config.text_config.layer_types[:layers],
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "vocab_size": config.text_config.vocab_size - DROPPED,
-            "bos_token_id": config.text_config.bos_token_id - DROPPED,
-            "eos_token_id": config.text_config.eos_token_id - DROPPED,
-        }
-    )
-    config.audio_config.update(
-        {
-            "d_model": 256,
-            "encoder_layers": 1 + layers // 2,
-            "encoder_attention_heads": 4,
-            "encoder_ffn_dim": 1024,
-            "max_source_positions": window_tokens,
-        }
-    )
+    text = {"hidden_size": 512, "intermediate_size": 2688, "num_attention_heads": 4, "num_key_value_heads": 1}
+    text |= {"num_hidden_layers": layers, "layer_types": config.text_config.layer_types[:layers]}
+    audio = {"d_model": 256, "encoder_attention_heads": 4, "encoder_ffn_dim": 1024}
+    audio |= {"encoder_layers": 1 + layers // 2, "max_source_positions": window_tokens}
+    config.text_config.update(text)
+    config.audio_config.update(audio)
     config.vision_config.update({"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 512})
+    for name in ("vocab_size", "bos_token_id", "eos_token_id"):
+        setattr(config.text_config, name, getattr(config.text_config, name) - DROPPED)
     for name in SPECIAL_TOKEN_IDS:
         setattr(config, name, getattr(config, name) - DROPPED)
     return config
@@ -63,13 +57,29 @@ def make_model(config, dtype: torch.dtype, device: str = "cpu") -> PreTrainedMod
         return AutoModel.from_config(config, trust_remote_code=True, dtype=dtype).eval()
 
 
+@contextlib.contextmanager
+def built_demo(**options) -> Iterator[Path]:
+    """Yields a temporary folder with the demo checkpoint; `options` are those of `build`."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield build(**{"checkpoint": str(DEMO), "output": Path(folder) / "demo", **options})
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, **inputs):
+    """Computes the logits and the cache that follow a prompt."""
+    return model(**inputs, use_cache=True, logits_to_keep=1)
+
+
 class Parts:
-    """Stock Qwen2-VL, stock Whisper encoder and a matrix, which hold the tensors of a model of ours."""
+    """Stock Qwen2-VL, a stock Whisper encoder and a matrix, which hold the tensors of a model of ours."""
 
     def __init__(self, model: PreTrainedModel):
-        config = Qwen2VLConfig(
-            text_config=model.config.text_config.to_dict(), vision_config=model.config.vision_config.to_dict()
-        )
+        text, vision = model.config.text_config.to_dict(), model.config.vision_config.to_dict()
+        config = Qwen2VLConfig(text_config=text, vision_config=vision)
         with torch.device("meta"):
             self.qwen = Qwen2VLForConditionalGeneration._from_config(config, dtype=model.dtype).eval()
         self.qwen.model.visual, self.qwen.model.language_model = model.model.visual, model.model.language_model
@@ -80,6 +90,12 @@ class Parts:
         """`(windows, mel bins, frames)` -> `(windows, tokens, hidden size)`."""
         return self.encoder(input_features).last_hidden_state @ self.projector.weight.T
 
+    @torch.no_grad()
+    def prefill(self, input_features: torch.Tensor, **stock):
+        """Encodes the audio, and prefills stock Qwen2-VL with a prompt of text."""
+        self.embed_audio(input_features)
+        return prefill(self.qwen, **stock)
+
 
 def make_prompt(
     model: PreTrainedModel,
@@ -89,49 +105,41 @@ def make_prompt(
     batch: int = 1,
     audio_tokens: int | None = None,
     pictures: int = 0,
-) -> tuple:
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
     Args:
-        clips (`int`): Clips of each row, of `windows` windows each, every clip followed by `text` tokens of text.
-        audio_tokens (`int`, *optional*): Of each clip; the default is those of whole windows.
-        pictures (`int`): Grey pictures before each clip, of `PICTURE` patches a side.
+        clips: Clips in each row, of `windows` windows each; `text` tokens of text follow each clip.
+        audio_tokens: Trimmed tokens of each clip. The default is fixed tokens, those of whole windows.
+        pictures: Grey pictures before each clip, of `PICTURE` patches a side.
 
     Returns:
-        What the processor would give for random noise and random text, and for random text alone of as many tokens.
+        The inputs that a processor would make of random noise and random text, and those of as many tokens of random
+        text alone.
     """
-    config, device = model.config, model.device
-    audio = config.audio_config
+    config, audio, vision = model.config, model.config.audio_config, model.config.vision_config
     generator = torch.Generator().manual_seed(0)
-    is_trimmed = audio_tokens is not None
-    if not is_trimmed:
-        audio_tokens = windows * audio.max_source_positions
-    image_tokens = [config.image_token_id] * (PICTURE // config.vision_config.spatial_merge_size) ** 2
-    clip = torch.tensor(
-        [
-            *[config.vision_start_token_id, *image_tokens, config.vision_end_token_id] * pictures,
-            *[config.audio_bos_token_id, *[config.audio_token_id] * audio_tokens, config.audio_eos_token_id],
-        ]
-    )
-    words = torch.randint(0, 5_000, (batch, clips, len(clip) + text), generator=generator)
+    frames = 2 * audio.max_source_positions  # of a window
+    picture = [config.image_token_id] * (PICTURE // vision.spatial_merge_size) ** 2
+    clip = [config.audio_token_id] * (audio_tokens or windows * audio.max_source_positions)
+    media = [config.vision_start_token_id, *picture, config.vision_end_token_id] * pictures
+    media += [config.audio_bos_token_id, *clip, config.audio_eos_token_id]
+    words = torch.randint(0, 5_000, (batch, clips, len(media) + text), generator=generator)
     ids = words.clone()
-    ids[:, :, : len(clip)] = clip
-    features = torch.randn(
-        batch * clips * windows, audio.num_mel_bins, 2 * audio.max_source_positions, generator=generator
-    )
+    ids[:, :, : len(media)] = torch.tensor(media)
     ids, words = ids.flatten(1), words.flatten(1)
+    features = torch.randn(batch * clips * windows, audio.num_mel_bins, frames, generator=generator)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == config.image_token_id).int() + 3 * (ids == config.audio_token_id),
         "input_features": features.to(model.dtype),
     }
-    if is_trimmed:
-        frames = torch.arange(windows * features.shape[-1]) < ENCODER_STRIDE * audio_tokens
-        inputs["input_features_mask"] = frames.long().view(windows, -1).repeat(batch * clips, 1)
+    if audio_tokens is not None:
+        mask = torch.arange(windows * frames) < ENCODER_STRIDE * audio_tokens
+        inputs["input_features_mask"] = mask.long().view(windows, -1).repeat(batch * clips, 1)
     if pictures:
-        vision, count = config.vision_config, batch * clips * pictures
-        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        count, width = batch * clips * pictures, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         inputs["image_grid_thw"] = torch.tensor([[1, PICTURE, PICTURE]] * count)
         inputs["pixel_values"] = torch.zeros(count * PICTURE**2, width, dtype=model.dtype)
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    return inputs, {"input_ids": words.to(device), "attention_mask": inputs["attention_mask"]}
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    return inputs, {"input_ids": words.to(model.device), "attention_mask": inputs["attention_mask"]}

@@ -1,56 +1,58 @@
 """
-Whether every release computes the same: `nox` records the logits and greedy tokens of the demo checkpoint on each.
+Compares what every release computes: `nox` records the logits and greedy tokens of the demo checkpoint on each.
 
-    python -m benchmarks.releases --record       of the transformers and torch that this Python finds
-    python -m benchmarks.releases [--readme]     compares all that was recorded with the first
+    python -m benchmarks.releases --record       records those of the transformers and torch that this Python imports
+    python -m benchmarks.releases [--readme]     compares all records with the first
 """
 
-import tempfile
 from datetime import date
-from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import upload
-from benchmarks.report import report
-from demo.ask import DEMO, content_of, load, prepare, read_examples
-from publishing import paths
+from benchmarks.parts import built_demo
+from benchmarks.report import report, table
+from demo.ask import content_of, load, read_examples
+from publishing.paths import ROOT
 
 
-RECORDS = paths.ROOT / "build" / "releases"
+RECORDS = ROOT / "build" / "releases"
 
 
-def record() -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
-        model, found = model.float(), {}
-        for number, example in enumerate(read_examples()):
-            inputs = prepare(processor, [{"role": "user", "content": content_of(example)}])
-            with torch.no_grad():
-                found[f"{number:02}.logits"] = model(**inputs).logits[0].contiguous()
-            found[f"{number:02}.tokens"] = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
+def write_record() -> str:
+    with built_demo() as repo:
+        processor, model = load(repo)
+    model, tensors = model.float(), {}
+    for number, example in enumerate(read_examples()):
+        inputs = processor.make_inputs([{"role": "user", "content": content_of(example)}])
+        with torch.no_grad():
+            tensors[f"{number:02}.logits"] = model(**inputs).logits[0].contiguous()
+        tensors[f"{number:02}.tokens"] = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
     RECORDS.mkdir(parents=True, exist_ok=True)
     name = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    save_file(found, RECORDS / f"{name}.safetensors")
-    return f"recorded {name}"
+    save_file(tensors, RECORDS / f"{name}.safetensors")
+    return f"{RECORDS} has the record of {name}."
 
 
-def table() -> str:
-    paths = sorted(RECORDS.glob("*.safetensors"))
-    first = load_file(paths[0])
-    rows = ["| release | largest difference of a logit | greedy tokens |", "|---|---|---|"]
-    for path in paths:
-        found = load_file(path)
-        logits = max((found[name] - first[name]).abs().max().item() for name in first if name.endswith("logits"))
-        equal = all(torch.equal(found[name], first[name]) for name in first if name.endswith("tokens"))
-        rows.append(f"| {path.stem} | {logits:.0e} | {'equal' if equal else 'different'} |")
-    largest = max(tensor.abs().max().item() for name, tensor in first.items() if name.endswith("logits"))
-    note = f"{date.today()}; beside {paths[0].stem}, whose logits reach {largest:.0f}, float32 on the CPU."
-    return "\n".join([*rows, "", note])
+def main(record: bool) -> list[str]:
+    if record:
+        return [write_record()]
+    records = {path.stem: load_file(path) for path in sorted(RECORDS.glob("*.safetensors"))}
+    if not records:
+        raise SystemExit(f"{RECORDS} has no records; `make releases` writes them.")
+    oldest, first = next(iter(records.items()))
+    logits, tokens = ([name for name in first if name.endswith(ending)] for ending in ("logits", "tokens"))
+    rows = []
+    for release, tensors in records.items():
+        difference = max((tensors[name] - first[name]).abs().max().item() for name in logits)
+        is_equal = all(torch.equal(tensors[name], first[name]) for name in tokens)
+        rows.append((release, f"{difference:.0e}", "equal" if is_equal else "different"))
+    largest = max(first[name].abs().max().item() for name in logits)
+    note = f"{date.today()}; beside {oldest}, whose logits reach {largest:.0f}, float32 on the CPU."
+    return [table(("release", "largest difference of a logit", "greedy tokens"), rows), note]
 
 
 if __name__ == "__main__":
     options = {"--record": {"action": "store_true", "help": "compute and keep, instead of comparing"}}
-    report(__file__, __doc__, lambda given: record() if given.record else table(), options)
+    report(__file__, __doc__, main, options)

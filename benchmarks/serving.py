@@ -1,29 +1,31 @@
 """
-The ways to serve, side by side on this machine with the demo checkpoint: `generate` in a loop, `handler.py` behind
-HTTP, and vLLM if `make test-vllm` has installed it; each with fixed and with trimmed audio tokens. Then `handler.py`
+Measures the ways to serve side by side with the demo checkpoint: `generate` in a loop, `handler.py` behind HTTP, and
+vLLM if `make test-vllm` has installed it; each with fixed and with trimmed audio tokens. Then it measures `handler.py`
 under load: many clients at once, and short requests beside long ones.
 
     python -m benchmarks.serving [--readme]
 """
 
 import base64
+import contextlib
 import io
 import itertools
 import json
 import statistics
-import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
 from PIL import Image
 
-import upload
 from benchmarks.measure import Clock, where
-from benchmarks.report import report
+from benchmarks.parts import built_demo
+from benchmarks.report import report, table
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
-from demo.ask import DEMO, load, prepare, read_examples
+from demo.ask import load, read_examples
 from handler import EndpointHandler
 from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, short_form
 
@@ -32,153 +34,141 @@ REQUESTS, CLIENTS, STEPS = 96, 16, 12
 LONG_CLIENTS = 8
 
 
-def time_requests(send, examples: list[dict], clients: tuple[int, ...] = (1, CLIENTS)) -> tuple[list[float], float]:
-    """
-    Args:
-        send: Answers an example; returns the answer and the seconds to its first token.
-        clients: How many ask at once, each number for itself.
+def send_all(send: Callable, requests: list, clients: int) -> tuple[list, float]:
+    """Sends requests from so many threads. Returns what `send` returns for each, and the requests per second."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        results = list(pool.map(send, requests))
+    return results, len(requests) / (time.perf_counter() - start)
 
-    Returns:
-        Requests per second for each number of clients, and the median of milliseconds to the first token at the first.
+
+def repeat(requests: list, count: int = REQUESTS) -> list:
+    return list(itertools.islice(itertools.cycle(requests), count))
+
+
+def send_to_model(processor, model, example: dict) -> tuple[str, float]:
+    """Returns the answer and the seconds to its first token, as the next two functions do."""
+    start, clock = time.perf_counter(), Clock()
+    (text,) = processor.answer(model, [openai_form(example)], STEPS, stopping_criteria=[clock])
+    return text, clock.times[0] - start
+
+
+def send_to_handler(client: httpx.Client, address: str, example: dict) -> tuple[str, float]:
+    start = time.perf_counter()
+    body = {"inputs": short_form(example), "parameters": {"max_new_tokens": STEPS}}
+    return client.post(address, json=body).json()["text"], time.perf_counter() - start
+
+
+def send_to_vllm(client: httpx.Client, address: str, example: dict) -> tuple[str, float]:
+    start, first, text = time.perf_counter(), None, ""
+    body = {"model": "demo", "messages": openai_form(example), "temperature": 0, "max_tokens": STEPS, "stream": True}
+    with client.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                piece = json.loads(line[6:])["choices"][0]["delta"].get("content")
+                if piece:
+                    first = first or time.perf_counter() - start
+                    text += piece
+    return text, first
+
+
+def time_examples(send: Callable, *clients: int) -> list[str]:
     """
-    crowd = list(itertools.islice(itertools.cycle(examples), REQUESTS))
+    Returns three cells: requests per second of one client and of many, and the time to the first token of one client.
+
+    Args:
+        send: Sends an example of the demo checkpoint; returns the answer and the seconds to its first token.
+        clients: How many clients send at once; each number gets a cell.
+
+    Raises:
+        ValueError: if an answer is wrong.
+    """
+    examples = read_examples()
     for example in examples[:5]:
         send(example)
-    rates, firsts = [], []
+    requests, rates, firsts = repeat(examples), [], []
     for number in clients:
-        begin = time.perf_counter()
-        with ThreadPoolExecutor(number) as pool:
-            answers = list(pool.map(send, crowd))
-        rates.append(REQUESTS / (time.perf_counter() - begin))
-        firsts.append(statistics.median(first for _, first in answers) * 1e3)
-        wrong = [e for e, (text, _) in zip(crowd, answers, strict=True) if text != e["answer"]]
-        if wrong:
+        answers, rate = send_all(send, requests, number)
+        rates.append(f"{rate:.1f}")
+        firsts.append(statistics.median(first for _, first in answers))
+        pairs = zip(requests, answers, strict=True)
+        if wrong := [example for example, (text, _) in pairs if text != example["answer"]]:
             raise ValueError(f"{len(wrong)} answers are wrong, the first to {wrong[0]}")
-    return rates, firsts[0]
+    return [rates[0], "".join(rates[1:]), f"{firsts[0] * 1e3:.0f} ms"]
 
 
-def by_generate(processor, model):
-    def send(example):
-        begin, clock = time.perf_counter(), Clock()
-        inputs = prepare(processor, openai_form(example))
-        output = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, stopping_criteria=[clock])
-        text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return text, clock.times[0] - begin
-
-    return send
-
-
-def by_handler(address: str, client: httpx.Client):
-    def send(example):
-        begin = time.perf_counter()
-        body = {"inputs": short_form(example), "parameters": {"max_new_tokens": STEPS}}
-        text = client.post(address, json=body).json()["text"]
-        return text, time.perf_counter() - begin
-
-    return send
-
-
-def by_vllm(address: str, client: httpx.Client):
-    def send(example):
-        begin, first, text = time.perf_counter(), None, ""
-        body = {
-            "model": "demo",
-            "messages": openai_form(example),
-            "temperature": 0,
-            "max_tokens": STEPS,
-            "stream": True,
-        }
-        with client.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    piece = json.loads(line[6:])["choices"][0]["delta"].get("content")
-                    if piece:
-                        first = first or time.perf_counter() - begin
-                        text += piece
-        return text, first
-
-    return send
-
-
-def measure_folder(repo: Path, folder: Path, client: httpx.Client) -> dict[str, list[str]]:
-    """For each way to serve: requests per second of one client and of many, and the time to the first token."""
-    examples, results = read_examples(), {}
-    processor, model = load(repo)
-    (one,), first = time_requests(by_generate(processor, model.float()), examples, clients=(1,))
-    results["`generate` in a loop"] = [f"{one:.1f}", "", f"{first:.0f} ms"]
+@contextlib.contextmanager
+def serve_handler(repo: Path):
+    """Yields the address of the handler of a folder, which computes in float32."""
     handler = EndpointHandler(str(repo))
     handler.model.float()
     with serve(make_endpoint(handler)) as address:
-        (one, many), first = time_requests(by_handler(address, client), examples)
-    results["`handler.py` behind HTTP, the whole answer"] = [f"{one:.1f}", f"{many:.1f}", f"{first:.0f} ms"]
+        yield address
+
+
+def compare_ways(repo: Path, client: httpx.Client) -> dict[str, list[str]]:
+    """Returns the cells of [`time_examples`] for each way to serve."""
+    processor, model = load(repo)
+    cells = {"`generate` in a loop": time_examples(partial(send_to_model, processor, model.float()), 1)}
+    with serve_handler(repo) as address:
+        send = partial(send_to_handler, client, address)
+        cells["`handler.py` behind HTTP, the whole answer"] = time_examples(send, 1, CLIENTS)
     if VLLM.exists():
-        with serve_vllm(repo, folder, VLLM_CPU_NUM_OF_RESERVED_CPU="0") as address:
-            (one, many), first = time_requests(by_vllm(address, client), examples)
-        results["`vllm serve`"] = [f"{one:.1f}", f"{many:.1f}", f"{first:.0f} ms"]
-    return results
+        with serve_vllm(repo, repo.parent, VLLM_CPU_NUM_OF_RESERVED_CPU="0") as address:
+            cells["`vllm serve`"] = time_examples(partial(send_to_vllm, client, address), 1, CLIENTS)
+    return cells
 
 
-def time_load(address: str, client: httpx.Client, bodies: list[dict], clients: int) -> tuple[list[float], float, int]:
-    """Returns the seconds of each request, sorted, the requests per second, and how many were refused."""
-
-    def send(body):
-        begin = time.perf_counter()
-        answer = client.post(address, json=body).json()
-        return time.perf_counter() - begin, "text" not in answer
-
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        seconds, refused = zip(*pool.map(send, bodies), strict=True)
-    return sorted(seconds), len(bodies) / (time.perf_counter() - begin), sum(refused)
-
-
-def measure_load(repo: Path, client: httpx.Client) -> list[str]:
-    """The lines of a table: what requests to one process take while others ask as well."""
-    rows = ["| | requests per second | median | slowest | refused |", "|---|---|---|---|---|"]
-    handler, examples = EndpointHandler(str(repo)), read_examples()
-    handler.model.float()
-    crowd = [{"inputs": short_form(example), "parameters": {"max_new_tokens": STEPS}} for example in examples]
+def measure_load(repo: Path, client: httpx.Client) -> str:
+    """Measures the requests to one process while others ask as well."""
+    examples = [{"inputs": short_form(each), "parameters": {"max_new_tokens": STEPS}} for each in read_examples()]
     picture = io.BytesIO()
-    Image.new("RGB", (100, 100)).save(picture, "PNG")  # the answer to which does not end by itself
+    Image.new("RGB", (100, 100)).save(picture, "PNG")  # the answer to it does not end by itself
     endless = {"image": base64.b64encode(picture.getvalue()).decode()}
     long = {"inputs": endless, "parameters": {"max_new_tokens": 1024}}
     short = {"inputs": {"text": "Hi."}, "parameters": {"max_new_tokens": 1, "repetition_penalty": 1.1}}
-    with serve(make_endpoint(handler)) as address:
 
-        def add(name: str, bodies: list[dict], clients: int):
-            seconds, rate, refused = time_load(address, client, bodies, clients)
-            median = statistics.median(seconds)
-            rows.append(f"| {name} | {rate:.1f} | {median:.2f} s | {seconds[-1]:.2f} s | {refused} |")
+    def send(body):
+        start = time.perf_counter()
+        is_refused = "text" not in client.post(address, json=body).json()
+        return time.perf_counter() - start, is_refused
 
-        for clients in (1, 8, 64):
-            bodies = list(itertools.islice(itertools.cycle(crowd), max(REQUESTS, 4 * clients)))
-            add(f"{clients} client{'s' * (clients > 1)}", bodies, clients)
-        add("one token, one client", [short] * REQUESTS, 1)
+    def row_of(name: str, bodies: list[dict], clients: int) -> tuple:
+        answers, rate = send_all(send, bodies, clients)
+        seconds, refused = zip(*answers, strict=True)
+        times = (f"{time:.2f} s" for time in (statistics.median(seconds), max(seconds)))
+        return name, f"{rate:.1f}", *times, sum(refused)
+
+    with serve_handler(repo) as address:
+        rows = [
+            row_of(f"{clients} client{'s' * (clients > 1)}", repeat(examples, max(REQUESTS, 4 * clients)), clients)
+            for clients in (1, 8, 64)
+        ]
+        rows.append(row_of("one token, one client", [short] * REQUESTS, 1))
         with ThreadPoolExecutor(LONG_CLIENTS) as pool:
             others = [pool.submit(client.post, address, json=long) for _ in range(LONG_CLIENTS)]
             time.sleep(1)
-            add(f"the same beside {LONG_CLIENTS} of 1,024 tokens and other parameters", [short] * REQUESTS, 1)
+            name = f"the same beside {LONG_CLIENTS} of 1,024 tokens and other parameters"
+            rows.append(row_of(name, [short] * REQUESTS, 1))
             if any(other.done() for other in others):
                 raise ValueError("The long requests ended before the short ones.")
-    return rows
+    return table(("", "requests per second", "median", "slowest", "refused"), rows)
 
 
-def measure(_) -> str:
-    results, load = [], []
-    for kind in AUDIO_TOKEN_COUNTS:
-        with tempfile.TemporaryDirectory() as folder, httpx.Client(timeout=300) as client:
-            repo = upload.build(checkpoint=DEMO, output=Path(folder) / "demo", audio_tokens=kind)
-            results.append(measure_folder(repo, Path(folder), client))
-            load = load or measure_load(repo, client)
+def main() -> list[str]:
+    ways, loads = [], []
+    for audio_tokens in AUDIO_TOKEN_COUNTS:
+        with built_demo(audio_tokens=audio_tokens) as repo, httpx.Client(timeout=300) as client:
+            ways.append(compare_ways(repo, client))
+            if audio_tokens == "fixed":
+                loads = ["`handler.py` under load, with fixed audio tokens:", measure_load(repo, client)]
     columns = ("requests per second, one client", "sixteen clients", "first token, one client")
-    rows = ["| | " + " | ".join(f"{column}, fixed | trimmed" for column in columns) + " |", "|---" * 7 + "|"]
-    for name in results[0]:
-        cells = (cell for pair in zip(*(result[name] for result in results), strict=True) for cell in pair)
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    rows.append(f"\n{where()}, float32; {REQUESTS} requests of all skills, the processor's work included.")
-    rows += ["\n`handler.py` under load, with fixed audio tokens:\n", *load]
-    return "\n".join(rows)
+    head = ("", *(cell for column in columns for cell in (f"{column}, fixed", "trimmed")))
+    fixed, trimmed = ways
+    rows = [(name, *itertools.chain(*zip(fixed[name], trimmed[name], strict=True))) for name in fixed]
+    note = f"{where()}, float32; {REQUESTS} requests of all skills, the processor's work included."
+    return [table(head, rows), note, *loads]
 
 
 if __name__ == "__main__":
-    report(__file__, __doc__, measure)
+    report(__file__, __doc__, main)

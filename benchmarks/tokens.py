@@ -1,21 +1,19 @@
 """
-Fixed and trimmed audio tokens side by side, with random weights. At full size in bfloat16, which takes 20 GB of memory:
-tokens, operations, time to the first token and memory of the cache. At a tenth of it: clips per second of training.
+Compares fixed with trimmed audio tokens, with random weights. At full size in bfloat16, which takes 20 GB of memory, it
+measures tokens, operations, time to the first token and memory of the cache; at a tenth of it, clips per second of
+training.
 
-    python -m benchmarks.tokens [--small] [--float32-products] [--readme]
+    python -m benchmarks.tokens [--small] [--readme]
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import in_turns, synchronize, where
-from benchmarks.parts import full_config, make_model, make_prompt, small_config
-from benchmarks.report import report
+from benchmarks.measure import count_operations, in_turns, synchronize, where
+from benchmarks.parts import count_parameters, full_config, make_model, make_prompt, prefill, small_config
+from benchmarks.report import report, table
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, count_audio
 
 
@@ -23,119 +21,93 @@ TEXT = 64  # tokens of text in each prompt
 CLIPS = (1, 3, 5, 10, 30)  # seconds
 # Seconds of the clip, and pictures beside it: the last is what the first user of this model asks.
 PROMPTS = (*((seconds, 0) for seconds in CLIPS), (3.4, 8))
-# What a clip of 3 s may cost of fixed tokens: operations, time to the first token, cache.
-PROMISED = {1: 1 / 4, 2: 1 / 3, 3: 1 / 6}
-COLUMNS = ("tokens", "TFLOP", "seconds to the first token", "cache, MB")
-CHUNK = 2**27  # weights that are converted at a time
+COLUMNS = {"tokens": "{:,}", "TFLOP": "{:.2f}", "seconds to the first token": "{:.1f}", "cache, MB": "{:.0f}"}
+# The largest share of fixed tokens that a clip of 3 s may cost.
+PROMISED = {"TFLOP": 1 / 4, "seconds to the first token": 1 / 3, "cache, MB": 1 / 6}
 
 
-class Float32Linear(nn.Linear):
-    """Keeps its weight in bfloat16, and multiplies in float32: many CPUs have no products of bfloat16."""
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = max(1, CHUNK // self.in_features)
-        made = [F.linear(hidden.float(), weight.float()) for weight in self.weight.split(rows)]
-        made = made[0] if len(made) == 1 else torch.cat(made, -1)
-        return made if self.bias is None else made + self.bias
-
-
-def multiply_in_float32(model):
-    """Everything but the matrices becomes float32."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.__class__ = Float32Linear
-            if module.bias is not None:
-                module.bias = nn.Parameter(module.bias.float())
-        elif not list(module.children()):
-            module.float()
-    return model
-
-
-def make_inputs(model, seconds: float, kind: str, pictures: int = 0) -> dict[str, torch.Tensor]:
-    windows, tokens = count_audio(round(seconds * 16_000), model.config.audio_config.max_source_positions, kind)
-    return make_prompt(model, windows=windows, text=TEXT, audio_tokens=tokens, pictures=pictures)[0]
-
-
-@torch.no_grad()
 def measure_prefill(model, inputs: dict[str, torch.Tensor]) -> tuple[float, ...]:
-    """What `COLUMNS` names."""
-    with FlopCounterMode(display=False) as counter:
-        synchronize()
-        start = time.perf_counter()
-        outputs = model(**inputs, use_cache=True, logits_to_keep=1)
-        outputs.logits.argmax().item()
-        seconds = time.perf_counter() - start
+    """Returns the figures that `COLUMNS` names."""
+    synchronize()
+    start = time.perf_counter()
+    outputs, operations = count_operations(lambda: prefill(model, **inputs))
+    outputs.logits.argmax().item()
+    seconds = time.perf_counter() - start
     layers = outputs.past_key_values.layers
     cache = sum(2 * tensor.numel() for layer in layers for tensor in (layer.keys, layer.values))  # bytes in bfloat16
-    return inputs["input_ids"].shape[1], counter.get_total_flops() / 1e12, seconds, cache / 1e6
-
-
-def measure_both(prompts: Iterable[tuple[float, int]], model, measure: Callable) -> Iterator[list]:
-    """For prompts of so many seconds and pictures, what is measured with fixed and with trimmed tokens."""
-    measured = {}
-    for seconds, pictures in prompts:
-        found = []
-        for kind in AUDIO_TOKEN_COUNTS:
-            inputs = make_inputs(model, seconds, kind, pictures)
-            length = inputs["input_ids"].shape[1]
-            if length not in measured:  # prompts of one length are the same: all fixed ones of up to 30 s
-                measured[length] = measure(model, inputs)
-            found.append(measured[length])
-        yield found
-
-
-def table_of_prefills(model) -> list[str]:
-    """
-    Raises:
-        ValueError: if a clip of 3 s costs more than was promised.
-    """
-    measure_prefill(model, make_inputs(model, 1, "trimmed"))
-    rows = ["| prompt | " + " | ".join(f"{column}, fixed | trimmed" for column in COLUMNS) + " |", "|---" * 9 + "|"]
-    for (seconds, pictures), found in zip(PROMPTS, measure_both(PROMPTS, model, measure_prefill), strict=True):
-        shares = [trimmed / fixed for fixed, trimmed in zip(*found, strict=True)]
-        formats = ("{:,}", "{:.2f}", "{:.1f}", "{:.0f}")
-        cells = [
-            f"{text.format(fixed)} | {text.format(trimmed)} ({share:.3f})"
-            for text, fixed, trimmed, share in zip(formats, *found, shares, strict=True)
-        ]
-        name = f"{seconds:g} s" + (f", {pictures} pictures of 384 x 384" if pictures else "")
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-        broken = [COLUMNS[column] for column, share in PROMISED.items() if seconds == 3 and shares[column] > share]
-        if broken:
-            raise ValueError(f"{', '.join(broken)} of a clip of 3 s are not what was promised:\n" + "\n".join(rows))
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e9
-    products = ", multiplied in float32" if isinstance(model.lm_head, Float32Linear) else ""
-    note = f"{size:.1f} billion random parameters in bfloat16{products}; {TEXT} tokens of text; each prompt once"
-    return [*rows, "", f"{where()}; {note}; in brackets the share of fixed."]
+    return inputs["input_ids"].shape[1], operations / 1e12, seconds, cache / 1e6
 
 
 def measure_step(model, inputs: dict[str, torch.Tensor]) -> float:
-    """Seconds of one step."""
+    """Returns the seconds of a training step."""
     labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] > 0, -100)
     return in_turns(lambda: model(**inputs, labels=labels, use_cache=False).loss.backward(), rounds=1)[0]
 
 
-def table_of_steps(model) -> list[str]:
+def make_inputs(model, seconds: float, audio_tokens: str, pictures: int = 0) -> dict[str, torch.Tensor]:
+    samples, window_tokens = round(seconds * 16_000), model.config.audio_config.max_source_positions
+    windows, tokens = count_audio(samples, window_tokens, audio_tokens)
+    return make_prompt(model, windows=windows, text=TEXT, audio_tokens=tokens, pictures=pictures)[0]
+
+
+def measure_both(model, measure: Callable, prompts) -> Iterator[list]:
+    """Yields what is measured for each of `prompts` (seconds and pictures) with fixed and with trimmed tokens."""
+    measured = {}  # by length: prompts of one length are the same, as all fixed ones of up to 30 s
+    for seconds, pictures in prompts:
+        pair = []
+        for audio_tokens in AUDIO_TOKEN_COUNTS:
+            inputs = make_inputs(model, seconds, audio_tokens, pictures)
+            length = inputs["input_ids"].shape[1]
+            if length not in measured:
+                measured[length] = measure(model, inputs)
+            pair.append(measured[length])
+        yield pair
+
+
+def compare_prefills(model) -> list[str]:
+    """
+    Returns a table and a note.
+
+    Raises:
+        ValueError: if a clip of 3 s costs more than was promised.
+    """
+    measure_prefill(model, make_inputs(model, 1, "trimmed"))  # the first prefill takes longer
+    rows = []
+    for (seconds, pictures), pair in zip(PROMPTS, measure_both(model, measure_prefill, PROMPTS), strict=True):
+        row = [f"{seconds:g} s" + (f", {pictures} pictures of 384 x 384" if pictures else "")]
+        for (column, form), fixed, trimmed in zip(COLUMNS.items(), *pair, strict=True):
+            share = trimmed / fixed
+            row += [form.format(fixed), f"{form.format(trimmed)} ({share:.3f})"]
+            if seconds == 3 and share > PROMISED.get(column, 1):
+                raise ValueError(f"{column}: a clip of 3 s has {share:.3f} of fixed, above {PROMISED[column]:.3f}.")
+        rows.append(row)
+    head = ["prompt", *(cell for column in COLUMNS for cell in (f"{column}, fixed", "trimmed"))]
+    size = f"{count_parameters(model) / 1e9:.1f} billion random parameters in bfloat16"
+    note = f"{where()}; {size}; {TEXT} tokens of text; each prompt once; in brackets the share of fixed."
+    return [table(head, rows), note]
+
+
+def compare_steps(model) -> list[str]:
+    """Returns a table and a note."""
     model.requires_grad_(False)
     model.model.audio_projector.requires_grad_(True)
-    rows = ["| training step of the projector | clips per second, fixed | trimmed | times as fast |", "|---" * 4 + "|"]
-    both = measure_both([(seconds, 0) for seconds in CLIPS], model, measure_step)
-    for seconds, (fixed, trimmed) in zip(CLIPS, both, strict=True):
-        rows.append(f"| {seconds} s | {1 / fixed:.2f} | {1 / trimmed:.2f} | {fixed / trimmed:.1f} |")
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e9
-    return [*rows, "", f"{size:.2f} billion random parameters in bfloat16, one clip and {TEXT} tokens of text a step."]
+    pairs = measure_both(model, measure_step, [(seconds, 0) for seconds in CLIPS])
+    rows = [
+        (f"{seconds} s", f"{1 / fixed:.2f}", f"{1 / trimmed:.2f}", f"{fixed / trimmed:.1f}")
+        for seconds, (fixed, trimmed) in zip(CLIPS, pairs, strict=True)
+    ]
+    head = ("training step of the projector", "clips per second, fixed", "trimmed", "times as fast")
+    size = f"{count_parameters(model) / 1e9:.2f} billion random parameters in bfloat16"
+    return [table(head, rows), f"{size}, one clip and {TEXT} tokens of text a step."]
 
 
-def measure(options) -> str:
-    model = make_model(small_config() if options.small else full_config(), torch.bfloat16)
-    prefills = table_of_prefills(multiply_in_float32(model) if options.float32_products else model)
+def main(small: bool) -> list[str]:
+    model = make_model(small_config() if small else full_config(), torch.bfloat16)
+    prefills = compare_prefills(model)
     del model
-    return "\n".join([*prefills, "", *table_of_steps(make_model(small_config(), torch.bfloat16))])
+    return [*prefills, *compare_steps(make_model(small_config(), torch.bfloat16))]
 
 
 if __name__ == "__main__":
-    options = {
-        "--small": {"action": "store_true", "help": "prefills at a tenth of the size"},
-        "--float32-products": {"action": "store_true", "help": "for a CPU without products of bfloat16"},
-    }
-    report(__file__, __doc__, measure, options)
+    options = {"--small": {"action": "store_true", "help": "prefills at a tenth of the size"}}
+    report(__file__, __doc__, main, options)
