@@ -1,9 +1,11 @@
 """
 Measures `upload.py build` at real size: peak memory, and time beside `cp` of the same bytes on the same disk. The base
-checkpoints have the real names and sizes, and noise for content. With `--sparse` they are files of holes, which take
-no space, but which `cp` does not even read.
+checkpoints have the real names and sizes, and noise for content.
 
-    python -m benchmarks.build --folder DIR_WITH_40_GB_FREE [--sparse] [--readme]
+    python -m benchmarks.build [--folder DIR_WITH_40_GB_FREE] [--sparse] [--readme]
+
+The default of `--folder` is the temporary folder. With `--sparse` the base checkpoints are files of holes; this only
+shows that the script runs, because `cp` does not read holes.
 """
 
 import json
@@ -98,7 +100,7 @@ def measure(size: str, folder: Path, sparse: bool) -> tuple[str, ...]:
     return size, f"{num_bytes / 1e9:.1f} GB", *seconds, f"{peak:.2f} GiB"
 
 
-def main(folder: str | None, sparse: bool) -> list[str]:
+def main(folder: str | None = None, sparse: bool = False) -> list[str]:
     rows = []
     for size in ("2b", "7b"):
         with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -107,8 +109,4 @@ def main(folder: str | None, sparse: bool) -> list[str]:
 
 
 if __name__ == "__main__":
-    options = {
-        "--folder": {"help": "on the disk to measure (default: the temporary folder)"},
-        "--sparse": {"action": "store_true", "help": "base files of holes"},
-    }
-    report(__file__, __doc__, main, options)
+    report(__file__, __doc__, main)

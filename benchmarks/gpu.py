@@ -5,7 +5,8 @@ beside the sum of its parts and transformers' Qwen2-Audio and Qwen2.5-Omni at th
     python -m benchmarks.gpu [--limit SECONDS] [--readme]
     python -m benchmarks.gpu --small      the same with small models on the CPU, which only shows that it runs
 
-Features and prefill come first; decoding, where each model is compiled twice, takes most of the time.
+Features and prefill come first; decoding, where each model is compiled twice, takes most of the time. After `--limit`
+no further figure is begun.
 """
 
 import gc
@@ -99,18 +100,11 @@ def make_ours(config, scale: Scale) -> dict[str, Subject]:
     parts = Parts(model)
 
     def make_inputs(batch):
-        return make_prompt(model, text=TEXT, batch=batch)[0]
-
-    def make_stock_inputs(batch):
-        inputs, stock = make_prompt(model, text=TEXT, batch=batch)
-        return {**stock, "input_features": inputs["input_features"]}
-
-    def generate_stock(input_features, **inputs):
-        return parts.qwen.generate(**inputs)
+        return make_prompt(model, text=TEXT, batch=batch)
 
     return {
-        "this model": Subject(model, make_inputs, partial(prefill, model), model.generate),
-        "sum of the parts": Subject(model, make_stock_inputs, parts.prefill, generate_stock),
+        "this model": Subject(model, lambda batch: make_inputs(batch)[0], partial(prefill, model), model.generate),
+        "sum of the parts": Subject(model, lambda batch: make_inputs(batch)[1], parts.prefill, parts.generate),
     }
 
 
@@ -206,7 +200,7 @@ def measure_decoding(subject: Subject, rates: tuple[float, float], scale: Scale)
         yield f"tokens a second, {batch} stream{'s' if batch > 1 else ''}", f"{batch / step:,.0f}"
 
 
-def main(small: bool, limit: float) -> list[str]:
+def main(small: bool = False, limit: float = float("inf")) -> list[str]:
     if not small and not torch.cuda.is_available():
         raise SystemExit("There is no GPU; --small tries the script without one.")
     scale, end = SMALL if small else Scale(), time.monotonic() + limit
@@ -235,8 +229,4 @@ def main(small: bool, limit: float) -> list[str]:
 
 
 if __name__ == "__main__":
-    options = {
-        "--small": {"action": "store_true", "help": "small models on the CPU, to try the script"},
-        "--limit": {"type": float, "default": float("inf"), "help": "seconds after which no figure is begun"},
-    }
-    report(__file__, __doc__, main, options)
+    report(__file__, __doc__, main)

@@ -2,7 +2,9 @@
 Asks the demo checkpoint about phrases that training never said or drew, by voices and at paces that it never used, and
 again with the audio taken away; with fixed and with trimmed audio tokens. Needs the synthesizers of `demo/make.py`.
 
-    python -m benchmarks.held_out [--questions N] [--checkpoint DIR] [--readme]
+    python -m benchmarks.held_out [--checkpoint DIR] [--questions N] [--readme]
+
+The default is 500 questions for each skill, to the checkpoint of this repository.
 """
 
 import random
@@ -48,7 +50,7 @@ def evaluate(processor, model, questions: int, seed: int = 0) -> Iterator[tuple[
         yield skill, shares
 
 
-def main(checkpoint: str, questions: int) -> list[str]:
+def main(checkpoint: str = str(DEMO), questions: int = 500) -> list[str]:
     with built_demo(checkpoint=checkpoint) as repo:
         processor, model = load(repo)
     model.float()  # many CPUs have no products of bfloat16
@@ -62,8 +64,4 @@ def main(checkpoint: str, questions: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    options = {
-        "--checkpoint": {"default": str(DEMO), "help": "default: the one of this repository"},
-        "--questions": {"type": int, "default": 500, "help": "of each skill (default: 500)"},
-    }
-    report(__file__, __doc__, main, options)
+    report(__file__, __doc__, main)

@@ -91,10 +91,16 @@ class Parts:
         return self.encoder(input_features).last_hidden_state @ self.projector.weight.T
 
     @torch.no_grad()
-    def prefill(self, input_features: torch.Tensor, **stock):
+    def prefill(self, input_features: torch.Tensor, **text_inputs):
         """Encodes the audio, and prefills stock Qwen2-VL with a prompt of text."""
         self.embed_audio(input_features)
-        return prefill(self.qwen, **stock)
+        return prefill(self.qwen, **text_inputs)
+
+    @torch.no_grad()
+    def generate(self, input_features: torch.Tensor, **text_inputs) -> torch.Tensor:
+        """Encodes the audio, and answers a prompt of text by stock Qwen2-VL."""
+        self.embed_audio(input_features)
+        return self.qwen.generate(**text_inputs)
 
 
 def make_prompt(
@@ -113,8 +119,8 @@ def make_prompt(
         pictures: Grey pictures before each clip, of `PICTURE` patches a side.
 
     Returns:
-        The inputs that a processor would make of random noise and random text, and those of as many tokens of random
-        text alone.
+        The inputs that a processor would make of random noise and random text, and inputs of the parts: the same
+        features, and random text of as many tokens.
     """
     config, audio, vision = model.config, model.config.audio_config, model.config.vision_config
     generator = torch.Generator().manual_seed(0)
@@ -142,4 +148,5 @@ def make_prompt(
         inputs["image_grid_thw"] = torch.tensor([[1, PICTURE, PICTURE]] * count)
         inputs["pixel_values"] = torch.zeros(count * PICTURE**2, width, dtype=model.dtype)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    return inputs, {"input_ids": words.to(model.device), "attention_mask": inputs["attention_mask"]}
+    shared = {name: inputs[name] for name in ("attention_mask", "input_features")}
+    return inputs, {"input_ids": words.to(model.device), **shared}

@@ -35,7 +35,7 @@ def write_record() -> str:
     return f"{RECORDS} has the record of {name}."
 
 
-def main(record: bool) -> list[str]:
+def main(record: bool = False) -> list[str]:
     if record:
         return [write_record()]
     records = {path.stem: load_file(path) for path in sorted(RECORDS.glob("*.safetensors"))}
@@ -54,5 +54,4 @@ def main(record: bool) -> list[str]:
 
 
 if __name__ == "__main__":
-    options = {"--record": {"action": "store_true", "help": "compute and keep, instead of comparing"}}
-    report(__file__, __doc__, main, options)
+    report(__file__, __doc__, main)

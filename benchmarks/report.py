@@ -1,7 +1,8 @@
 """The command line of every benchmark: it prints tables and puts them into `benchmarks/README.md`."""
 
 import argparse
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from transformers.utils import logging
@@ -12,26 +13,28 @@ from publishing.paths import ROOT
 README = ROOT / "benchmarks" / "README.md"
 
 
-def table(head: Iterable, rows: Iterable[Iterable]) -> str:
+def table(head: Sequence[str], rows: Iterable[Iterable]) -> str:
     """Returns a table in Markdown, without a line break at its end."""
-    head = list(head)
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+    first, *others = (f"| {' | '.join(map(str, row))} |" for row in (head, *rows))
+    return "\n".join([first, "|---" * len(head) + "|", *others])
 
 
-def report(path: str, description: str, main: Callable[..., list[str]], options: dict[str, dict] | None = None):
+def report(path: str, description: str, main: Callable[..., list[str]]):
     """
     Runs a benchmark with the options of the command line, prints what it returns and fills the README with it.
 
     Args:
         path: `__file__` of the benchmark; the README has marks with the name of that file.
-        description: The docstring of the benchmark, which `--help` shows.
-        main: Measures. It is called with the options by name, and returns tables and paragraphs in Markdown.
-        options: Options by name, each with the arguments of `add_argument`.
+        description: The docstring of the benchmark, which `--help` shows; it explains the options.
+        main: Measures, and returns tables and paragraphs in Markdown. Each of its arguments becomes an option, and
+            must have a default: False for a flag, None for a text.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true", help="put the tables into benchmarks/README.md")
-    for name, settings in (options or {}).items():
-        parser.add_argument(name, **settings)
+    for name, parameter in inspect.signature(main).parameters.items():
+        default = parameter.default
+        converts = {"type": str if default is None else type(default), "default": default}
+        parser.add_argument(f"--{name}", **({"action": "store_true"} if default is False else converts))
     values = vars(parser.parse_args())
     fills_readme = values.pop("readme")
     logging.set_verbosity_error()

@@ -47,16 +47,21 @@ def repeat(requests: list, count: int = REQUESTS) -> list:
 
 
 def send_to_model(processor, model, example: dict) -> tuple[str, float]:
-    """Returns the answer and the seconds to its first token, as the next two functions do."""
+    """Returns the answer and the seconds to its first token."""
     start, clock = time.perf_counter(), Clock()
     (text,) = processor.answer(model, [openai_form(example)], STEPS, stopping_criteria=[clock])
     return text, clock.times[0] - start
 
 
-def send_to_handler(client: httpx.Client, address: str, example: dict) -> tuple[str, float]:
+def handler_form(example: dict) -> dict:
+    return {"inputs": short_form(example), "parameters": {"max_new_tokens": STEPS}}
+
+
+def send_to_handler(client: httpx.Client, address: str, body: dict) -> tuple[str | None, float]:
+    """Returns the whole answer, or None if the request was refused, and its seconds."""
     start = time.perf_counter()
-    body = {"inputs": short_form(example), "parameters": {"max_new_tokens": STEPS}}
-    return client.post(address, json=body).json()["text"], time.perf_counter() - start
+    text = client.post(address, json=body).json().get("text")
+    return text, time.perf_counter() - start
 
 
 def send_to_vllm(client: httpx.Client, address: str, example: dict) -> tuple[str, float]:
@@ -111,8 +116,9 @@ def compare_ways(repo: Path, client: httpx.Client) -> dict[str, list[str]]:
     processor, model = load(repo)
     cells = {"`generate` in a loop": time_examples(partial(send_to_model, processor, model.float()), 1)}
     with serve_handler(repo) as address:
-        send = partial(send_to_handler, client, address)
-        cells["`handler.py` behind HTTP, the whole answer"] = time_examples(send, 1, CLIENTS)
+        cells["`handler.py` behind HTTP, the whole answer"] = time_examples(
+            lambda example: send_to_handler(client, address, handler_form(example)), 1, CLIENTS
+        )
     if VLLM.exists():
         with serve_vllm(repo, repo.parent, VLLM_CPU_NUM_OF_RESERVED_CPU="0") as address:
             cells["`vllm serve`"] = time_examples(partial(send_to_vllm, client, address), 1, CLIENTS)
@@ -121,23 +127,18 @@ def compare_ways(repo: Path, client: httpx.Client) -> dict[str, list[str]]:
 
 def measure_load(repo: Path, client: httpx.Client) -> str:
     """Measures the requests to one process while others ask as well."""
-    examples = [{"inputs": short_form(each), "parameters": {"max_new_tokens": STEPS}} for each in read_examples()]
+    examples = [handler_form(example) for example in read_examples()]
     picture = io.BytesIO()
     Image.new("RGB", (100, 100)).save(picture, "PNG")  # the answer to it does not end by itself
     endless = {"image": base64.b64encode(picture.getvalue()).decode()}
     long = {"inputs": endless, "parameters": {"max_new_tokens": 1024}}
     short = {"inputs": {"text": "Hi."}, "parameters": {"max_new_tokens": 1, "repetition_penalty": 1.1}}
 
-    def send(body):
-        start = time.perf_counter()
-        is_refused = "text" not in client.post(address, json=body).json()
-        return time.perf_counter() - start, is_refused
-
     def row_of(name: str, bodies: list[dict], clients: int) -> tuple:
-        answers, rate = send_all(send, bodies, clients)
-        seconds, refused = zip(*answers, strict=True)
-        times = (f"{time:.2f} s" for time in (statistics.median(seconds), max(seconds)))
-        return name, f"{rate:.1f}", *times, sum(refused)
+        answers, rate = send_all(partial(send_to_handler, client, address), bodies, clients)
+        texts, seconds = zip(*answers, strict=True)
+        times = (f"{figure:.2f} s" for figure in (statistics.median(seconds), max(seconds)))
+        return name, f"{rate:.1f}", *times, texts.count(None)
 
     with serve_handler(repo) as address:
         rows = [
