@@ -66,8 +66,8 @@ def decode(file, name: str, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarra
 
     Args:
         file: A binary file object.
-        name: Of the source, for messages.
-        max_seconds (`float`, defaults to 3600): Of audio; for rates above 48 kHz proportionally less.
+        name: What messages call the source.
+        max_seconds (`float`, defaults to 3600): Limit of the audio; for rates above 48 kHz proportionally less.
 
     Returns:
         float32 `[samples]` mono in [-1, 1] or a little beyond, and the sampling rate in Hz.
@@ -128,7 +128,7 @@ def limit_length(frames: Iterator[av.AudioFrame], name: str, max_seconds: float)
 
 
 def group_frames(frames: Iterator[av.AudioFrame]) -> Iterator[list[np.ndarray]]:
-    """Arrays of many short frames, as a call of numpy costs more than such a frame, or of one long frame."""
+    """Yields arrays of many short frames together, because a call of numpy costs more than one of them."""
     batch, num_samples = [], 0
     for frame in frames:
         batch.append(frame.to_ndarray())
@@ -146,7 +146,7 @@ def mix_down(samples: np.ndarray, name: str) -> np.ndarray:
     if samples.dtype.kind != "f" and kind not in FULL_SCALE:
         raise AudioError(f"{name} has samples of type {samples.dtype}; expected float, int16, int32 or uint8.")
     zero, scale = FULL_SCALE.get(kind, (0, 1))
-    with np.errstate(all="ignore"):  # of what is not finite, which `fetch_audio` refuses
+    with np.errstate(all="ignore"):  # `fetch_audio` refuses what is not finite
         scaled = (samples.astype(np.float32) - np.float32(zero)) / np.float32(scale)
         return scaled.mean(axis=0, dtype=np.float32)
 
@@ -165,8 +165,8 @@ class DecodingWorker:
         See [`decode`]. The process reads the file by its descriptor, so that its content needs no memory there.
 
         Args:
-            deadline: By `time.monotonic`.
-            seconds: For the decoding, without the start of the process.
+            deadline: The end, by `time.monotonic`.
+            seconds: The time for the decoding, without the start of the process.
 
         Raises:
             AudioError: also if decoding needs more memory than the limit, or if the process ends.
@@ -297,5 +297,5 @@ def serve(connection: Connection):
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(EOFError):  # whoever asked is gone
+    with contextlib.suppress(EOFError):  # the other process has ended
         serve(Connection(int(sys.argv[1])))
