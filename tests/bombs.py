@@ -1,4 +1,4 @@
-"""Small files that would cost gigabytes or minutes if their decoder believed them; every byte is made here."""
+"""For tests/test_limits.py: small files that would cost gigabytes or minutes if their decoder believed them; every byte is made here."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""The recordings in every container and codec: what fetch_audio has to open, and what the fuzzer breaks."""
+"""The recordings in every container and codec, for tests of what fetch_audio has to open, and for the fuzzer."""
 
 import io
 
