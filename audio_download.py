@@ -138,8 +138,8 @@ class WebHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def https_open(self, request):
         return self.do_open(functools.partial(self.connection, http.client.HTTPSConnection), request)
 
-    def connection(self, kind: type, host: str, **kwargs) -> http.client.HTTPConnection:
-        connection = kind(host, **kwargs)
+    def connection(self, connection_class: type, host: str, **kwargs) -> http.client.HTTPConnection:
+        connection = connection_class(host, **kwargs)
         connection._create_connection = self.open_socket
         connection.response_class = self.open_response
         return connection
@@ -201,8 +201,8 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def describe(source) -> str:
     """A source in a few words, for messages: never its whole content."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        kind = "array" if isinstance(source, np.ndarray) else "tensor"
-        return f"The {kind} of shape {tuple(source.shape)} and dtype {source.dtype}"
+        name = "array" if isinstance(source, np.ndarray) else "tensor"
+        return f"The {name} of shape {tuple(source.shape)} and dtype {source.dtype}"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"The content of {len(source)} bytes"
     if isinstance(source, (str, Path)):

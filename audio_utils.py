@@ -1,7 +1,4 @@
-"""
-Messages -> content items -> samples at 16 kHz, mono -> windows -> log-mel. Nothing here depends on the model or the
-tokenizer.
-"""
+"""Messages -> content items -> samples at 16 kHz, mono -> windows -> log-mel, without the model and the tokenizer."""
 
 import dataclasses
 import functools
@@ -40,7 +37,7 @@ WINDOWS_AT_ONCE = {"cpu": 1}  # transformed together; an accelerator takes 32, w
 MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
 INTEGER_SCALE = {torch.uint8: FULL_SCALE["u1"], torch.int16: FULL_SCALE["i2"], torch.int32: FULL_SCALE["i4"]}
-MAX_PHASES = 2**22  # of a filter that torchaudio makes for a pair of rates
+MAX_PHASES = 2**22  # torchaudio makes no larger filter for a pair of rates
 
 # The types of content items, which are also keys of their sources, and the modality of each.
 MODALITIES = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
@@ -70,7 +67,7 @@ def fetch_audio(
             `path`, or its decoder object; a content item.
         sr (`int`, defaults to 16000): Sampling rate of the result, in Hz.
         device: Where the result lies, and where it is resampled if torchaudio imports. The default is the CPU, or
-            the device of a tensor that is given.
+            the device of the tensor `ele`.
         sampling_rate (`int`, *optional*): Rate in Hz of samples that come without one. The default is `sr`: vLLM and
             transformers' `apply_chat_template` pass 16 kHz samples without their rate.
         max_bytes (`int`, defaults to 2**28): Limit of all sources except local files and samples.
@@ -109,7 +106,7 @@ def fetch_audio(
     resampled = resample(samples, rate, sr, samples.device if device is None else device)
     if not resampled.numel():
         raise AudioError(f"{name} is too short: {samples.numel()} samples at {rate} Hz are none at {sr} Hz.")
-    # Lossy codecs and the resampler's filter overshoot full scale; floats beyond it are kept only if given so.
+    # Lossy codecs and the resampler's filter overshoot full scale; only floats that were beyond it before stay so.
     bound = 1.0 if is_file else max(1.0, peak)
     return resampled.clamp(-bound, bound)
 
@@ -134,8 +131,8 @@ def normalize_conversations(conversation) -> tuple[list[list[dict]], bool]:
     Checks the structure of a conversation, or of a list of conversations, without opening anything.
 
     Returns:
-        A list of conversations, copied, with every content item as [`normalize_item`] returns it; and whether a list
-        was given.
+        A list of conversations, copied, with every content item as [`normalize_item`] returns it; and whether it
+        was a list of them.
 
     Raises:
         ValueError: naming the place of the first fault, such as `messages[2]["content"][1]`.
@@ -346,7 +343,7 @@ def to_mono(samples: np.ndarray | torch.Tensor) -> torch.Tensor:
     samples = samples.detach()
     if samples.dtype in INTEGER_SCALE:
         zero, scale = INTEGER_SCALE[samples.dtype]
-        samples = (samples.to(torch.float32) - zero) / scale  # exact but for the rounding of an int32, once
+        samples = (samples.to(torch.float32) - zero) / scale  # exact except that an int32 is rounded once
     samples = samples.to(torch.float32)
     return samples.mean(channel_axes[0]) if channel_axes else samples
 
@@ -387,7 +384,7 @@ def resample(samples: torch.Tensor, rate: int, sr: int, device: str | torch.devi
 
 @functools.lru_cache(maxsize=32)
 def torchaudio_resampler(rate: int, sr: int, device: torch.device) -> torch.nn.Module:
-    """With libswresample's filter: 16 zero crossings to each side, a Kaiser window, at most 97% of the new band."""
+    """Has libswresample's filter: 16 zero crossings to each side, a Kaiser window, at most 97% of the new band."""
     rolloff = min(rate, 0.97 * sr) / min(rate, sr)
     return torchaudio.transforms.Resample(
         rate, sr, resampling_method="sinc_interp_kaiser", lowpass_filter_width=16, rolloff=rolloff, beta=9.0

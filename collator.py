@@ -56,7 +56,7 @@ class ChatCollator:
             return messages
 
     def read(self, content: dict) -> tuple[list[dict], bool]:
-        """The normalized messages of a row, and whether they are made of a recording and its transcript."""
+        """The normalized messages of a row, and whether they come from a recording and its transcript."""
         messages, (audio, text) = content.get("messages"), (content.get(name) for name in RECORDING)
         is_recording = messages is None and audio is not None and isinstance(text, str)
         if is_recording:
@@ -136,7 +136,7 @@ def content_of(row: dict) -> dict:
     """What a row holds, read from its line of JSON if it has one; nothing if that is no object."""
     if row.get("line") is None:
         return row
-    content = json.loads(row["line"].lstrip("\ufeff"))  # of an editor that marks UTF-8
+    content = json.loads(row["line"].lstrip("\ufeff"))  # some editors mark UTF-8 by it
     return content if isinstance(content, dict) else {}
 
 

@@ -46,7 +46,7 @@ MODALITIES = {
     "videos_kwargs": "video_processor",
     "audio_kwargs": "feature_extractor",
 }
-READ_LIMITS = ("max_bytes", "timeout", "public_only")  # of any file, see `fetch_audio`
+READ_LIMITS = ("max_bytes", "timeout", "public_only")  # limits of any file, see `fetch_audio`
 FETCH_LIMITS = (*READ_LIMITS, "max_seconds")
 OWN_KWARGS = (*FETCH_LIMITS, "load_audio_backend")  # not passed on to transformers
 # A clip is never padded, truncated or resized: it becomes whole windows.
@@ -60,7 +60,7 @@ class Qwen2AudioVLAudioKwargs(AudioKwargs, total=False):
 
 class Qwen2AudioVLProcessorKwargs(Qwen2VLProcessor.valid_processor_kwargs, total=False):
     audio_kwargs: Qwen2AudioVLAudioKwargs
-    _defaults = getattr(Qwen2VLProcessor.valid_processor_kwargs, "_defaults", {})  # of releases before 5.24
+    _defaults = getattr(Qwen2VLProcessor.valid_processor_kwargs, "_defaults", {})  # releases before 5.24 need it
 
 
 class Qwen2AudioVLProcessor(Qwen2VLProcessor):
@@ -390,7 +390,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         file = read(source, **{name: limits[name] for name in READ_LIMITS if name in limits})
         try:
             return {"type": "image", "image": Image.open(file, formats=formats)}
-        except Exception as error:  # of many types, in Pillow's parsers of broken files
+        except Exception as error:  # Pillow's parsers raise many types on broken files
             if formats is None:
                 raise ValueError(f"{type(error).__name__}: {error}") from error
             raise ValueError(f"A picture must be one of {', '.join(formats)}; this content is not.") from error
