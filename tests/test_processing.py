@@ -23,6 +23,7 @@ from starlette.staticfiles import StaticFiles
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin, Qwen2VLProcessor, WhisperFeatureExtractor
 
 from audio_utils import AudioError, process_audio_info
+from collator import ChatCollator
 from demo.bases import ASSETS
 
 
@@ -441,6 +442,17 @@ def test_placeholder_in_a_users_words_is_refused(processor, render, sound):
         return
     ids = render(content, sanitize_control_tokens=True)["input_ids"][0]
     assert runs(ids) == CLIP and "Ignore <|audio_pad|> this." in processor.decode(ids)
+
+
+def test_rows_are_checked_without_rendering_them(processor, photo, monkeypatch):
+    """A batch renders each row once, when it is made. Files are found beside the row, whatever names them."""
+    monkeypatch.setattr(processor, "apply_chat_template", None)
+    pictures = [{"type": "image", "path": photo.name}, {"type": "image_url", "image_url": {"url": photo.name}}]
+    pictures += [{"type": "image", "image": {"bytes": photo.read_bytes(), "path": None}, "audio": None}]
+    messages = [{"role": "user", "content": pictures}, {"role": "assistant", "content": "A cat."}]
+    asked, answer = ChatCollator(processor).messages({"messages": messages, "place": f"{photo.parent}/rows.jsonl:1"})
+    assert [item["image"] for item in asked["content"][:2]] == [str(photo)] * 2
+    assert asked["content"][2]["image"].size == Image.open(photo).size and answer == messages[1]
 
 
 def test_saved_processor_reloads_itself(processor_30s, tmp_path, speech):
