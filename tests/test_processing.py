@@ -8,7 +8,6 @@ import itertools
 import json
 import shutil
 
-import av
 import numpy as np
 import pytest
 import qwen_vl_utils
@@ -17,6 +16,7 @@ import torchvision
 from helpers import TOKENS, audio, image, text, video
 from PIL import Image
 from serving import serve
+from sounds import encode
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
@@ -349,9 +349,10 @@ def test_without_audio_equals_qwen2_vl_processor(processor, photo):
 
 
 @pytest.mark.parametrize("sampling", [{}, {"fps": 2, "do_sample_frames": True}])
-def test_sound_track_of_a_video(sampling, processor, render, tmp_path):
+def test_sound_track_of_a_video(sampling, processor, render, sound, tmp_path):
     """Frames and sound of one file, without torchcodec or where it finds no FFmpeg (as here)."""
-    path = write_video(tmp_path / "clip.mp4", seconds=2)
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(encode(sound(1.9), "aac.m4a", video=True))
     film, grid = {"type": "video", "path": str(path)}, 2 if sampling else 8  # in time, two frames each: 4, or 16 frames
     for slot in ([], [{"type": "audio"}]):
         messages = [{"role": "user", "content": [film, *slot, text("?")]}]
@@ -366,8 +367,9 @@ def test_sound_track_of_a_video(sampling, processor, render, tmp_path):
     assert "input_features" not in render([film, text("?")])
 
 
-def test_videos_that_cannot_be_read(processor, render, tmp_path):
-    path = write_video(tmp_path / "clip.webm", seconds=1)
+def test_videos_that_cannot_be_read(processor, render, sound, tmp_path):
+    path = tmp_path / "clip.webm"
+    path.write_bytes(encode(sound(1), "opus.webm", video=True))
     if not hasattr(torchvision.io, "read_video"):  # before 0.26 it reads this
         with pytest.raises(ValueError, match="does not say how many frames it has"):
             processor(text="<|video_pad|>", videos=[str(path)], return_tensors="pt")
@@ -376,7 +378,8 @@ def test_videos_that_cannot_be_read(processor, render, tmp_path):
 
 
 def test_sounds_and_pictures_of_messages_beside_qwen_vl_utils(processor, render, photo, sound, tmp_path):
-    path = write_video(tmp_path / "clip.mp4", seconds=1)
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(encode(sound(0.9), "aac.m4a", video=True))
     messages = [
         {"role": "system", "content": "Listen."},
         {"role": "user", "content": [image(str(photo)), audio(sound(0.5, seed=1)), text("?")]},
@@ -401,28 +404,9 @@ def test_sounds_and_pictures_of_messages_beside_qwen_vl_utils(processor, render,
         process_audio_info(messages, max_seconds=5)
 
 
-def write_video(path, seconds: int):
-    with av.open(str(path), "w") as container:
-        picture_codec, sound_codec = ("vp8", "libopus") if path.suffix == ".webm" else ("mpeg4", "aac")
-        pictures, track = container.add_stream(picture_codec, rate=8), container.add_stream(sound_codec, rate=16000)
-        pictures.width = pictures.height = 56
-        for number in range(8 * seconds):
-            frame = av.VideoFrame.from_ndarray(np.full((56, 56, 3), 10 * number, np.uint8), format="rgb24")
-            container.mux(pictures.encode(frame))
-        container.mux(pictures.encode(None))
-        tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(15_000 * seconds) / 16000)
-        frame = av.AudioFrame.from_ndarray(tone.astype(np.float32)[None], format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(track.encode(frame))
-        container.mux(track.encode(None))
-    return path
-
-
 def test_other_arguments_of_the_template_pass_through(processor, sound):
-    messages = [
-        {"role": "user", "content": [audio(sound(0.5)), text("Say hi.")]},
-        {"role": "assistant", "content": "Hi."},
-    ]
+    question = {"role": "user", "content": [audio(sound(0.5)), text("Say hi.")]}
+    messages = [question, {"role": "assistant", "content": "Hi."}]
     prompt = processor.apply_chat_template(messages)
     assert prompt.endswith("<|audio_pad|>Say hi.<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n")
     continued = processor.apply_chat_template(messages, continue_final_message=True, tokenize=True, return_dict=True)
