@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows, where untrusted files are decoded in the process itself
     resource = None
 
-MAX_SECONDS = 3600.0  # of decoded audio; the positions of the model end after about ten minutes
+MAX_SECONDS = 3600.0  # limit of decoded audio; the positions of the model end after about ten minutes
 FULL_RATE = 48_000  # Hz; at a higher rate `max_seconds` is proportionally shorter, because it also limits memory
 FULL_SCALE = {"u1": (128, 2**7), "i2": (0, 2**15), "i4": (0, 2**31)}  # zero and full scale of integer samples
 FRAME_BATCH = 2**16  # samples converted at a time
@@ -62,12 +62,11 @@ def audio_codecs() -> str:
 
 def decode(file, name: str, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarray, int]:
     """
-    Decodes the first audio track of a file, and closes it.
+    Decodes the first audio track of a binary file object, and closes it.
 
     Args:
-        file: A binary file object.
-        name: Of the source, for messages.
-        max_seconds (`float`, defaults to 3600): Of audio; for rates above 48 kHz proportionally less.
+        name: What messages call the source.
+        max_seconds (`float`, defaults to 3600): Limit of the audio; for rates above 48 kHz proportionally less.
 
     Returns:
         float32 `[samples]` mono in [-1, 1] or a little beyond, and the sampling rate in Hz.
@@ -128,7 +127,7 @@ def limit_length(frames: Iterator[av.AudioFrame], name: str, max_seconds: float)
 
 
 def group_frames(frames: Iterator[av.AudioFrame]) -> Iterator[list[np.ndarray]]:
-    """Arrays of many short frames, as a call of numpy costs more than such a frame, or of one long frame."""
+    """Yields arrays of many short frames together, because a call of numpy costs more than one of them."""
     batch, num_samples = [], 0
     for frame in frames:
         batch.append(frame.to_ndarray())
@@ -142,11 +141,11 @@ def group_frames(frames: Iterator[av.AudioFrame]) -> Iterator[list[np.ndarray]]:
 
 def mix_down(samples: np.ndarray, name: str) -> np.ndarray:
     """`[channels, samples]` of any format -> float32 `[samples]`: integers in [-1, 1), the mean of the channels."""
-    kind = samples.dtype.str[1:]
-    if samples.dtype.kind != "f" and kind not in FULL_SCALE:
+    code = samples.dtype.str[1:]
+    if samples.dtype.kind != "f" and code not in FULL_SCALE:
         raise AudioError(f"{name} has samples of type {samples.dtype}; expected float, int16, int32 or uint8.")
-    zero, scale = FULL_SCALE.get(kind, (0, 1))
-    with np.errstate(all="ignore"):  # of what is not finite, which `fetch_audio` refuses
+    zero, scale = FULL_SCALE.get(code, (0, 1))
+    with np.errstate(all="ignore"):  # `fetch_audio` refuses what is not finite
         scaled = (samples.astype(np.float32) - np.float32(zero)) / np.float32(scale)
         return scaled.mean(axis=0, dtype=np.float32)
 
@@ -162,11 +161,8 @@ class DecodingWorker:
 
     def decode(self, file, name: str, max_seconds: float, deadline: float, seconds: float) -> tuple[np.ndarray, int]:
         """
-        See [`decode`]. The process reads the file by its descriptor, so that its content needs no memory there.
-
-        Args:
-            deadline: By `time.monotonic`.
-            seconds: For the decoding, without the start of the process.
+        As [`decode`], within `seconds`, which do not count the start of the process, and before `deadline`, by
+        `time.monotonic`. The process reads the file by its descriptor, so that its content needs no memory there.
 
         Raises:
             AudioError: also if decoding needs more memory than the limit, or if the process ends.
@@ -297,5 +293,5 @@ def serve(connection: Connection):
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(EOFError):  # whoever asked is gone
+    with contextlib.suppress(EOFError):  # the other process has ended
         serve(Connection(int(sys.argv[1])))

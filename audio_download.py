@@ -4,7 +4,6 @@ untrusted requests, to public addresses.
 """
 
 import base64
-import binascii
 import functools
 import http.client
 import io
@@ -27,52 +26,57 @@ try:
 except ImportError:  # not part of a package: the tools beside this file import it by its bare name
     from audio_decoding import AudioError
 
-MAX_BYTES = 2**28  # of a source that is no local file
+MAX_BYTES = 2**28  # limit of a source that is no local file
 CHUNK = 2**16  # bytes read from a connection at a time
 TIMEOUT = 30.0  # seconds for a whole download
-# Beside those that `ipaddress` knows: IETF protocols, and a cloud's own services.
+# `ipaddress` does not know these: IETF protocols, and a cloud's own services.
 NOT_PUBLIC = [ipaddress.ip_network(network) for network in ("192.0.0.0/24", "168.63.129.16/32")]
-# All of IPv6 that is assigned to hosts. Others are multicast or local, or carry IPv4 addresses through a translator.
+# Hosts have these IPv6 addresses. Others are multicast or local, or carry IPv4 addresses through a translator.
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 def read(source, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, public_only: bool = False) -> io.BufferedIOBase:
     """Turns a source that is not samples into a binary file object; see [`fetch_audio`] for the limits."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return io.BytesIO(at_most(max_bytes, source, source))
-    if hasattr(source, "read"):
-        return io.BytesIO(at_most(max_bytes, source.read(max_bytes + 1), source))
-    if isinstance(source, Path):
-        source = os.fspath(source)
-    if not isinstance(source, str):
+        content = source
+    elif hasattr(source, "read"):
+        content = source.read(max_bytes + 1)
+    elif not isinstance(source, (str, Path)):
         raise AudioError(
             f"{describe(source)} is no sound: expected a path, an address, base64 text, bytes, a binary file object, "
             "a numpy array or a tensor, or a dict that holds one of these."
         )
+    else:
+        try:
+            content = read_text(os.fspath(source), max_bytes, timeout, public_only)
+        except AudioError:
+            raise
+        except (OSError, HTTPException, ValueError) as error:
+            raise AudioError(f"{describe(source)} cannot be read: {error}") from error
+        if isinstance(content, io.BufferedIOBase):
+            return content
+    return io.BytesIO(at_most(max_bytes, content, source))
+
+
+def read_text(source: str, max_bytes: int, timeout: float, public_only: bool) -> bytes | io.BufferedIOBase:
+    """The content behind an address or in base64 text; of a local file the file."""
     scheme = urlsplit(source[:4096]).scheme.lower()
+    if scheme in ("http", "https"):
+        return download(source, max_bytes, timeout, public_only)
+    if scheme == "data":
+        header, _, payload = source.partition(",")
+        is_base64 = header.endswith(";base64")
+        return base64.b64decode(unquote(payload), validate=True) if is_base64 else unquote_to_bytes(payload)
+    path = unquote(urlsplit(source).path) if scheme == "file" else source
+    if not public_only and len(path) < 4096 and os.path.isfile(path):
+        return open(path, "rb")
     try:
-        if scheme in ("http", "https"):
-            return io.BytesIO(download(source, max_bytes, timeout, public_only))
-        if scheme == "data":
-            header, _, payload = source.partition(",")
-            is_base64 = header.endswith(";base64")
-            content = base64.b64decode(unquote(payload), validate=True) if is_base64 else unquote_to_bytes(payload)
-            return io.BytesIO(at_most(max_bytes, content, source))
-        path = unquote(urlsplit(source).path) if scheme == "file" else source
-        if not public_only and len(path) < 4096 and os.path.isfile(path):
-            return open(path, "rb")
-    except AudioError:
-        raise
-    except (OSError, HTTPException, ValueError) as error:
-        raise AudioError(f"{describe(source)} cannot be read: {error}") from error
-    try:
-        content = base64.b64decode(source, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return base64.b64decode(source, validate=True)
+    except ValueError as error:
         reason = "neither an existing file, nor an address, nor base64"
         if public_only:
             reason = "neither an address nor base64; local files are not opened here"
         raise AudioError(f"{describe(source)} is {reason}.") from error
-    return io.BytesIO(at_most(max_bytes, content, source))
 
 
 def at_most(max_bytes: int, content: bytes, source) -> bytes:
@@ -134,8 +138,8 @@ class WebHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def https_open(self, request):
         return self.do_open(functools.partial(self.connection, http.client.HTTPSConnection), request)
 
-    def connection(self, kind: type, host: str, **kwargs) -> http.client.HTTPConnection:
-        connection = kind(host, **kwargs)
+    def connection(self, connection_class: type, host: str, **kwargs) -> http.client.HTTPConnection:
+        connection = connection_class(host, **kwargs)
         connection._create_connection = self.open_socket
         connection.response_class = self.open_response
         return connection
@@ -157,7 +161,7 @@ class WebHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             except OSError:
                 if num_left == 1:
                     raise
-        sock.settimeout(self.time_left())  # of the TLS handshake, if one follows
+        sock.settimeout(self.time_left())  # for the TLS handshake, if one follows
         return sock
 
     def open_response(self, sock: socket.socket, **kwargs) -> http.client.HTTPResponse:
@@ -197,8 +201,8 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def describe(source) -> str:
     """A source in a few words, for messages: never its whole content."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        kind = "array" if isinstance(source, np.ndarray) else "tensor"
-        return f"The {kind} of shape {tuple(source.shape)} and dtype {source.dtype}"
+        name = "array" if isinstance(source, np.ndarray) else "tensor"
+        return f"The {name} of shape {tuple(source.shape)} and dtype {source.dtype}"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"The content of {len(source)} bytes"
     if isinstance(source, (str, Path)):

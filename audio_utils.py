@@ -1,14 +1,11 @@
-"""
-Messages -> content items -> samples at 16 kHz, mono -> windows -> log-mel. Nothing here depends on the model or the
-tokenizer.
-"""
+"""Messages -> content items -> samples at 16 kHz, mono -> windows -> log-mel, without the model and the tokenizer."""
 
 import dataclasses
 import functools
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from numbers import Real
 
 import av
@@ -40,12 +37,13 @@ WINDOWS_AT_ONCE = {"cpu": 1}  # transformed together; an accelerator takes 32, w
 MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
 INTEGER_SCALE = {torch.uint8: FULL_SCALE["u1"], torch.int16: FULL_SCALE["i2"], torch.int32: FULL_SCALE["i4"]}
-MAX_PHASES = 2**22  # of a filter that torchaudio makes for a pair of rates
+MAX_PHASES = 2**22  # torchaudio makes no larger filter for a pair of rates
 
-AUDIO_TYPES = ("audio", "audio_url", "input_audio")  # of content items
-CONTENT_TYPES = ("text", "image", "image_url", "video", "video_url", *AUDIO_TYPES)
-# The keys under which a content item, a `datasets` row or an OpenAI message part holds its audio.
-SOURCE_KEYS = (*AUDIO_TYPES, "url", "path", "base64", "bytes", "array", "data")
+# The types of content items, which are also keys of their sources, and the modality of each.
+MODALITIES = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
+MODALITIES |= {"audio": "audio", "audio_url": "audio", "input_audio": "audio"}
+# Other keys under which an item, a `datasets` row or a part of an OpenAI message may hold its source.
+SOURCE_KEYS = ("url", "path", "base64", "bytes", "array", "data")
 
 
 def fetch_audio(
@@ -66,64 +64,66 @@ def fetch_audio(
         ele: A path, `file://`, `http(s)://` or `data:` address, base64 text, bytes, a binary file object; samples as
             a numpy array or tensor, `[samples]`, `[channels, samples]` or `[samples, channels]`; samples with their
             rate, as a tuple (either order) or a dict of `array` and `sampling_rate`; a `datasets` dict of `bytes` and
-            `path`, or its decoder object; a content item (`audio`, `audio_url`, `input_audio`, `url`, `path`,
-            `base64`).
+            `path`, or its decoder object; a content item.
         sr (`int`, defaults to 16000): Sampling rate of the result, in Hz.
         device: Where the result lies, and where it is resampled if torchaudio imports. The default is the CPU, or
-            the device of a tensor that is given.
-        sampling_rate (`int`, *optional*): Rate in Hz of bare samples. Files, and samples that come with a rate, have
-            their own. The default is `sr`: vLLM and transformers' `apply_chat_template` pass 16 kHz samples bare.
-        max_bytes (`int`, defaults to 2**28): Of everything but local files: downloads, file objects, bytes, base64.
-        max_seconds (`float`, defaults to 3600): Of audio; decoding stops there, however small the file. For rates above
-            48 kHz it is proportionally less, so that it limits memory as well: 192 KB a second.
-        timeout (`float`, defaults to 30): Seconds for a whole download, redirects included; with `public_only` for the
-            download, the wait for a process that decodes, and the decoding. Only the look-up of a name has the system's
-            own limit.
+            the device of the tensor `ele`.
+        sampling_rate (`int`, *optional*): Rate in Hz of samples that come without one. The default is `sr`: vLLM and
+            transformers' `apply_chat_template` pass 16 kHz samples without their rate.
+        max_bytes (`int`, defaults to 2**28): Limit of all sources except local files and samples.
+        max_seconds (`float`, defaults to 3600): Limit of the audio; decoding stops there, however small the file. It
+            is proportionally less for rates above 48 kHz, so that it limits memory as well: 192 KB a second.
+        timeout (`float`, defaults to 30): Seconds for a whole download, redirects included; with `public_only` for
+            download, wait and decoding together. The look-up of a name has the system's own limit.
         public_only (`bool`, defaults to `False`): For servers with untrusted requests: refuses local paths, `file://`,
             and addresses that are not public, also after a redirect, and decodes files in processes of limited memory
             (64 MiB, on Linux) and time (8 s), at most six at once. On Windows they are decoded without these limits.
 
     Returns:
-        `torch.Tensor`: float32 `[samples]` in [-1, 1], the mean of all channels. What overshoots is clipped, as by
-        Whisper's own loader; only samples that are handed over as floats beyond [-1, 1] are kept as they are.
+        float32 `[samples]` in [-1, 1], the mean of all channels. What overshoots is clipped, as by Whisper's own
+        loader; only samples that are handed over as floats beyond [-1, 1] are kept as they are.
 
     Raises:
         AudioError: a `ValueError`, if the source is missing, unreadable, empty, ambiguous, not finite, past a limit.
     """
     deadline = time.monotonic() + timeout
     source, rate = unwrap(ele)
-    is_file = not isinstance(source, (np.ndarray, torch.Tensor))
+    name, is_file = describe(source), not isinstance(source, (np.ndarray, torch.Tensor))
     if is_file:
-        file, name = read(source, max_bytes, timeout, public_only), describe(source)
+        file = read(source, max_bytes, timeout, public_only)
         if public_only:
             array, rate = decode_in_worker(file, name, max_seconds, deadline)
         else:
             array, rate = decode(file, name, max_seconds)
         samples, rate = torch.from_numpy(array), check_rate(rate)
     else:
-        rate = check_rate(next(given for given in (rate, sampling_rate, sr) if given is not None))
+        rate = check_rate(next(known for known in (rate, sampling_rate, sr) if known is not None))
         seconds = max(source.shape, default=0) / rate
         if seconds > max_seconds:  # before anything is copied
-            raise AudioError(f"{describe(source)} lasts {seconds:.0f} s, past the limit of {max_seconds:g} s.")
+            raise AudioError(f"{name} lasts {seconds:.0f} s, past the limit of {max_seconds:g} s.")
         samples = to_mono(source)
-    if not samples.numel():
-        raise AudioError(f"{describe(source)} holds no samples.")
-    peak = float(samples.abs().amax())
-    if not math.isfinite(peak):
-        raise AudioError(f"{describe(source)} holds samples that are not finite (NaN or infinity).")
-    if peak > MAX_PEAK:
-        raise AudioError(
-            f"{describe(source)} has a peak of {peak:g}, but full scale is 1.0: integer samples stored as floats have "
-            "to be divided by their own full scale first (32768 for 16 bit)."
-        )
+    peak = check_peak(samples, name)
     resampled = resample(samples, rate, sr, samples.device if device is None else device)
     if not resampled.numel():
-        raise AudioError(
-            f"{describe(source)} is too short: {samples.numel()} samples at {rate} Hz are none at {sr} Hz."
-        )
-    # Lossy codecs and the resampler's filter overshoot full scale; floats beyond it are kept only if given so.
+        raise AudioError(f"{name} is too short: {samples.numel()} samples at {rate} Hz are none at {sr} Hz.")
+    # Lossy codecs and the resampler's filter overshoot full scale; only floats that were beyond it before stay so.
     bound = 1.0 if is_file else max(1.0, peak)
     return resampled.clamp(-bound, bound)
+
+
+def check_peak(samples: torch.Tensor, name: str) -> float:
+    """The largest absolute value. Raises AudioError if there are no samples, or if full scale cannot be 1.0."""
+    if not samples.numel():
+        raise AudioError(f"{name} holds no samples.")
+    peak = float(samples.abs().amax())
+    if not math.isfinite(peak):
+        raise AudioError(f"{name} holds samples that are not finite (NaN or infinity).")
+    if peak > MAX_PEAK:
+        raise AudioError(
+            f"{name} has a peak of {peak:g}, but full scale is 1.0: integer samples stored as floats have to be "
+            "divided by their own full scale first (32768 for 16 bit)."
+        )
+    return peak
 
 
 def normalize_conversations(conversation) -> tuple[list[list[dict]], bool]:
@@ -131,20 +131,19 @@ def normalize_conversations(conversation) -> tuple[list[list[dict]], bool]:
     Checks the structure of a conversation, or of a list of conversations, without opening anything.
 
     Returns:
-        A list of conversations, copied, with every content item in transformers' form; and whether a list was given.
+        A list of conversations, copied, with every content item as [`normalize_item`] returns it; and whether it
+        was a list of them.
 
     Raises:
         ValueError: naming the place of the first fault, such as `messages[2]["content"][1]`.
     """
-    if not isinstance(conversation, (list, tuple)) or not conversation:
-        raise ValueError(f"A conversation must be a list of messages, got {describe_value(conversation)}.")
-    is_batch = isinstance(conversation[0], (list, tuple))
+    is_batch = isinstance(conversation, (list, tuple)) and isinstance(next(iter(conversation), None), (list, tuple))
     normalized = []
     for row, messages in enumerate(conversation if is_batch else [conversation]):
-        name = f"conversations[{row}]" if is_batch else "messages"
+        place = f"conversations[{row}]" if is_batch else "messages"
         if not isinstance(messages, (list, tuple)) or not messages:
-            raise ValueError(f"{name} must be a list of messages, got {describe_value(messages)}.")
-        normalized.append([normalize_message(message, f"{name}[{i}]") for i, message in enumerate(messages)])
+            raise ValueError(f"{place} must be a list of messages, got {describe_value(messages)}.")
+        normalized.append([normalize_message(message, f"{place}[{i}]") for i, message in enumerate(messages)])
     return normalized, is_batch
 
 
@@ -159,8 +158,8 @@ def normalize_message(message, place: str) -> dict:
         raise ValueError(f'{place}["role"] must be a string, got {describe_value(message.get("role"))}.')
     content, place = message.get("content"), f'{place}["content"]'
     if isinstance(content, (list, tuple)):
-        return {**message, "content": [normalize_item(item, f"{place}[{i}]") for i, item in enumerate(content)]}
-    if isinstance(content, str):
+        message["content"] = [normalize_item(item, f"{place}[{i}]") for i, item in enumerate(content)]
+    elif isinstance(content, str):
         normalize_item({"text": content}, place)
     elif content is not None:
         raise ValueError(f"{place} must be a string or a list of items, got {describe_value(content)}.")
@@ -176,22 +175,68 @@ def read_object(value):
     return value
 
 
-def normalize_item(item, place: str) -> dict:
-    try:
-        return normalize_content(item)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-
-
 def describe_value(value) -> str:
     is_empty = isinstance(value, (list, tuple, dict, str)) and not value
     return f"an empty {type(value).__name__}" if is_empty else f"a {type(value).__name__}"
 
 
+def normalize_item(item, place: str) -> dict:
+    """
+    A content item in its one form: `type` is text, image, video or audio, and its text or source is under that name,
+    without a dict around it. Audio may have a `sampling_rate`. An item without a source has a `type` alone.
+    """
+    item, description, kind = read_object(item), f"Python type {type(item).__name__}", None
+    if isinstance(item, Mapping):
+        item = {name: value for name, value in item.items() if value is not None}  # Arrow fills missing keys with None
+        kind = item.get("type", next((kind for kind in MODALITIES if kind in item), None))
+        description = f"type {kind!r} and keys {list(item)}"
+    modality = MODALITIES.get(kind) if isinstance(kind, str) else None
+    if modality is None:
+        expected = f"expected a dict of type {', '.join(MODALITIES)}"
+        raise ValueError(f"{place}: Content of {description} cannot be taken: {expected}.")
+    if modality != "text":
+        try:
+            source, rate = find_source(item, modality)
+        except AudioError as error:
+            raise ValueError(f"{place}: {error}") from error
+        fields = {"type": modality, modality: source, "sampling_rate": rate}
+        return {name: value for name, value in fields.items() if value is not None}
+    if not isinstance(item.get("text"), str):
+        raise ValueError(f"{place}: A text item needs a string under 'text'; this one has keys {list(item)}.")
+    if re.search("[\ud800-\udfff]", item["text"]):
+        raise ValueError(f"{place}: A text must be Unicode; this one has a lone surrogate, half of a character.")
+    return {"type": "text", "text": item["text"]}
+
+
+def find_source(item: dict, modality: str, is_needed: bool = False) -> tuple:
+    """
+    The source of an item and its sampling rate, from the item or from one dict in it. Both may be None.
+
+    Raises:
+        AudioError: if there are several sources, or none although one is needed.
+    """
+    known = (*(kind for kind in MODALITIES if MODALITIES[kind] == modality), *SOURCE_KEYS)
+    keys = [key for key in known if item.get(key) is not None]
+    if "array" in keys or "bytes" in keys:  # `path` is then only a label in a `datasets` row
+        keys = [key for key in keys if key != "path"]
+    if len(keys) > 1 or (is_needed and not keys):
+        raise AudioError(
+            f"An item of {modality} needs exactly one source, under one of {', '.join(known)}; this one has "
+            f"{', '.join(keys) or 'none'} (its keys are {', '.join(map(str, item))})."
+        )
+    source, rate = item[keys[0]] if keys else None, item.get("sampling_rate")
+    if isinstance(source, dict):
+        if any(isinstance(value, dict) for value in source.values()):
+            raise AudioError(f"An item of {modality} holds its source directly or in one dict, not in a dict of dicts.")
+        source, own_rate = find_source(source, modality, is_needed=True)
+        rate = rate if own_rate is None else own_rate  # the one nearest to the samples
+    return source, rate
+
+
 def join_texts(items: list[dict]) -> list[dict]:
     """
-    Content items in transformers' form, with each run of adjacent texts joined to one. The chat template writes them
-    without a gap, so that one may begin a control token and the next one end it: sanitizing must see the whole text.
+    Normalized content items, with each run of adjacent texts joined to one. The chat template writes them without a
+    gap, so that one may begin a control token and the next one end it: sanitizing must see the whole text.
     """
     joined = []
     for item in items:
@@ -201,104 +246,67 @@ def join_texts(items: list[dict]) -> list[dict]:
     return joined
 
 
-def normalize_content(item) -> dict:
-    """A content item in transformers' form: its `type` is text, image, video or audio, OpenAI's addresses are `url`."""
-    found, kind, item = f"Python type {type(item).__name__}", None, read_object(item)
-    if isinstance(item, Mapping):
-        kind = item.get("type") or next((kind for kind in CONTENT_TYPES if kind in item), None)
-        found = f"type {kind!r} and keys {list(item)}"
-    if not isinstance(kind, str) or kind not in CONTENT_TYPES:
-        raise ValueError(f"Content of {found} cannot be taken: expected a dict of type {', '.join(CONTENT_TYPES)}.")
-    if kind == "text" and not isinstance(item.get("text"), str):
-        raise ValueError(f"A text item needs a string under 'text'; this one has keys {list(item)}.")
-    if kind == "text" and re.search("[\ud800-\udfff]", item["text"]):
-        raise ValueError("A text must be Unicode; this one has a lone surrogate, half of a character.")
-    item = dict(item)
-    if kind in AUDIO_TYPES:
-        return {**item, "type": "audio"}
-    for modality in ("image", "video"):
-        address = item.get(f"{modality}_url")
-        if kind.startswith(modality) and address is not None:
-            address = address.get("url") if isinstance(address, dict) else address
-            if not isinstance(address, str):
-                raise ValueError(f"An item of type {kind!r} needs a string under {modality}_url or its `url`.")
-            return {"type": modality, "url": address}
-    return {**item, "type": kind}
+def take_audio(messages: list[dict], load_audio_from_video: bool = False) -> tuple[list[dict], list[dict]]:
+    """
+    Splits normalized messages into copies whose audio items are empty, and the audio items with their sources, in
+    reading order. With `load_audio_from_video` the audio track of each video follows it.
+    """
+    emptied, clips = [], []
+    for message in messages:
+        if isinstance(message.get("content"), list):
+            items = add_tracks(message["content"]) if load_audio_from_video else message["content"]
+            clips += [item for item in items if item["type"] == "audio" and len(item) > 1]
+            items = [{"type": "audio"} if item["type"] == "audio" else item for item in items]
+            message = {**message, "content": items}
+        emptied.append(message)
+    return emptied, clips
+
+
+def add_tracks(items: list[dict]) -> list[dict]:
+    """Puts the audio track of each video behind it, in the place of the empty item that transformers needs there."""
+    with_tracks, is_slot = [], False
+    for item in items:
+        if not is_slot or item != {"type": "audio"}:
+            with_tracks.append(item)
+        is_slot = item["type"] == "video"
+        if is_slot:
+            with_tracks.append({"type": "audio", "audio": item.get("video")})
+    return with_tracks
 
 
 def process_audio_info(
     conversations, sr: int = SAMPLING_RATE, device=None, *, load_audio_from_video: bool = False, **limits
 ) -> list[torch.Tensor] | None:
     """
-    Opens the audio of a conversation, or of a batch of them, as `qwen_vl_utils.process_vision_info` opens pictures.
+    Opens the audio of a conversation, or of a list of them, as `qwen_vl_utils.process_vision_info` opens pictures.
 
     Args:
-        conversations: Messages, or a list of lists of messages; content of other types is passed over.
+        conversations: As in [`normalize_conversations`].
         sr, device, limits: As in [`fetch_audio`].
         load_audio_from_video (`bool`, defaults to `False`): Whether the audio track of each video follows it.
 
     Returns:
-        `list[torch.Tensor]`: float32 `[samples]` each, in reading order; None if there are none.
+        float32 `[samples]` of each clip, in reading order; None if there are none.
     """
-    batch = [conversations] if isinstance(conversations[0], dict) else conversations
-    contents = [message.get("content") for messages in batch for message in messages]
-    sources = [
-        source
-        for content in contents
-        if isinstance(content, (list, tuple))
-        for _, source in iter_audio_sources(content, load_audio_from_video)
-        if source is not None
-    ]
-    return [fetch_audio(source, sr, device, **limits) for source in sources] or None
-
-
-def iter_audio_sources(content, load_audio_from_video: bool = False) -> Iterator[tuple[dict, object]]:
-    """
-    Yields the items of a message's content, each with its source of audio or None. With `load_audio_from_video` an
-    audio item follows each video: transformers needs an empty audio item in that place; here it is optional.
-    """
-    is_track_slot = False
-    for item in content:
-        kind = item.get("type") or next((key for key in (*AUDIO_TYPES, "video", "video_url") if key in item), None)
-        if kind in AUDIO_TYPES:
-            source = {key: item[key] for key in (*SOURCE_KEYS, "sampling_rate") if item.get(key) is not None}
-            if source or not is_track_slot:
-                yield item, source or None
-            is_track_slot = False
-        else:
-            yield item, None
-            is_track_slot = load_audio_from_video and kind in ("video", "video_url")
-            if is_track_slot:
-                places = (item.get(key) for key in ("video", "video_url", "url", "path"))
-                yield {"type": "audio"}, next((place for place in places if place is not None), item)
+    normalized, _ = normalize_conversations(conversations)
+    clips = [clip for messages in normalized for clip in take_audio(messages, load_audio_from_video)[1]]
+    return [fetch_audio(clip, sr, device, **limits) for clip in clips] or None
 
 
 def unwrap(ele) -> tuple:
     """
-    Takes the source out of the dicts, tuples and decoders of `datasets`, OpenAI and transformers.
-
-    Returns:
-        The source (address, bytes, file object, array or tensor) and the sampling rate that came with it, or None.
+    Takes the source (address, bytes, file object, array or tensor) and the sampling rate that comes with it, or None,
+    out of the dicts, tuples and decoders of `datasets`, OpenAI and transformers.
     """
     if isinstance(ele, dict):
-        found = {key: ele[key] for key in SOURCE_KEYS if ele.get(key) is not None}
-        if "array" in found or "bytes" in found:  # `path` is then only a label in a `datasets` row
-            found.pop("path", None)
-        if len(found) != 1:
-            raise AudioError(
-                f"An audio item needs exactly one source, under one of {', '.join(SOURCE_KEYS)}; this one has "
-                f"{', '.join(found) or 'none'} (its keys are {', '.join(map(str, ele))})."
-            )
-        (inner,) = found.values()
-        if isinstance(inner, dict) and any(isinstance(value, dict) for value in inner.values()):
-            raise AudioError("An audio item holds its source directly or in one dict, not in a dict of dicts.")
-        source, rate = unwrap(inner)
+        inner, rate = find_source(ele, "audio", is_needed=True)
+        source, own_rate = unwrap(inner)
         if isinstance(source, list):
             try:
                 source = np.asarray(source)
             except ValueError as error:
                 raise AudioError(f"A list of samples must be numbers, or channels of one length: {error}") from error
-        return source, ele.get("sampling_rate") if rate is None else rate  # the rate nearest to the samples
+        return source, rate if own_rate is None else own_rate
     if isinstance(ele, tuple) and len(ele) == 2:
         for samples, rate in (ele, ele[::-1]):
             if isinstance(samples, (np.ndarray, torch.Tensor)) and isinstance(rate, Real):
@@ -311,13 +319,8 @@ def unwrap(ele) -> tuple:
 
 def to_mono(samples: np.ndarray | torch.Tensor) -> torch.Tensor:
     """
-    Scales integers to [-1, 1) and averages the channels, which are the axis of at most 8.
-
-    Args:
-        samples: `[samples]`, `[channels, samples]` or `[samples, channels]`, float, int16, int32 or uint8.
-
-    Returns:
-        `torch.Tensor`: float32 `[samples]`.
+    `[samples]`, `[channels, samples]` or `[samples, channels]`, of float, int16, int32 or uint8 -> float32 `[samples]`.
+    Integers are scaled to [-1, 1), and the channels, which are the axis of at most 8, averaged.
     """
     name, shape = describe(samples), samples.shape
     if len(shape) not in (1, 2):
@@ -340,7 +343,7 @@ def to_mono(samples: np.ndarray | torch.Tensor) -> torch.Tensor:
     samples = samples.detach()
     if samples.dtype in INTEGER_SCALE:
         zero, scale = INTEGER_SCALE[samples.dtype]
-        samples = (samples.to(torch.float32) - zero) / scale  # exact but for the rounding of an int32, once
+        samples = (samples.to(torch.float32) - zero) / scale  # exact except that an int32 is rounded once
     samples = samples.to(torch.float32)
     return samples.mean(channel_axes[0]) if channel_axes else samples
 
@@ -381,7 +384,7 @@ def resample(samples: torch.Tensor, rate: int, sr: int, device: str | torch.devi
 
 @functools.lru_cache(maxsize=32)
 def torchaudio_resampler(rate: int, sr: int, device: torch.device) -> torch.nn.Module:
-    """With libswresample's filter: 16 zero crossings to each side, a Kaiser window, at most 97% of the new band."""
+    """Has libswresample's filter: 16 zero crossings to each side, a Kaiser window, at most 97% of the new band."""
     rolloff = min(rate, 0.97 * sr) / min(rate, sr)
     return torchaudio.transforms.Resample(
         rate, sr, resampling_method="sinc_interp_kaiser", lowpass_filter_width=16, rolloff=rolloff, beta=9.0
@@ -407,10 +410,10 @@ def log_mel(windows: list[torch.Tensor], feature_extractor) -> torch.Tensor:
 
     Args:
         windows: float32 `[samples]` each, at most `feature_extractor.n_samples` long, all on one device.
-        feature_extractor ([`WhisperFeatureExtractor`]): its numbers are used, and its mel filters.
+        feature_extractor ([`WhisperFeatureExtractor`]): The source of all sizes and of the mel filters.
 
     Returns:
-        `torch.Tensor`: float32 `[windows, mel bins, frames]` on the device of the windows.
+        float32 `[windows, mel bins, frames]` on the device of the windows.
     """
     if feature_extractor.dither:
         raise ValueError(f"The feature extractor adds noise (dither={feature_extractor.dither}); set dither to 0.")

@@ -1,6 +1,5 @@
 """Rows of chat messages, or of recordings and transcripts, -> batches to train on."""
 
-import io
 import json
 import re
 import zlib
@@ -8,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 
 try:
@@ -42,54 +40,68 @@ class ChatCollator:
     """
 
     def __init__(
-        self,
-        processor,
-        needs_audio: bool = False,
-        audio_tokens: str | None = None,
-        instruction: str = TRANSCRIBE,
+        self, processor, needs_audio: bool = False, audio_tokens: str | None = None, instruction: str = TRANSCRIBE
     ):
         self.processor, self.needs_audio, self.instruction = processor, needs_audio, instruction
         self.audio_tokens = audio_tokens or processor.audio_tokens
 
     def messages(self, row: dict) -> list[dict]:
-        """The messages of a row, checked without opening what they name; local files are found beside the source."""
+        """The normalized messages of a row, checked but not rendered; local files are found beside the source."""
         with prefix_errors(place_of(row)):
-            content = content_of(row)
-            audio, text = (content.get(name) for name in RECORDING)
-            is_recording = content.get("messages") is None and audio is not None and isinstance(text, str)
-            found = self.transcription(audio, text) if is_recording else content.get("messages")
-            if not isinstance(found, list) or not found:
-                raise ValueError("there is no list of `messages`, nor a recording as `audio` and its `text`")
+            messages, is_recording = self.read(content_of(row))
+            self.check(messages, may_be_empty=is_recording)  # because nothing may be said in a recording
             folder = Path(place_of(row).rpartition(":")[0]).parent
-            messages = [self.message(message, folder, is_recording) for message in found]
-            if messages[-1]["role"] != "assistant":
-                raise ValueError(f"the last message is from {messages[-1]['role']!r}; expected the assistant's answer")
-            text = self.processor.apply_chat_template(messages, tokenize=False)  # refuses unknown content
-            for message in messages:
-                refuse_control_tokens(message["content"])
-            if self.needs_audio and self.processor.audio_token not in text:
-                raise ValueError("there is no audio, so the projector learns nothing from it")
+            for item in (item for message in messages for item in items_of(message)):
+                item.update(self.locate(item, folder))
             return messages
 
-    def transcription(self, audio, text: str) -> list[dict]:
-        asked = [{"type": "audio", "audio": audio}, {"type": "text", "text": self.instruction}]
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
+    def read(self, content: dict) -> tuple[list[dict], bool]:
+        """The normalized messages of a row, and whether they come from a recording and its transcript."""
+        messages, (audio, text) = content.get("messages"), (content.get(name) for name in RECORDING)
+        is_recording = messages is None and audio is not None and isinstance(text, str)
+        if is_recording:
+            question = [{"type": "audio", "audio": audio}, {"type": "text", "text": self.instruction}]
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+        if not is_list or not messages:
+            raise ValueError("there is no list of `messages`, nor a recording as `audio` and its `text`")
+        messages = [{name: message.get(name) for name in ("role", "content")} for message in messages]
+        (messages,), _ = self.processor.normalize_conversations(messages)
+        return messages, is_recording
 
-    def message(self, message: dict, folder: Path, may_be_empty: bool = False) -> dict:
-        role, content = (message.get(name) if isinstance(message, dict) else None for name in ("role", "content"))
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"a message has role {role!r}; expected system, user or assistant")
-        if role == "assistant" and not may_be_empty and not answer_text(content).strip():  # but nothing may be said
-            raise ValueError("an answer of the assistant is empty")
-        if isinstance(content, list):
-            content = [self.item(item, folder) for item in content]
-        return {"role": role, "content": content}
+    def check(self, messages: list[dict], may_be_empty: bool):
+        """
+        Raises:
+            ValueError: if nobody has the role of a message, if an answer is empty or missing, if a text spells a token
+                that only the chat template or the processor may write, or if there is no audio although it is needed.
+        """
+        for message in messages:
+            # Adjacent texts are joined, because the template writes them without a gap; others stand between texts.
+            role, text = message["role"], "".join(item.get("text", "\n") for item in items_of(message))
+            if role not in ("system", "user", "assistant"):
+                raise ValueError(f"a message has role {role!r}; expected system, user or assistant")
+            if role == "assistant" and not may_be_empty and not text.strip():
+                raise ValueError("an answer of the assistant is empty")
+            for token in ("<|im_start|>", "<|im_end|>", *MEDIA_TOKENS):
+                if token in text:
+                    raise ValueError(f"a text contains {token}, a control token of the model; remove it from the text")
+        if role != "assistant":
+            raise ValueError(f"the last message is from {role!r}; expected the assistant's answer")
+        types = {item["type"] for message in messages for item in items_of(message)}
+        if self.needs_audio and "audio" not in types:
+            raise ValueError("there is no audio, so the projector learns nothing from it")
 
-    def item(self, item, folder: Path):
-        if not isinstance(item, dict):
-            return item  # which the processor refuses
-        # Arrow fills the keys that an item does not have with None.
-        return {name: locate(name, part, folder) for name, part in item.items() if part is not None}
+    def locate(self, item: dict, folder: Path) -> dict:
+        """A normalized item with an absolute path, or with a picture in the place of the bytes of its file."""
+        source = item.get(item["type"])
+        if item["type"] == "image" and isinstance(source, bytes):
+            with refuse_unreadable():
+                return self.processor.open_item(item)
+        if not names_file(item):
+            return item
+        if not (folder / source).is_file():
+            raise ValueError(f"there is no file {folder / source}")
+        return {item["type"]: str(folder / source)}
 
     def inputs(self, row: dict, audio_tokens: str | None = None) -> dict[str, torch.Tensor]:
         """
@@ -115,8 +127,8 @@ class ChatCollator:
         audio_tokens = self.audio_tokens
         if audio_tokens == "both":  # by the rows, so that a run that goes on draws as one that was never interrupted
             places = "".join(row.get("place") or "" for row in rows)
-            drawn = zlib.crc32(places.encode()) if places else int(torch.randint(2, (1,)))
-            audio_tokens = ("fixed", "trimmed")[drawn % 2]
+            number = zlib.crc32(places.encode()) if places else int(torch.randint(2, (1,)))
+            audio_tokens = ("fixed", "trimmed")[number % 2]
         return dict(self.processor.join_rows([self.inputs(row, audio_tokens) for row in rows]))
 
 
@@ -124,8 +136,8 @@ def content_of(row: dict) -> dict:
     """What a row holds, read from its line of JSON if it has one; nothing if that is no object."""
     if row.get("line") is None:
         return row
-    found = json.loads(row["line"].lstrip("\ufeff"))  # of an editor that marks UTF-8
-    return found if isinstance(found, dict) else {}
+    content = json.loads(row["line"].lstrip("\ufeff"))  # some editors mark UTF-8 by it
+    return content if isinstance(content, dict) else {}
 
 
 def place_of(row: dict) -> str:
@@ -158,37 +170,18 @@ def refuse_unreadable():
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
+def items_of(message: dict) -> list[dict]:
+    """The content items of a normalized message."""
+    content = message.get("content") or []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 def answer_text(content) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(item.get("text") or "" for item in content or [] if isinstance(item, dict))
+    return "".join(item.get("text", "") for item in items_of({"content": content}))
 
 
-def refuse_control_tokens(content):
-    """
-    Raises:
-        ValueError: if the text of a message spells a token that only the chat template or the processor may write.
-    """
-    # Adjacent texts are joined, because the template writes them without a gap; other items stand between texts.
-    text = content if isinstance(content, str) else "".join(item.get("text", "\n") for item in content or [])
-    for token in ("<|im_start|>", "<|im_end|>", *MEDIA_TOKENS):
-        if token in text:
-            raise ValueError(f"a text contains {token}, a control token of the model; remove it from the text")
-
-
-def locate(name: str, source, folder: Path):
-    """Makes relative paths absolute, and pictures that `datasets` holds as bytes pictures."""
-    if name == "image" and isinstance(source, dict) and source.get("bytes"):
-        with refuse_unreadable():
-            return Image.open(io.BytesIO(source["bytes"]))
-    if not names_file(name, source):
-        return source
-    if not (folder / source).is_file():
-        raise ValueError(f"there is no file {folder / source}")
-    return str(folder / source)
-
-
-def names_file(name: str, source) -> bool:
-    """Whether a part of a content item is the path of a local file."""
+def names_file(item: dict) -> bool:
+    """Whether a normalized item names a local file."""
+    source = item.get(item["type"])
     is_path = isinstance(source, str) and not re.match(r"\w+:", source) and len(source) < 1024  # base64 is longer
-    return is_path and name in ("image", "video", "audio", "url", "path")
+    return is_path and item["type"] != "text"

@@ -380,10 +380,9 @@ def items_of(messages: list[dict]) -> list[dict]:
 
 
 def names_address(item: dict) -> bool:
-    """Whether a content item has to be downloaded."""
-    values = [inner for value in item.values() for inner in (value.values() if isinstance(value, dict) else [value])]
-    starts = [value[:4096].lstrip().lower() for value in values if isinstance(value, str)]
-    return any(start.startswith(("http://", "https://")) for start in starts)
+    """Whether a normalized content item has to be downloaded."""
+    source = item.get(item["type"]) if item["type"] != "text" else None
+    return isinstance(source, str) and source[:4096].lstrip().lower().startswith(("http://", "https://"))
 
 
 def replace_item(item: dict, content):

@@ -18,24 +18,14 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
-from transformers.audio_utils import AudioInput
-from transformers.image_utils import ImageInput
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from transformers.processing_utils import AudioKwargs
-from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
-from transformers.video_utils import VideoInput, load_video, make_batched_videos
+from transformers.video_utils import load_video, make_batched_videos
 
-from .audio_download import MAX_BYTES, TIMEOUT, read
-from .audio_utils import (
-    fetch_audio,
-    iter_audio_sources,
-    join_texts,
-    log_mel,
-    normalize_conversations,
-    split_windows,
-)
+from .audio_download import read
+from .audio_utils import fetch_audio, join_texts, log_mel, normalize_conversations, split_windows, take_audio
 from .configuration_qwen2_audio_vl import (
     ENCODER_STRIDE,
     IGNORED_LABEL,
@@ -56,11 +46,11 @@ MODALITIES = {
     "videos_kwargs": "video_processor",
     "audio_kwargs": "feature_extractor",
 }
-FETCH_LIMITS = ("max_bytes", "max_seconds", "timeout", "public_only")  # see `fetch_audio`
-OWN_KWARGS = (*FETCH_LIMITS, "load_audio_backend")  # taken here, and not passed on to transformers
+READ_LIMITS = ("max_bytes", "timeout", "public_only")  # limits of any file, see `fetch_audio`
+FETCH_LIMITS = (*READ_LIMITS, "max_seconds")
+OWN_KWARGS = (*FETCH_LIMITS, "load_audio_backend")  # not passed on to transformers
 # A clip is never padded, truncated or resized: it becomes whole windows.
 AUDIO_KWARGS = ("sampling_rate", "device", "audio_tokens", *OWN_KWARGS)
-IMAGE_KEYS = ("image", "url", "path", "base64")  # under which a normalized item holds its picture
 ANSWER_START = "<|im_start|>assistant\n"
 
 
@@ -70,25 +60,23 @@ class Qwen2AudioVLAudioKwargs(AudioKwargs, total=False):
 
 class Qwen2AudioVLProcessorKwargs(Qwen2VLProcessor.valid_processor_kwargs, total=False):
     audio_kwargs: Qwen2AudioVLAudioKwargs
-    _defaults = getattr(Qwen2VLProcessor.valid_processor_kwargs, "_defaults", {})  # of releases before 5.24
+    _defaults = getattr(Qwen2VLProcessor.valid_processor_kwargs, "_defaults", {})  # releases before 5.24 need it
 
 
 class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     """
     Image processor, video processor, tokenizer and [`WhisperFeatureExtractor`] in one.
 
-    One `<|audio_pad|>` in the text stands for one clip, and becomes `<|audio_bos|>`, 1500 x `<|audio_pad|>` for every
-    window of 30 s, and `<|audio_eos|>` (numbers of Whisper's own sizes; they follow from the feature extractor); or,
-    with trimmed audio tokens, as many `<|audio_pad|>` as the clip has fiftieths of a second.
+    One `<|audio_pad|>` in the text stands for one clip. It becomes `<|audio_bos|>`, so many `<|audio_pad|>` as
+    `count_audio` says, in Whisper's own sizes 1500 for every window of 30 s, and `<|audio_eos|>`.
 
     Args:
-        audio_tokens (`str`, defaults to "fixed"):
-            How many tokens a clip becomes where a call does not say it: "fixed" or "trimmed", see `count_audio`.
-        trained_audio_tokens (`str`, *optional*):
-            What the model was trained with: "fixed", "trimmed" or "both". Nothing is known if it is not given.
+        audio_tokens (`str`, defaults to "fixed"): "fixed" or "trimmed" tokens for each clip, see `count_audio`.
+        trained_audio_tokens (`str`, *optional*): The tokens that the model was trained with: "fixed", "trimmed" or
+            "both". The default is unknown.
 
     Raises:
-        ValueError: if the tokenizer lacks a token, or if one of the two arguments is another.
+        ValueError: if the tokenizer lacks a token, or if one of the two arguments has another value.
     """
 
     valid_processor_kwargs = Qwen2AudioVLProcessorKwargs
@@ -132,52 +120,38 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         return processor
 
     def check_config(self, config: dict):
-        """
-        Raises:
-            ValueError: if the model that `config` describes takes other windows or tokens than this processor makes.
-        """
+        """Raises ValueError if the model of this `config` takes other windows or tokens than the processor makes."""
         audio_config = config.get("audio_config") or {}
-        for part, own_value, field, described in (
+        for part, own_value, field, fields in (
             ("feature_extractor.feature_size", self.feature_extractor.feature_size, "num_mel_bins", audio_config),
             ("audio tokens per window", self.tokens_per_window, "max_source_positions", audio_config),
             ("id of <|audio_pad|>", self.audio_token_id, "audio_token_id", config),
             ("id of <|audio_bos|>", self.audio_bos_token_id, "audio_bos_token_id", config),
             ("id of <|audio_eos|>", self.audio_eos_token_id, "audio_eos_token_id", config),
         ):
-            if described.get(field, own_value) != own_value:
+            if fields.get(field, own_value) != own_value:
                 raise ValueError(
-                    f"The processor's {part} is {own_value}, but the model's {field} is {described[field]}: their "
-                    "files come from different models."
+                    f"The processor's {part} is {own_value}, but the model's {field} is {fields[field]}: their files "
+                    "come from different models."
                 )
 
     @property
     def tokens_per_window(self) -> int:
         return tokens_per_window(self.feature_extractor)
 
-    def __call__(
-        self,
-        images: ImageInput | None = None,
-        text: TextInput | list[TextInput] | None = None,
-        videos: VideoInput | None = None,
-        audio: AudioInput | list[AudioInput] | None = None,
-        chat_audio: list | None = None,
-        **kwargs,
-    ) -> BatchFeature:
+    def __call__(self, images=None, text=None, videos=None, audio=None, chat_audio=None, **kwargs) -> BatchFeature:
         """
         Args:
             images, text, videos: As in [`Qwen2VLProcessor`]; one `<|image_pad|>` or `<|video_pad|>` each in the text.
             audio: One clip, or a list of clips in reading order, or one list of clips per text; each is anything that
                 `audio_utils.fetch_audio` takes.
             chat_audio: The same; `apply_chat_template` passes the clips of the messages here.
-            sampling_rate (`int`, *optional*): Rate in Hz of clips that are bare samples. The default is the feature
-                extractor's; clips that carry a rate, and files, are resampled from their own.
+            sampling_rate, max_bytes, max_seconds, timeout, public_only: As in `audio_utils.fetch_audio`. Like the
+                next two they may be given in `audio_kwargs`.
             device (`str` or `torch.device`, *optional*): Where features are made, and where they lie.
-            audio_tokens (`str`, *optional*): "fixed" or "trimmed" tokens for each clip, see `count_audio`. The default
-                is the processor's.
-            max_bytes, max_seconds, timeout, public_only: Limits on what is opened, see `audio_utils.fetch_audio`. Like
-                the three above they may be given in `audio_kwargs`.
-            load_audio_backend: Taken as other processors take it, and without effect: PyAV decodes.
-            kwargs: Of the tokenizer, the image processor and the video processor, flat or in `text_kwargs`,
+            audio_tokens (`str`, *optional*): "fixed" or "trimmed". The default is the processor's.
+            load_audio_backend: Accepted for compatibility, without effect: PyAV decodes.
+            kwargs: Arguments of the tokenizer, the image processor and the video processor, flat or in `text_kwargs`,
                 `images_kwargs`, `videos_kwargs`.
 
         Returns:
@@ -189,40 +163,65 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         Raises:
             TypeError: on arguments that no part knows.
             ValueError: if placeholders and data differ in number, if truncation would cut a clip, if a prompt passes
-                the positions that the model has; [`AudioError`], a ValueError, if a clip cannot be opened.
+                the model's positions; as [`AudioError`], if a clip cannot be opened.
         """
         self._refuse_unknown(kwargs)
+        audio_kwargs, kwargs = self._split_kwargs(kwargs)
         audio = chat_audio if audio is None else audio
-        audio_kwargs = {**kwargs, **kwargs.get("audio_kwargs", {})}
-        limits = {name: audio_kwargs[name] for name in FETCH_LIMITS if name in audio_kwargs}
-        if audio_kwargs.get("load_audio_backend") not in (None, "auto"):
-            logger.warning_once("load_audio_backend has no effect: this processor decodes audio with PyAV.")
-        kwargs = {name: value for name, value in kwargs.items() if name not in OWN_KWARGS}
-        if "audio_kwargs" in kwargs:
-            kwargs["audio_kwargs"] = {n: v for n, v in kwargs["audio_kwargs"].items() if n not in OWN_KWARGS}
-
         clips = audio if isinstance(audio, list) else [] if audio is None else [audio]
         if text is not None and not kwargs.get("sanitize_control_tokens"):
             self._check_counts([text] if isinstance(text, str) else text, clips)
-        clips = [clip for row in clips for clip in (row if isinstance(row, list) else [row])]
-        self._check_audio_tokens(audio_kwargs.get("audio_tokens"), bool(clips))
-        if clips:
-            limits["sampling_rate"] = audio_kwargs.get("sampling_rate")
-            sr, device = self.feature_extractor.sampling_rate, audio_kwargs.get("device")
-            audio = [fetch_audio(clip, sr, device, **limits) for clip in clips]
-        inputs = super().__call__(images=images, text=text, videos=videos, audio=audio if clips else None, **kwargs)
+        clips = self._open_clips(clips, audio_kwargs)
+        inputs = super().__call__(images=images, text=text, videos=videos, audio=clips or None, **kwargs)
         if clips and text is not None:
             self._check_prompts(inputs["input_ids"])
+        # With both kinds of offsets transformers masks the answers, and the features stay as they are.
         if clips and kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping"):
-            # vLLM places clips by these offsets. It takes each entry of the features to be one clip, and would pad or
-            # cut those of a tensor. With both offsets transformers masks the answers; the features stay as they are.
-            counts = [self._count(len(samples), audio_kwargs.get("audio_tokens")) for samples in audio]
-            windows = inputs["input_features"].split([count.windows for count in counts])
-            inputs["input_features"] = [torch.cat(list(clip), dim=1) for clip in windows]
-            inputs["input_features_mask"] = [
-                self.mask_frames(count).flatten().to(inputs["input_features"][0]) for count in counts
-            ]
+            self._split_features(inputs, [self._count(len(clip), audio_kwargs.get("audio_tokens")) for clip in clips])
         return inputs
+
+    def _split_kwargs(self, kwargs: dict) -> tuple[dict, dict]:
+        """The arguments of audio, and all arguments without those that transformers does not know."""
+        audio_kwargs = {**kwargs, **kwargs.get("audio_kwargs", {})}
+        if audio_kwargs.get("load_audio_backend") not in (None, "auto"):
+            logger.warning_once("load_audio_backend has no effect: this processor decodes audio with PyAV.")
+        passed = {name: value for name, value in kwargs.items() if name not in OWN_KWARGS}
+        if "audio_kwargs" in passed:
+            passed["audio_kwargs"] = {n: v for n, v in passed["audio_kwargs"].items() if n not in OWN_KWARGS}
+        return audio_kwargs, passed
+
+    def _check_counts(self, texts: list[str], clips: list):
+        """Compares placeholders with clips, before any is opened."""
+        is_nested = any(isinstance(clip, list) for clip in clips)
+        placeholders = [sample.count(self.audio_token) for sample in texts]
+        num_clips = [len(clip) if isinstance(clip, list) else 1 for clip in clips] if is_nested else len(clips)
+        if num_clips != (placeholders if is_nested else sum(placeholders)):
+            raise ValueError(
+                f"The number of {self.audio_token} tokens in the prompts should be the same as the number of clips in "
+                f"`audio`: the prompts have {placeholders} (one number per prompt), `audio` has {num_clips}. Give the "
+                "clips in reading order, as one flat list or as one list per prompt."
+            )
+
+    def _open_clips(self, clips: list, audio_kwargs: dict) -> list[torch.Tensor]:
+        """The samples of each clip, float32 `[samples]`; `clips` may be one list per text."""
+        clips = [clip for row in clips for clip in (row if isinstance(row, list) else [row])]
+        audio_tokens = audio_kwargs.get("audio_tokens") or self.audio_tokens
+        check_audio_tokens(audio_tokens)
+        if clips and self.trained_audio_tokens not in (None, "both", audio_tokens):
+            logger.warning_once(
+                f"This model was trained with {self.trained_audio_tokens} audio tokens; with {audio_tokens} ones it "
+                "may not understand most of the audio. `python -m training --audio-tokens both` adapts it."
+            )
+        limits = {name: audio_kwargs[name] for name in ("sampling_rate", *FETCH_LIMITS) if name in audio_kwargs}
+        sr, device = self.feature_extractor.sampling_rate, audio_kwargs.get("device")
+        return [fetch_audio(clip, sr, device, **limits) for clip in clips]
+
+    def _split_features(self, inputs: BatchFeature, counts: list[AudioCount]):
+        """Makes the features one tensor for each clip. vLLM takes each entry for a clip, and would pad or cut it."""
+        windows = inputs["input_features"].split([count.windows for count in counts])
+        inputs["input_features"] = [torch.cat(list(clip), dim=1) for clip in windows]
+        masks = [self.mask_frames(count).flatten() for count in counts]
+        inputs["input_features_mask"] = [mask.to(inputs["input_features"][0]) for mask in masks]
 
     def _count(self, num_samples: int, audio_tokens: str | None) -> AudioCount:
         return count_audio(num_samples, self.tokens_per_window, audio_tokens or self.audio_tokens)
@@ -232,15 +231,6 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         places = torch.arange(count.windows * self.feature_extractor.nb_max_frames)
         return (places < ENCODER_STRIDE * count.tokens).long().view(count.windows, -1)
 
-    def _check_audio_tokens(self, audio_tokens: str | None, has_audio: bool):
-        asked = audio_tokens or self.audio_tokens
-        check_audio_tokens(asked)
-        if has_audio and self.trained_audio_tokens not in (None, "both", asked):
-            logger.warning_once(
-                f"This model was trained with {self.trained_audio_tokens} audio tokens; with {asked} ones it may not "
-                "understand most of the audio. `python -m training --audio-tokens both` adapts it."
-            )
-
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         images, text, videos, _ = super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
         if text is not None:
@@ -248,18 +238,6 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             bos, pad, eos = map(re.escape, (self.audio_bos_token, self.audio_token, self.audio_eos_token))
             text = [re.sub(f"(?:{bos})?{pad}(?:{eos})?", self.audio_token, sample) for sample in text]
         return images, text, videos, audio
-
-    def _check_counts(self, texts: list[str], clips: list):
-        """Compares placeholders with clips, before any is opened."""
-        is_nested = any(isinstance(clip, list) for clip in clips)
-        found = [sample.count(self.audio_token) for sample in texts]
-        given = [len(clip) if isinstance(clip, list) else 1 for clip in clips] if is_nested else len(clips)
-        if given != (found if is_nested else sum(found)):
-            raise ValueError(
-                f"The number of {self.audio_token} tokens in the prompts should be the same as the number of clips in "
-                f"`audio`: the prompts have {found} (one number per prompt), `audio` has {given}. Give the clips in "
-                "reading order, as one flat list or as one list per prompt."
-            )
 
     def _process_videos(self, videos, **kwargs):
         try:
@@ -310,11 +288,10 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     def apply_chat_template(self, conversation, chat_template=None, *, processor_kwargs=None, **kwargs):
         """
         As in [`ProcessorMixin`], with audio: content items of type `audio` (source under `audio`, `url`, `path`,
-        `base64`, `bytes` or `array`, and its `sampling_rate`), `audio_url` and OpenAI's `input_audio`. A message may
-        be a dict, another mapping, or an object with `model_dump`, such as OpenAI's `ChatCompletionMessage`. With
+        `base64`, `bytes` or `array`, and its `sampling_rate`), `audio_url` and OpenAI's `input_audio`. A message is a
+        dict, another mapping, or an object such as OpenAI's `ChatCompletionMessage`, and is not changed. With
         `load_audio_from_video=True` the audio track of each video follows it. With `sanitize_control_tokens=True`
-        (transformers 5.23 and later) control tokens in texts are encoded as text, also those that adjacent text items
-        spell together. The messages are not changed.
+        (transformers 5.23 and later) control tokens in texts are encoded as text, also those that adjacent texts spell.
 
         Raises:
             TypeError: on arguments that neither the template nor any part knows.
@@ -325,18 +302,19 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         own_parameters = inspect.signature(super().apply_chat_template).parameters
         for name in [name for name in kwargs if name in self._known_kwargs() and name not in own_parameters]:
             processor_kwargs[name] = kwargs.pop(name)
-        load_audio_from_video = kwargs.pop("load_audio_from_video", False)
         if kwargs.get("return_assistant_tokens_mask"):
             require_version("transformers>=5.18", "return_assistant_tokens_mask needs it, as it marks others before.")
-        joins_texts = bool(kwargs.get("sanitize_control_tokens"))
         normalized, is_batch = normalize_conversations(conversation)
-        chat_audio = []
-        conversations = [
-            [self._take_audio(message, chat_audio, load_audio_from_video, joins_texts) for message in messages]
-            for messages in normalized
-        ]
-        if chat_audio and kwargs.get("tokenize"):
-            processor_kwargs["chat_audio"] = chat_audio
+        load_audio_from_video = kwargs.pop("load_audio_from_video", False)
+        pairs = [take_audio(messages, load_audio_from_video) for messages in normalized]
+        conversations = [messages for messages, _ in pairs]
+        clips = [clip for _, clips in pairs for clip in clips]
+        if clips and kwargs.get("tokenize"):
+            processor_kwargs["chat_audio"] = clips
+        if kwargs.get("sanitize_control_tokens"):
+            for message in (message for messages in conversations for message in messages):
+                if isinstance(message.get("content"), list):
+                    message["content"] = join_texts(message["content"])
         try:
             return super().apply_chat_template(
                 conversations if is_batch else conversations[0],
@@ -350,25 +328,15 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             raise ValueError(f"The conversation cannot be processed: {str(error) or type(error).__name__}") from error
 
     def make_inputs(self, conversations: list, **kwargs) -> BatchFeature:
-        """
-        The inputs of `generate` for conversations that end with a user's message: [`apply_chat_template`] with a
-        generation prompt, as tensors, padded on the left. `kwargs` are its own.
-        """
+        """[`apply_chat_template`] for `generate`: with a generation prompt, as tensors, padded on the left."""
         settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         settings["processor_kwargs"] = {"padding": True, **(kwargs.pop("processor_kwargs", None) or {})}
         return self.apply_chat_template(conversations, **{**settings, **kwargs})
 
     def answer(self, model, conversations: list[list[dict]], max_new_tokens: int = 256, **kwargs) -> list[str]:
         """
-        The answers of a model to a batch of conversations that end with a user's message.
-
-        Args:
-            model: [`Qwen2AudioVLForConditionalGeneration`], or a model that wraps it.
-            max_new_tokens: Tokens of the longest answer.
-            kwargs: Of `generate`. The default is greedy.
-
-        Raises:
-            ValueError: what [`apply_chat_template`] raises.
+        The answers of a model to conversations that end with a user's message, in one batch of at most
+        `max_new_tokens` tokens each. `kwargs` are those of `generate`; the default is greedy.
         """
         inputs = self.make_inputs(conversations).to(model.device)
         with torch.no_grad():
@@ -377,11 +345,8 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
 
     def join_rows(self, rows: list[dict[str, torch.Tensor]], pad_to_multiple_of: int = 1) -> BatchFeature:
         """
-        Joins the inputs of single prompts to a batch, padded on the left.
-
-        Args:
-            rows: Inputs of one prompt each, perhaps with `labels`; pictures and windows of audio follow row after row.
-            pad_to_multiple_of: The length of the batch becomes a multiple of it.
+        Joins the inputs of single prompts, perhaps with `labels`, to a batch that is padded on the left to a multiple
+        of `pad_to_multiple_of`. Pictures and windows of audio follow row after row.
         """
         length = max(row["input_ids"].shape[1] for row in rows)
         length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
@@ -406,84 +371,65 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
 
         Args:
             formats: Pillow's names of the formats that a picture may have. The default is all.
-            limits: Of `audio_utils.fetch_audio`; those that concern a file hold for a picture as well.
+            limits: As in `audio_utils.fetch_audio`; those of a file hold for a picture as well.
 
         Returns:
-            `{"type": "audio", "audio": float32 [samples] at the feature extractor's rate}`, or `{"type": "image",
-            "image": PIL image}`, of which only the header was read. Other items are returned as they are.
+            The item with float32 `[samples]` at the feature extractor's rate under `audio`, or with a PIL image, of
+            which only the header was read, under `image`. Other items are returned as they are.
 
         Raises:
-            ValueError: if the source is missing, ambiguous, unreadable or past a limit.
+            ValueError: if the source is missing, unreadable or past a limit.
         """
         if item["type"] == "audio":
             return {"type": "audio", "audio": fetch_audio(item, self.feature_extractor.sampling_rate, **limits)}
-        if item["type"] != "image":
+        source = item.get("image")
+        if item["type"] != "image" or isinstance(source, Image.Image):
             return item
-        sources = [item[key] for key in IMAGE_KEYS if item.get(key) is not None]
-        if len(sources) != 1:
-            raise ValueError(
-                f"A picture must have exactly one source, under one of {', '.join(IMAGE_KEYS)}; got {len(sources)}."
-            )
-        source = sources[0].get("bytes") if isinstance(sources[0], dict) else sources[0]  # a row of `datasets`
-        if isinstance(source, Image.Image):
-            return {"type": "image", "image": source}
         if not isinstance(source, (str, bytes)):
-            raise ValueError(f"A picture must be an address, base64 or bytes, got a {type(sources[0]).__name__}.")
-        public_only, max_bytes = limits.get("public_only", False), limits.get("max_bytes", MAX_BYTES)
-        file = read(source, max_bytes, limits.get("timeout", TIMEOUT), public_only)
+            raise ValueError(f"A picture must be an address, base64 or bytes, got a {type(source).__name__}.")
+        file = read(source, **{name: limits[name] for name in READ_LIMITS if name in limits})
         try:
             return {"type": "image", "image": Image.open(file, formats=formats)}
-        except Exception as error:  # of many types, in Pillow's parsers of broken files
+        except Exception as error:  # Pillow's parsers raise many types on broken files
             if formats is None:
                 raise ValueError(f"{type(error).__name__}: {error}") from error
             raise ValueError(f"A picture must be one of {', '.join(formats)}; this content is not.") from error
 
     def apply_transcription_request(self, audio, language=None, prompt=None, tokenize: bool = True, **kwargs):
         """
-        The chat that asks for the words of a clip, ready for `generate`. What is generated after the prompt is the
-        transcript: `processor.decode(output, return_format="transcription_only")`.
+        The inputs of `generate` that ask for the words of a clip. What is generated after the prompt is the transcript:
+        `processor.decode(output, return_format="transcription_only")`.
 
         Args:
             audio: A clip, anything that `audio_utils.fetch_audio` takes, or a list of clips, which makes a batch.
-            language (`str` or list, *optional*): The language of the clip, as Whisper's code ("en") or name
-                ("English"); one for all clips, or one (or None) for each.
+            language (`str` or list, *optional*): Whisper's code ("en") or name ("English") of the language; one for
+                all clips, or one (or None) for each.
             prompt (`str` or list, *optional*): The instruction, instead of "Transcribe the audio."; likewise.
             tokenize: False returns the prompts as text, for `processor(text=prompts, audio=audio)`.
-            kwargs: Of [`apply_chat_template`].
+            kwargs: Arguments of [`apply_chat_template`].
 
         Raises:
-            ValueError: if there is no clip, if lists differ in length, if the language is unknown; and what
-                [`apply_chat_template`] raises.
+            ValueError: if there is no clip, if lists differ in length, if the language is unknown.
         """
         clips = list(audio) if isinstance(audio, list) else [audio]
         if not clips:
             raise ValueError("There is no clip to transcribe: audio is an empty list.")
-        given = {"language": language, "prompt": prompt}
-        for name, value in given.items():
-            given[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(clips)
-            if len(given[name]) != len(clips):
-                raise ValueError(f"{name} has {len(given[name])} entries for {len(clips)} clips; give one for each.")
+        columns = []
+        for name, value in (("language", language), ("prompt", prompt)):
+            columns.append(list(value) if isinstance(value, (list, tuple)) else [value] * len(clips))
+            if len(columns[-1]) != len(clips):
+                raise ValueError(f"{name} has {len(columns[-1])} entries for {len(clips)} clips; give one for each.")
         conversations = []
-        for clip, code, instruction in zip(clips, given["language"], given["prompt"], strict=True):
-            words = instruction or TRANSCRIBE
-            if code is not None:
-                words += f" The language is {name_language(code)}."
+        for clip, code, instruction in zip(clips, *columns, strict=True):
+            words = (instruction or TRANSCRIBE) + ("" if code is None else f" The language is {name_language(code)}.")
             content = [{"type": "audio", "audio": clip}, {"type": "text", "text": words}]
             conversations.append([{"role": "user", "content": content}])
-        if tokenize:
-            return self.make_inputs(conversations, **kwargs)
-        return self.apply_chat_template(conversations, **{"add_generation_prompt": True, "tokenize": False, **kwargs})
+        return self.make_inputs(conversations, tokenize=tokenize, **kwargs)
 
     def decode(self, *args, return_format: str = "raw", **kwargs):
         """
-        As in [`ProcessorMixin`], for ids of one answer or of a batch.
-
-        Args:
-            return_format: "raw", or "transcription_only": the answer alone, without its prompt, if the ids have it,
-                and without control tokens.
-
-        Raises:
-            ValueError: if return_format is another.
+        As in [`ProcessorMixin`], for ids of one answer or of a batch. `return_format` is "raw", or
+        "transcription_only": the answer alone, without control tokens, and without its prompt, if the ids have it.
         """
         if return_format not in ("raw", "transcription_only"):
             raise ValueError(f'return_format must be "raw" or "transcription_only", got {return_format!r}.')
@@ -495,50 +441,34 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         answers = [re.split(ends, text, maxsplit=1)[0].strip() for text in answers]
         return answers[0] if isinstance(decoded, str) else answers
 
-    def _take_audio(self, message: dict, sources: list, load_audio_from_video: bool, joins_texts: bool) -> dict:
-        """A copy of a normalized message without its audio sources, which are added to `sources`."""
-        if not isinstance(message.get("content"), list):
-            return message
-        items = []
-        for item, source in iter_audio_sources(message["content"], load_audio_from_video):
-            items.append({"type": "audio"} if item["type"] == "audio" else item)
-            if source is not None:
-                sources.append(source)
-        return {**message, "content": join_texts(items) if joins_texts else items}
-
-    def _known_kwargs(self) -> set[str]:
+    def _known_kwargs(self, modality: str | None = None) -> set[str]:
+        """The arguments that may be in one of `MODALITIES`, or flat."""
+        if modality == "audio_kwargs":
+            return {*AUDIO_KWARGS}
         annotations = self.valid_processor_kwargs.__annotations__
-        known = {"common_kwargs", *annotations, *AUDIO_KWARGS}
-        return known.union(*(self._modality_kwargs(modality) for modality in MODALITIES if modality != "audio_kwargs"))
-
-    def _modality_kwargs(self, modality: str) -> set[str]:
+        if modality is None:
+            return {"common_kwargs", *annotations}.union(*map(self._known_kwargs, MODALITIES))
         part = getattr(self, MODALITIES[modality])
         own = getattr(getattr(part, "valid_kwargs", None), "__annotations__", {})
-        return {*self.valid_processor_kwargs.__annotations__[modality].__annotations__, *own}
+        return {*annotations[modality].__annotations__, *own}
 
     def _refuse_unknown(self, kwargs: dict):
-        for given, known in [(kwargs, self._known_kwargs())] + [
-            (kwargs[modality], AUDIO_KWARGS if modality == "audio_kwargs" else self._modality_kwargs(modality))
-            for modality in MODALITIES
-            if modality in kwargs
-        ]:
-            for name in given:
-                if name not in known:
-                    likely = difflib.get_close_matches(name, [*known, "text", "images", "videos", "audio"], n=1)
-                    raise TypeError(
-                        f"{type(self).__name__} got an unexpected keyword argument {name!r}"
-                        + (f"; did you mean {likely[0]!r}?" if likely else ".")
-                    )
+        groups = [(kwargs, None), *((kwargs[modality], modality) for modality in MODALITIES if modality in kwargs)]
+        for arguments, modality in groups:
+            known = self._known_kwargs(modality)
+            for name in [name for name in arguments if name not in known]:
+                likely = difflib.get_close_matches(name, [*known, "text", "images", "videos", "audio"], n=1)
+                end = f"; did you mean {likely[0]!r}?" if likely else "."
+                raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}{end}")
 
     def _check_prompts(self, input_ids):
         """Refuses truncated markers, and prompts that pass the positions of the model (images and video take few)."""
-        for ids in input_ids:
-            ids = np.asarray(ids)
-            if (ids == self.audio_bos_token_id).sum() != (ids == self.audio_eos_token_id).sum():
+        for ids in map(np.asarray, input_ids):
+            starts, ends = (int((ids == marker).sum()) for marker in (self.audio_bos_token_id, self.audio_eos_token_id))
+            if starts != ends:
                 raise ValueError(
-                    f"The prompt has {(ids == self.audio_bos_token_id).sum()} {self.audio_bos_token} but "
-                    f"{(ids == self.audio_eos_token_id).sum()} {self.audio_eos_token}: truncation cut a clip. Raise "
-                    "max_length, or leave truncation off."
+                    f"The prompt has {starts} {self.audio_bos_token} but {ends} {self.audio_eos_token}: truncation cut "
+                    "a clip. Raise max_length, or leave truncation off."
                 )
             elsewhere = (self.image_token_id, self.video_token_id, self.tokenizer.pad_token_id)
             self._check_length(int(np.isin(ids, elsewhere, invert=True).sum()))
@@ -557,9 +487,7 @@ def name_language(language: str) -> str:
     """The English name of a language, from one that Whisper knows or its code."""
     name = LANGUAGES.get(language.lower(), language.lower()) if isinstance(language, str) else None
     if name not in LANGUAGES.values():
-        raise ValueError(
-            f"language must be a code or name that Whisper knows, such as en or English; got {language!r}."
-        )
+        raise ValueError(f"language must be a code or name of Whisper's, such as en or English; got {language!r}.")
     return name.title()
 
 

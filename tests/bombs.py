@@ -1,4 +1,4 @@
-"""Small files that would cost gigabytes or minutes if their decoder believed them; every byte is made here."""
+"""Small files that would cost gigabytes or minutes if their decoder believed them, made here byte by byte."""
 
 import io
 import struct

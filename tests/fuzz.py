@@ -1,19 +1,20 @@
 """
+python tests/fuzz.py 20000 --seed 7 --save last.bin
+
 Breaks real files of every container, blindly and along their structure, and gives them to fetch_audio as a server does:
 each must be decoded or refused, in little time and memory. Any other end (an exception of another type, a decoder that
 crashes, a sample that is not a number) is an error of the run.
-
-    python tests/fuzz.py 20000 --seed 7 --save last.bin
 """
 
 import argparse
 import collections
 import faulthandler
+import functools
 import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -27,18 +28,7 @@ from audio_utils import AudioError, fetch_audio
 
 
 EXTREMES = (0, 1, 2, 2**7, 2**15, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
-ATOMS = (
-    b"moov",
-    b"trak",
-    b"mdia",
-    b"minf",
-    b"stbl",
-    b"moof",
-    b"traf",
-    b"edts",
-    b"udta",
-    b"mvex",
-)  # of mp4, that hold atoms
+ATOMS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf", b"edts", b"udta")  # of mp4, that hold atoms
 ELEMENTS = (0x18538067, 0x1654AE6B, 0xAE, 0xE1, 0x1F43B675, 0x6D80)  # of matroska, that hold elements
 
 
@@ -80,49 +70,51 @@ def mutate_structure(generator: random.Random, originals: list[bytes]) -> bytes:
     return repair_pages(content) if content[:4] == b"OggS" else bytes(content)
 
 
-def find_parts(content: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+def find_parts(content: bytes) -> Iterator[tuple[int, int]]:
     """The places of sizes and contents of the parts that a container is made of."""
-    end = len(content) if end is None else end
     if content[:4] in (b"RIFF", b"FORM"):
-        order = "little" if content[:4] == b"RIFF" else "big"
-        place = 12
-        while place + 8 <= end:
+        place, order = 12, "little" if content[:4] == b"RIFF" else "big"
+        while place + 8 <= len(content):
             size = int.from_bytes(content[place + 4 : place + 8], order)
-            yield place + 4, min(end, place + 8 + size)
+            yield place + 4, min(len(content), place + 8 + size)
             place += 8 + size + size % 2
     elif content[:4] == b"OggS":
         yield from ((match.start() + 4, match.start() + 60) for match in re.finditer(b"OggS", content))
     elif content[:4] == b"fLaC":
-        place = 4
-        while place + 4 <= end:
+        place, is_last = 4, False
+        while place + 4 <= len(content) and not is_last:
+            is_last = bool(content[place] & 0x80)
             size = int.from_bytes(content[place + 1 : place + 4], "big")
             yield place, place + 4 + size
-            if content[place] & 0x80:
-                return
             place += 4 + size
     elif content[4:8] == b"ftyp":
-        place = start
-        while place + 8 <= end:
-            size = int.from_bytes(content[place : place + 4], "big")
-            if size < 8:
-                return
-            yield place, min(end, place + size)
-            if content[place + 4 : place + 8] in ATOMS:
-                yield from find_parts(content, place + 8, min(end, place + size))
-            place += size
+        yield from find_nested(content, read_atom, 0, len(content))
     elif content[:4] == b"\x1a\x45\xdf\xa3":
-        place = start
-        while place + 2 <= end and content[place]:
-            width = 9 - content[place].bit_length()  # of the id; the size follows
-            name, at = int.from_bytes(content[place : place + width], "big"), place + width
-            if at >= end or not content[at]:
-                return
-            size_width = 9 - content[at].bit_length()
-            size = int.from_bytes(content[at : at + size_width], "big") & (1 << 7 * size_width) - 1
-            yield at, min(end, at + size_width + size)
-            if name in ELEMENTS:
-                yield from find_parts(content, at + size_width, min(end, at + size_width + size))
-            place = at + size_width + size
+        yield from find_nested(content, read_element, 0, len(content))
+
+
+def find_nested(content: bytes, read_head: Callable, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The parts between two places, and the parts in them. `read_head` gives the places of a size and a content."""
+    while start + 2 <= end and (head := read_head(content, start)):
+        place, inner, size, holds_parts = head
+        yield place, min(end, inner + size)
+        if holds_parts:
+            yield from find_nested(content, read_head, inner, min(end, inner + size))
+        start = inner + size
+
+
+def read_atom(content: bytes, start: int) -> tuple[int, int, int, bool] | None:
+    size, name = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8]
+    return (start, start + 8, size - 8, name in ATOMS) if size >= 8 else None
+
+
+def read_element(content: bytes, start: int) -> tuple[int, int, int, bool] | None:
+    place = start + 9 - content[start].bit_length()  # after the id
+    if not content[start] or place >= len(content) or not content[place]:
+        return None
+    inner = place + 9 - content[place].bit_length()
+    size = int.from_bytes(content[place:inner], "big") & (1 << 7 * (inner - place)) - 1
+    return place, inner, size, int.from_bytes(content[start:place], "big") in ELEMENTS
 
 
 def repair_pages(content: bytearray) -> bytes:
@@ -132,22 +124,17 @@ def repair_pages(content: bytearray) -> bytes:
         content[start + 22 : start + 26] = bytes(4)
         checksum = 0
         for byte in content[start:end]:
-            checksum = (checksum << 8 & 0xFFFFFFFF) ^ CHECKSUM_TABLE[checksum >> 24 ^ byte]
+            checksum = (checksum << 8 & 0xFFFFFFFF) ^ checksum_of(checksum >> 24 ^ byte)
         content[start + 22 : start + 26] = checksum.to_bytes(4, "little")
     return bytes(content)
 
 
-def make_checksum_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        value = byte << 24
-        for _ in range(8):
-            value = (value << 1 ^ 0x04C11DB7) & 0xFFFFFFFF if value & 2**31 else value << 1
-        table.append(value)
-    return table
-
-
-CHECKSUM_TABLE = make_checksum_table()
+@functools.cache
+def checksum_of(byte: int) -> int:
+    value = byte << 24
+    for _ in range(8):
+        value = (value << 1 ^ 0x04C11DB7) & 0xFFFFFFFF if value & 2**31 else value << 1
+    return value
 
 
 def id3(generator: random.Random) -> bytes:

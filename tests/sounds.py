@@ -1,6 +1,7 @@
-"""The recordings in every container and codec: what fetch_audio has to open, and what the fuzzer breaks."""
+"""The recordings in every container and codec, for tests of what fetch_audio has to open, and for the fuzzer."""
 
 import io
+import math
 
 import av
 import numpy as np
@@ -39,15 +40,15 @@ BIT_RATES = {"libopencore_amrnb": 12_200, "wmav2": 128_000}  # of codecs that ha
 
 
 def encode(samples: np.ndarray, name: str, layout: str = "mono", video: bool = False) -> bytes:
-    """Float32 samples `[samples]` at 16 kHz as a file of one of `ENCODINGS`, with a black picture track if asked."""
+    """Float32 `[samples]` at 16 kHz as a file of one of `ENCODINGS`, with pictures that grow brighter if asked."""
     codec, container, rate, format = ENCODINGS[name]
     frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
     frame.sample_rate = 16_000
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4" if video else container) as output:
+    with av.open(file, "w", format="mp4" if video and container != "webm" else container) as output:
         if video:
-            pictures = output.add_stream("mpeg4", rate=8)
-            pictures.width = pictures.height = 32
+            pictures = output.add_stream("vp8" if container == "webm" else "mpeg4", rate=8)
+            pictures.width = pictures.height = 56
         stream = output.add_stream(codec, rate=rate, layout=layout)
         if codec in BIT_RATES:
             stream.bit_rate = BIT_RATES[codec]
@@ -58,8 +59,8 @@ def encode(samples: np.ndarray, name: str, layout: str = "mono", video: bool = F
                 output.mux(stream.encode(piece))
         output.mux(stream.encode(None))
         if video:
-            for _ in range(8):
-                black = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
-                output.mux(pictures.encode(black))
+            for number in range(8 * math.ceil(len(samples) / 16_000)):
+                pixels = np.full((56, 56, 3), min(10 * number, 255), np.uint8)
+                output.mux(pictures.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             output.mux(pictures.encode(None))
     return file.getvalue()

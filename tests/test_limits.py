@@ -1,4 +1,4 @@
-"""What untrusted files and addresses may cost: memory, time, and whom a server may be made to ask."""
+"""make test ONLY=tests/test_limits.py: what untrusted files and addresses may cost, and whom a server may ask."""
 
 import contextlib
 import http.server
@@ -27,7 +27,7 @@ from fuzz import resident
 from sounds import ENCODINGS, RECORDINGS, encode
 
 import audio_decoding
-import audio_utils
+import audio_download
 from audio_utils import AudioError, fetch_audio
 from demo.bases import ASSETS
 
@@ -86,12 +86,34 @@ def test_bombs_cost_little_memory(tmp_path, web):
         assert int(megabytes) < 40, source
 
 
+@pytest.fixture
+def pools(monkeypatch):
+    """`pools(seconds, ...)` replaces the pools of workers by some of one worker, and returns their workers."""
+
+    def replace(*seconds: float) -> list[audio_decoding.DecodingWorker]:
+        pools = [audio_decoding.WorkerPool(1, limit) for limit in seconds]
+        monkeypatch.setattr(audio_decoding, "POOLS", pools)
+        workers.extend(worker for pool in pools for worker in pool.free)
+        return workers
+
+    workers = []
+    yield replace
+    for worker in workers:
+        if worker.process:
+            worker.stop()
+
+
+@pytest.fixture
+def worker():
+    worker = audio_decoding.DecodingWorker()
+    yield worker
+    worker.stop()
+
+
 @pytest.mark.parametrize("name", BOMBS)
-def test_untrusted_bombs_are_limited_in_memory_and_time(name, monkeypatch):
+def test_untrusted_bombs_are_limited_in_memory_and_time(name, pools):
     """Whatever a file says: it is decoded or refused within the limits, and the next good file is decoded."""
-    pool = audio_decoding.WorkerPool(1, seconds=2)  # 1 and 8 by default
-    monkeypatch.setattr(audio_decoding, "POOLS", (pool,))
-    (worker,) = pool.free
+    (worker,) = pools(2)
     good = RECORDINGS / "jfk.mp3"
     assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
     usual, first = resident(worker), worker.process.pid
@@ -106,21 +128,6 @@ def test_untrusted_bombs_are_limited_in_memory_and_time(name, monkeypatch):
     if worker.process.poll() is None:
         assert worker.process.pid == first and resident(worker) - usual < 70
     assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
-    worker.stop()
-
-
-@pytest.fixture
-def pools(monkeypatch):
-    """`pools(seconds, ...)` replaces the pools of workers by some of one worker, which has so long for a file."""
-
-    def replace(*seconds: float):
-        started.extend(audio_decoding.WorkerPool(1, limit) for limit in seconds)
-        monkeypatch.setattr(audio_decoding, "POOLS", started)
-
-    started = []
-    yield replace
-    for worker in (worker for pool in started for worker in pool.free if worker.process):
-        worker.stop()
 
 
 def start_strangers(content: bytes, count: int, timeout: float) -> list[threading.Thread]:
@@ -150,7 +157,7 @@ def test_a_short_clip_does_not_wait_for_long_ones(pools):
 
 def test_one_timeout_for_download_wait_and_decoding(pools, web, monkeypatch):
     pools(8)
-    monkeypatch.setattr(audio_utils, "is_public", lambda address: True)
+    monkeypatch.setattr(audio_download, "is_public", lambda address: True)
     slow = BOMBS["mp3 with many tags"](fetch_audio(RECORDINGS / "jfk.mp3")[:16_000].numpy())
     (stranger,) = start_strangers(slow, 1, timeout=2)
     start = time.monotonic()
@@ -204,21 +211,18 @@ def test_a_large_file_after_a_small_one():
         assert torch.equal(fetch_audio(file, public_only=True), fetch_audio(content))
 
 
-def test_a_worker_that_ends_at_its_start_is_an_error_of_the_audio(monkeypatch):
+def test_a_worker_that_ends_at_its_start_is_an_error_of_the_audio(pools, monkeypatch):
     content, executable = (RECORDINGS / "jfk.mp3").read_bytes(), sys.executable
-    pool = audio_decoding.WorkerPool(1, seconds=2)
-    monkeypatch.setattr(audio_decoding, "POOLS", (pool,))
+    pools(2)
     for program in ("/bin/false", "/nowhere/python"):
         monkeypatch.setattr(sys, "executable", program)
         with pytest.raises(AudioError, match="The content of .* bytes cannot be decoded: the process .* ended"):
             fetch_audio(content, public_only=True)
     monkeypatch.setattr(sys, "executable", executable)
     assert len(fetch_audio(content, public_only=True)) == 176_000
-    pool.free[0].stop()
 
 
-def test_a_worker_that_died_is_replaced():
-    worker = audio_decoding.DecodingWorker()
+def test_a_worker_that_died_is_replaced(worker):
     clip, limits = RECORDINGS / "jfk.mp3", (time.monotonic() + 60, 8)
     for _ in range(2):
         samples, rate = worker.decode(clip.open("rb"), "clip", 60, *limits)
@@ -228,22 +232,19 @@ def test_a_worker_that_died_is_replaced():
         worker.process.wait()
     with Path(__file__).open("rb") as file, pytest.raises(AudioError, match="clip cannot be decoded"):
         worker.decode(file, "clip", 60, *limits)
-    worker.stop()
 
 
-def test_an_answer_that_ends_early_does_not_hold_up_the_next(monkeypatch, tmp_path):
+def test_an_answer_that_ends_early_does_not_hold_up_the_next(worker, monkeypatch, tmp_path):
     """A file whose rate changes midway is refused at once; what its decoder still sends must not meet the next file."""
     clip = fetch_audio(RECORDINGS / "jfk.wav").numpy()
     monkeypatch.setitem(ENCODINGS, "high.aac", ("aac", "adts", 44_100, "fltp"))
-    changing, worker = tmp_path / "changing.aac", audio_decoding.DecodingWorker()
-    limits = (time.monotonic() + 60, 8)
+    changing, limits = tmp_path / "changing.aac", (time.monotonic() + 60, 8)
     changing.write_bytes(encode(clip[:16_000], "high.aac") + encode(np.tile(clip, 20), "clip.aac"))
     for _ in range(2):
         with pytest.raises(AudioError, match="changes its sampling rate from 44100 to 22050 Hz midway"):
             worker.decode(changing.open("rb"), "clip", 600, *limits)
         samples, _ = worker.decode((RECORDINGS / "english.wav").open("rb"), "clip", 600, *limits)
         assert len(samples) > 10**5
-    worker.stop()
 
 
 def test_covers_are_not_decoded_in_the_own_process_either():
@@ -277,57 +278,37 @@ def serve():
             with contextlib.suppress(OSError):
                 self.answer(self.path[1:])
 
+        def start(self, status: int, **headers):
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), str(value))
+            self.end_headers()
+
         def answer(self, path):
-            stopped = self.server.stopped
+            wait, (name, _, target) = self.server.stopped.wait, path.partition("=")
             if path == "slow-header":
-                while not stopped.wait(0.2):
+                while not wait(0.2):
                     self.wfile.write(b"H")
             elif path == "missing":
                 self.send_error(404)
-            elif path.startswith(("to=", "late-to=")):
-                stopped.wait(path.startswith("late"))  # 1 s
-                self.send_response(302)
-                self.send_header("Location", urllib.parse.unquote(path.partition("=")[2]))
-                self.end_headers()
-            elif path == "endless-redirect":
-                self.send_response(302)
-                self.send_header("Location", "/clip.wav")
-                self.end_headers()
-                while not stopped.is_set():
-                    self.wfile.write(bytes(2**16))
+            elif name in ("to", "late-to"):
+                wait(name == "late-to")  # 1 s
+                self.start(302, Location=urllib.parse.unquote(target))
             elif path == "loop":
-                self.send_response(302)
-                self.send_header("Location", "/loop")
-                self.end_headers()
+                self.start(302, Location="/loop")
+            elif path in ("endless", "endless-redirect", "slow"):
+                self.start(302 if path == "endless-redirect" else 200, Location="/clip.wav")
+                while not wait(0.2 if path == "slow" else 0):
+                    self.wfile.write(bytes(1 if path == "slow" else 2**16))
             elif path == "chunked":
                 self.protocol_version = "HTTP/1.1"
-                self.send_response(200)
-                self.send_header("Transfer-Encoding", "chunked")
-                self.end_headers()
+                self.start(200, Transfer_Encoding="chunked")
                 for start in range(0, len(recording), 50_000):
                     piece = recording[start : start + 50_000]
                     self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
                 self.wfile.write(b"0\r\n\r\n")
-            elif path in ("endless", "slow"):
-                self.send_response(200)
-                self.end_headers()
-                while not stopped.wait(0.2 if path == "slow" else 0):
-                    self.wfile.write(bytes(1 if path == "slow" else 2**16))
-            elif path == "partial" or "Range" in self.headers:
-                first, last = 0, 99_999
-                if "Range" in self.headers:
-                    first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"]).groups()
-                piece = recording[int(first) : int(last or len(recording)) + 1]
-                self.send_response(206)
-                self.send_header("Content-Length", str(len(piece)))
-                self.send_header("Content-Range", f"bytes {first}-{int(first) + len(piece) - 1}/{len(recording)}")
-                self.end_headers()
-                self.wfile.write(piece)
             else:
-                self.send_response(200)
-                self.send_header("Accept-Ranges", "bytes")
-                self.send_header("Content-Length", str(len(recording) + 1000 * (path == "short")))
-                self.end_headers()
+                self.start(206 if path == "partial" else 200, Content_Length=len(recording) + 1000 * (path == "short"))
                 self.wfile.write(recording)
 
     def serve(certificate: trustme.LeafCert | None = None) -> str:
@@ -406,7 +387,7 @@ def test_secure_downloads(serve, monkeypatch, tmp_path):
     authority = trustme.CA()
     web, other = serve(authority.issue_cert("127.0.0.1")), serve(authority.issue_cert("elsewhere.example"))
     expected = fetch_audio(RECORDINGS / "english.wav")
-    monkeypatch.setattr(audio_utils, "is_public", lambda address: True)
+    monkeypatch.setattr(audio_download, "is_public", lambda address: True)
     for limits in ({}, {"public_only": True}):
         monkeypatch.delenv("SSL_CERT_FILE", raising=False)
         with pytest.raises(AudioError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -447,7 +428,7 @@ def test_downloads_have_limits(path, limits, message, web):
 @pytest.mark.parametrize("limits", [{}, {"public_only": True}])
 def test_one_deadline_for_redirects_and_handshakes(limits, web, monkeypatch):
     """A slow redirect, to a server that accepts connections and sends its TLS handshake a byte at a time."""
-    monkeypatch.setattr(audio_utils, "is_public", lambda address: True)
+    monkeypatch.setattr(audio_download, "is_public", lambda address: True)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def drip():
@@ -487,7 +468,7 @@ def test_a_server_opens_public_addresses_only(web, monkeypatch):
         checked.append(str(address))
         return len(checked) == 1
 
-    monkeypatch.setattr(audio_utils, "is_public", first_is_public)
+    monkeypatch.setattr(audio_download, "is_public", first_is_public)
     with pytest.raises(AudioError, match="'localhost' resolves to is not a public address"):
         fetch_audio(f"{web}to=http://localhost:{port}/clip.wav", public_only=True)
     assert checked[0] == "127.0.0.1"
@@ -503,22 +484,12 @@ def test_addresses_that_are_not_public(address):
     six_to_four, teredo = f"2002:{number}::1", f"2001:0:808:808:0:0:{inverted}"
     teredo_server = f"2001:0:{number}:0:0:f7f7:f7f7"
     for form in (address, mapped, compatible, translated, nat64, local_nat64, six_to_four, teredo, teredo_server):
-        assert not audio_utils.is_public(ipaddress.ip_address(form)), form
-    for own in (
-        "::",
-        "::1",
-        "fe80::1",
-        "fd00::1",
-        "fec0::1",
-        "2001:db8::1",
-        "ff02::1",
-        "ff05::2",
-        "ff0e::1",
-        "ff3e::1",
-    ):
-        assert not audio_utils.is_public(ipaddress.ip_address(own)), own
+        assert not audio_download.is_public(ipaddress.ip_address(form)), form
+    others = ["::", "::1", "fe80::1", "fd00::1", "fec0::1", "2001:db8::1", "ff02::1", "ff05::2", "ff0e::1", "ff3e::1"]
+    for own in others:
+        assert not audio_download.is_public(ipaddress.ip_address(own)), own
 
 
 def test_public_addresses_pass():
     for address in ("93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "::ffff:8.8.8.8"):
-        assert audio_utils.is_public(ipaddress.ip_address(address))
+        assert audio_download.is_public(ipaddress.ip_address(address))

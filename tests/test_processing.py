@@ -1,13 +1,12 @@
-"""Messages -> model inputs, with the processor that a built folder loads."""
+"""make test ONLY=tests/test_processing.py: messages -> model inputs, with the processor of a built folder."""
 
 import base64
 import copy
 import functools
-import http.server
 import inspect
+import itertools
 import json
 import shutil
-import threading
 
 import numpy as np
 import pytest
@@ -16,9 +15,15 @@ import torch
 import torchvision
 from helpers import TOKENS, audio, image, text, video
 from PIL import Image
+from serving import serve
+from sounds import encode
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin, Qwen2VLProcessor, WhisperFeatureExtractor
 
 from audio_utils import AudioError, process_audio_info
+from collator import ChatCollator
 from demo.bases import ASSETS
 
 
@@ -31,28 +36,25 @@ def processor_30s(repo_30s):
     return AutoProcessor.from_pretrained(repo_30s, trust_remote_code=True)
 
 
-@pytest.fixture(scope="module")
-def served():
-    """A real HTTP server of the recordings."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(ASSETS / "audio"))
-    handler.log_message = lambda *_: None
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+@pytest.fixture
+def render(processor):
+    """`render(messages, ...)` or `render([item, ...], ...)`, which are a user's: model inputs as tensors."""
+
+    def make(messages, **settings):
+        messages = messages if "role" in messages[0] else [{"role": "user", "content": messages}]
+        settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **settings}
+        return processor.apply_chat_template(messages, **settings)
+
+    return make
 
 
 def runs(ids) -> list[tuple[int, int]]:
     """Ids with their run lengths, of audio and vision tokens only."""
-    found = []
-    for token in np.asarray(ids).tolist():
-        if token in (PAD, BOS, EOS, IMAGE, VIDEO):
-            if found and found[-1][0] == token:
-                found[-1] = (token, found[-1][1] + 1)
-            else:
-                found.append((token, 1))
-    return found
+    tokens = [token for token in np.asarray(ids).tolist() if token in (PAD, BOS, EOS, IMAGE, VIDEO)]
+    return [(token, len(list(run))) for token, run in itertools.groupby(tokens)]
+
+
+CLIP = [(BOS, 1), (PAD, TOKENS), (EOS, 1)]  # the runs of a clip of one window
 
 
 def test_one_window_of_whisper_is_1500_tokens(processor_30s, speech):
@@ -90,37 +92,21 @@ def test_prompt_longer_than_the_model_is_an_error(processor_30s):
         processor_30s(text="<|audio_pad|><|audio_pad|>!", audio=[eleven, eleven])
 
 
-@pytest.mark.parametrize(
-    "written",
-    [
-        "<|audio_pad|>",
-        "<|audio_bos|><|audio_pad|><|audio_eos|>",
-        "<|audio_bos|><|audio_pad|>",
-        "<|audio_pad|><|audio_eos|>",
-    ],
-)
-def test_markers_are_not_doubled(written, processor, sound):
-    ids = processor(text=f"a{written}b", audio=sound(0.5))["input_ids"][0]
-    assert runs(ids) == [(BOS, 1), (PAD, TOKENS), (EOS, 1)]
+@pytest.mark.parametrize("before", ["", "<|audio_bos|>"])
+@pytest.mark.parametrize("after", ["", "<|audio_eos|>"])
+def test_markers_are_not_doubled(before, after, processor, sound):
+    written = f"{before}<|audio_pad|>{after}"
+    assert runs(processor(text=f"a{written}b", audio=sound(0.5))["input_ids"][0]) == CLIP
     twice = processor(text=written * 2, audio=[sound(0.5), sound(1.5)])["input_ids"][0]
-    assert runs(twice) == [(BOS, 1), (PAD, TOKENS), (EOS, 1), (BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
+    assert runs(twice) == [*CLIP, (BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
 
 
 def test_reading_order(ask, photo, sound):
     picture = Image.open(photo).resize((56, 56))
     frames = np.zeros((4, 56, 56, 3), np.uint8)
     inputs = ask(image(picture), audio(sound(1.5, 1)), video(frames), audio(sound(0.5, 2)), image(picture), text("?"))
-    assert runs(inputs["input_ids"][0]) == [
-        (IMAGE, 4),
-        (BOS, 1),
-        (PAD, 2 * TOKENS),
-        (EOS, 1),
-        (VIDEO, 8),
-        (BOS, 1),
-        (PAD, TOKENS),
-        (EOS, 1),
-        (IMAGE, 4),
-    ]
+    two_windows = [(BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
+    assert runs(inputs["input_ids"][0]) == [(IMAGE, 4), *two_windows, (VIDEO, 8), *CLIP, (IMAGE, 4)]
     types = inputs["mm_token_type_ids"][0]
     for kind, token in ((1, IMAGE), (2, VIDEO), (3, PAD)):
         assert torch.equal(types == kind, inputs["input_ids"][0] == token)
@@ -159,10 +145,7 @@ def test_audio_flat_or_one_list_per_text(processor, sound):
     ],
 )
 def test_counts_must_agree(texts, clips, message, processor, sound):
-    if isinstance(clips, list):
-        clips = [[sound(0.5)] * number for number in clips]
-    elif clips is not None:
-        clips = [sound(0.5)] * clips
+    clips = [[sound(0.5)] * number for number in clips] if isinstance(clips, list) else clips and [sound(0.5)] * clips
     with pytest.raises(ValueError, match=message):
         processor(text=texts, audio=clips)
 
@@ -175,7 +158,7 @@ def test_truncation_never_cuts_a_clip(side, processor, sound, monkeypatch):
         with pytest.raises(ValueError, match="max_length"):
             processor(text=words, audio=clip, truncation=True, max_length=max_length)
     ids = processor(text=words, audio=clip, truncation=True, max_length=53)["input_ids"][0]
-    assert len(ids) == 53 and runs(ids) == [(BOS, 1), (PAD, TOKENS), (EOS, 1)]
+    assert len(ids) == 53 and runs(ids) == CLIP
 
 
 def test_text_arguments_stay_with_the_text(processor, sound):
@@ -203,24 +186,16 @@ def test_text_arguments_stay_with_the_text(processor, sound):
         ({"raw_speech": []}, "'raw_speech'"),
     ],
 )
-def test_misspelt_arguments_are_errors(arguments, message, processor, sound):
+def test_misspelt_arguments_are_errors(arguments, message, processor, render, sound):
     with pytest.raises(TypeError, match=message):
         processor(text="<|audio_pad|>", audio=sound(0.5), **arguments)
     with pytest.raises(TypeError, match=message):
-        processor.apply_chat_template(
-            [{"role": "user", "content": [audio(sound(0.5))]}],
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs=arguments,
-        )
+        render([audio(sound(0.5))], processor_kwargs=arguments)
 
 
-def test_sampling_rate_is_honoured_everywhere(processor, sound):
+def test_sampling_rate_is_honoured_everywhere(processor, render, sound):
     """8 kHz samples that are read as 16 kHz are half as long (seen in the wild)."""
     clip = sound(1.6)[::2].copy()  # 0.8 s of samples at 16 kHz, 1.6 s at 8 kHz
-    ask = functools.partial(
-        processor.apply_chat_template, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-    )
     row = {"array": clip, "sampling_rate": 8000}
     ways = [
         processor(text="<|audio_pad|>", audio=clip, sampling_rate=8000),
@@ -228,10 +203,11 @@ def test_sampling_rate_is_honoured_everywhere(processor, sound):
         processor(text="<|audio_pad|>", audio=row),
         processor(text="<|audio_pad|>", audio=[(clip, 8000)]),
         processor(text="<|audio_pad|>", audio=row, sampling_rate=44100),
-        ask([{"role": "user", "content": [audio(clip, sampling_rate=8000)]}]),
-        ask([{"role": "user", "content": [audio(row)]}]),
-        ask([{"role": "user", "content": [audio(clip)]}], processor_kwargs={"sampling_rate": 8000}),
-        ask([{"role": "user", "content": [audio(clip)]}], sampling_rate=8000),
+        render([audio(clip, sampling_rate=8000)]),
+        render([audio(row)]),
+        render([audio(row, sampling_rate=44100)]),
+        render([audio(clip)], processor_kwargs={"sampling_rate": 8000}),
+        render([audio(clip)], sampling_rate=8000),
     ]
     for inputs in ways:
         assert inputs["input_features"].shape[0] == 2
@@ -239,78 +215,75 @@ def test_sampling_rate_is_honoured_everywhere(processor, sound):
     assert processor(text="<|audio_pad|>", audio=clip)["input_features"].shape[0] == 1
 
 
-def test_limits_reach_fetch_audio(processor, speech):
-    messages = [{"role": "user", "content": [audio(str(speech))]}]
+def test_limits_reach_fetch_audio(processor, render, speech):
     for limits in ({"max_seconds": 5}, {"audio_kwargs": {"max_seconds": 5}}):
         with pytest.raises(ValueError, match="limit of 5 s"):
             processor(text="<|audio_pad|>", audio=str(speech), **limits)
         with pytest.raises(ValueError, match="limit of 5 s"):
-            processor.apply_chat_template(messages, tokenize=True, return_dict=True, processor_kwargs=limits)
+            render([audio(str(speech))], processor_kwargs=limits)
     with pytest.raises(ValueError, match="local files are not opened here"):
-        processor.apply_chat_template(messages, tokenize=True, processor_kwargs={"audio_kwargs": {"public_only": True}})
+        render([audio(str(speech))], processor_kwargs={"audio_kwargs": {"public_only": True}})
 
 
-def test_sound_stays_on_the_device_asked_for(processor):
+def test_sound_stays_on_the_device_asked_for(processor, render):
     """Tensors on the meta device hold no data, so any copy to the host raises an error."""
     clip = str(ASSETS / "audio" / "english.wav")  # 44.1 kHz, resampled there
-    messages = [{"role": "user", "content": [audio(clip), audio(clip), text("?")]}]
-    ask = functools.partial(
-        processor.apply_chat_template, messages, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    content = [audio(clip), audio(clip), text("?")]
     for inputs in (
         processor(text="<|audio_pad|><|audio_pad|>?", audio=[clip, clip], device="meta", return_tensors="pt"),
-        ask(device="meta"),
-        ask(processor_kwargs={"audio_kwargs": {"device": "meta"}}),
+        render(content, device="meta"),
+        render(content, processor_kwargs={"audio_kwargs": {"device": "meta"}}),
     ):
         assert inputs["input_features"].device.type == "meta" and inputs["input_features"].shape == (6, 128, 100)
         assert runs(inputs["input_ids"][0]) == 2 * [(BOS, 1), (PAD, 3 * TOKENS), (EOS, 1)]
 
 
-def test_apply_chat_template_takes_sound_from_anywhere(processor, served):
+def test_apply_chat_template_takes_sound_from_anywhere(processor, render):
     path = ASSETS / "audio" / "english.wav"  # 44.1 kHz
     encoded = base64.b64encode(path.read_bytes()).decode()
-    url = f"{served}/english.wav"
-    items = [
-        {"type": "audio", "audio": str(path)},
-        {"type": "audio", "path": str(path)},
-        {"type": "audio", "path": path},
-        {"type": "audio", "url": path.as_uri()},
-        {"type": "audio", "url": url},
-        {"type": "audio", "audio_url": url},
-        {"type": "audio_url", "audio_url": {"url": url}},
-        {"type": "audio_url", "audio_url": url},
-        {"type": "audio", "audio": path.read_bytes()},
-        {"type": "audio", "bytes": path.read_bytes()},
-        {"type": "audio", "audio": encoded},
-        {"type": "audio", "base64": encoded},
-        {"type": "audio", "url": f"data:audio/wav;base64,{encoded}"},
-        {"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}},
-        {"audio": str(path)},
-    ]
-    expected = processor(audio=str(path))["input_features"]
-    assert expected.shape == (3, 128, 100)  # 2.74 s
-    messages = [{"role": "user", "content": [*items, text("?")]}]
-    before = copy.deepcopy(messages)
-    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    with serve(Starlette(routes=[Mount("/", StaticFiles(directory=path.parent))])) as address:
+        url = f"{address}/english.wav"
+        items = [
+            {"type": "audio", "audio": str(path)},
+            {"type": "audio", "path": str(path)},
+            {"type": "audio", "path": path},
+            {"type": "audio", "url": path.as_uri()},
+            {"type": "audio", "url": url},
+            {"type": "audio", "audio_url": url},
+            {"type": "audio_url", "audio_url": {"url": url}},
+            {"type": "audio_url", "audio_url": url},
+            {"type": "audio", "audio": path.read_bytes()},
+            {"type": "audio", "bytes": path.read_bytes()},
+            {"type": "audio", "audio": encoded},
+            {"type": "audio", "base64": encoded},
+            {"type": "audio", "url": f"data:audio/wav;base64,{encoded}"},
+            {"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}},
+            {"type": None, "text": None, "audio": str(path)},
+        ]
+        messages = [{"role": "user", "content": [*items, text("?")]}]
+        before = copy.deepcopy(messages)
+        inputs = render(messages)
     assert messages == before
     assert runs(inputs["input_ids"][0]) == [(BOS, 1), (PAD, 3 * TOKENS), (EOS, 1)] * len(items)
+    expected = processor(audio=str(path))["input_features"]
+    assert expected.shape == (3, 128, 100)  # 2.74 s
     for features in inputs["input_features"].split(3):
         assert torch.equal(features, expected)
 
 
-def test_messages_with_pictures_in_openai_form(processor, photo, sound):
-    encoded = base64.b64encode(photo.read_bytes()).decode()
-    contents = [
-        [{"type": "image", "path": str(photo)}, audio(sound(0.5))],
-        [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}, audio(sound(0.5))],
-    ]
-    first, second = (
-        processor.apply_chat_template(
-            [{"role": "user", "content": c}], tokenize=True, return_dict=True, return_tensors="pt"
+def test_messages_with_pictures_in_any_form(render, photo, sound):
+    encoded = f"data:image/png;base64,{base64.b64encode(photo.read_bytes()).decode()}"
+    first, *others = (
+        render([picture, audio(sound(0.5))])
+        for picture in (
+            image(Image.open(photo)),
+            {"type": "image", "path": str(photo), "url": None},
+            {"image": str(photo)},
+            {"type": "image_url", "image_url": {"url": encoded}},
+            {"type": "image", "image_url": encoded},
         )
-        for c in contents
     )
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
 @pytest.mark.parametrize(
@@ -322,12 +295,14 @@ def test_messages_with_pictures_in_openai_form(processor, photo, sound):
         ("just words", "Python type str"),
         ({"type": "text", "content": "words"}, "needs a string under 'text'"),
         ({"type": "audio", "file": "x.wav"}, r"the prompts have \[1\] .* `audio` has 0\."),
-        ({"type": "audio", "path": "x.wav", "url": "y.wav"}, "exactly one source"),
+        ({"type": "audio", "path": "x", "url": "y"}, r'^messages.0.."content"..0.: .*exactly one.*has url, path'),
+        ({"type": "image", "path": "x", "url": "y"}, r'^messages.0.."content"..0.: .*exactly one.*has url, path'),
+        ({"type": "image_url", "image_url": {"detail": "low"}}, "exactly one source"),
     ],
 )
-def test_content_that_cannot_be_taken_is_an_error(item, message, processor):
+def test_content_that_cannot_be_taken_is_an_error(item, message, render):
     with pytest.raises(ValueError, match=message):
-        processor.apply_chat_template([{"role": "user", "content": [item]}], tokenize=True, return_dict=True)
+        render([{"role": "user", "content": [item]}])
 
 
 def test_template_alone_drops_nothing(processor, sound):
@@ -374,46 +349,37 @@ def test_without_audio_equals_qwen2_vl_processor(processor, photo):
 
 
 @pytest.mark.parametrize("sampling", [{}, {"fps": 2, "do_sample_frames": True}])
-def test_sound_track_of_a_video(sampling, processor, tmp_path):
+def test_sound_track_of_a_video(sampling, processor, render, sound, tmp_path):
     """Frames and sound of one file, without torchcodec or where it finds no FFmpeg (as here)."""
-    path = write_video(tmp_path / "clip.mp4", seconds=2)
-    grid = 2 if sampling else 8  # in time, two frames each: 16 frames, or 4
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(encode(sound(1.9), "aac.m4a", video=True))
+    film, grid = {"type": "video", "path": str(path)}, 2 if sampling else 8  # in time, two frames each: 4, or 16 frames
     for slot in ([], [{"type": "audio"}]):
-        messages = [{"role": "user", "content": [{"type": "video", "path": str(path)}, *slot, text("?")]}]
-        prompt = processor.apply_chat_template(messages, load_audio_from_video=True)
-        assert "<|vision_end|><|audio_pad|>?" in prompt
-        inputs = processor.apply_chat_template(
-            messages,
-            load_audio_from_video=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=sampling,
-        )
+        messages = [{"role": "user", "content": [film, *slot, text("?")]}]
+        assert "<|vision_end|><|audio_pad|>?" in processor.apply_chat_template(messages, load_audio_from_video=True)
+        inputs = render(messages, load_audio_from_video=True, processor_kwargs=sampling)
         assert runs(inputs["input_ids"][0]) == [(VIDEO, 4 * grid), (BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
         assert inputs["video_grid_thw"].tolist() == [[grid, 4, 4]]
         brightness = inputs["pixel_values_videos"].reshape(grid, -1).mean(dim=1)
         assert bool((brightness.diff() > 0).all())  # as the frames were written
         direct = processor(text="<|audio_pad|>", audio=str(path), return_tensors="pt")
         assert torch.equal(inputs["input_features"], direct["input_features"])
-    messages[0]["content"].pop(1)  # the empty slot
-    silent = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-    assert "input_features" not in silent
+    assert "input_features" not in render([film, text("?")])
 
 
-def test_videos_that_cannot_be_read(processor, tmp_path, sound):
-    path = write_video(tmp_path / "clip.webm", seconds=1)
+def test_videos_that_cannot_be_read(processor, render, sound, tmp_path):
+    path = tmp_path / "clip.webm"
+    path.write_bytes(encode(sound(1), "opus.webm", video=True))
     if not hasattr(torchvision.io, "read_video"):  # before 0.26 it reads this
         with pytest.raises(ValueError, match="does not say how many frames it has"):
             processor(text="<|video_pad|>", videos=[str(path)], return_tensors="pt")
-    frames = np.zeros((4, 56, 56, 3), np.uint8)
     with pytest.raises(ValueError, match="could be .channels, samples.|is no sound"):
-        ask = [{"role": "user", "content": [video(frames)]}]
-        processor.apply_chat_template(ask, load_audio_from_video=True, tokenize=True)
+        render([video(np.zeros((4, 56, 56, 3), np.uint8))], load_audio_from_video=True)
 
 
-def test_sounds_and_pictures_of_messages_beside_qwen_vl_utils(processor, photo, sound, tmp_path):
-    path = write_video(tmp_path / "clip.mp4", seconds=1)
+def test_sounds_and_pictures_of_messages_beside_qwen_vl_utils(processor, render, photo, sound, tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(encode(sound(0.9), "aac.m4a", video=True))
     messages = [
         {"role": "system", "content": "Listen."},
         {"role": "user", "content": [image(str(photo)), audio(sound(0.5, seed=1)), text("?")]},
@@ -425,7 +391,7 @@ def test_sounds_and_pictures_of_messages_beside_qwen_vl_utils(processor, photo, 
     prompt = processor.apply_chat_template(messages)
     inputs = processor(text=[prompt], images=images, audio=sounds, return_tensors="pt")
     assert [len(samples) for samples in sounds] == [8000, 176_000]
-    whole = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    whole = render(messages)
     assert torch.equal(inputs["input_ids"], whole["input_ids"])
     assert torch.equal(inputs["input_features"], whole["input_features"])
 
@@ -438,53 +404,39 @@ def test_sounds_and_pictures_of_messages_beside_qwen_vl_utils(processor, photo, 
         process_audio_info(messages, max_seconds=5)
 
 
-def write_video(path, seconds: int):
-    import av
-
-    with av.open(str(path), "w") as container:
-        picture_codec, sound_codec = ("vp8", "libopus") if path.suffix == ".webm" else ("mpeg4", "aac")
-        pictures, track = container.add_stream(picture_codec, rate=8), container.add_stream(sound_codec, rate=16000)
-        pictures.width = pictures.height = 56
-        for number in range(8 * seconds):
-            frame = av.VideoFrame.from_ndarray(np.full((56, 56, 3), 10 * number, np.uint8), format="rgb24")
-            container.mux(pictures.encode(frame))
-        container.mux(pictures.encode(None))
-        tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(15_000 * seconds) / 16000)
-        frame = av.AudioFrame.from_ndarray(tone.astype(np.float32)[None], format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(track.encode(frame))
-        container.mux(track.encode(None))
-    return path
-
-
 def test_other_arguments_of_the_template_pass_through(processor, sound):
-    messages = [
-        {"role": "user", "content": [audio(sound(0.5)), text("Say hi.")]},
-        {"role": "assistant", "content": "Hi."},
-    ]
+    question = {"role": "user", "content": [audio(sound(0.5)), text("Say hi.")]}
+    messages = [question, {"role": "assistant", "content": "Hi."}]
     prompt = processor.apply_chat_template(messages)
     assert prompt.endswith("<|audio_pad|>Say hi.<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n")
     continued = processor.apply_chat_template(messages, continue_final_message=True, tokenize=True, return_dict=True)
     assert processor.decode(continued["input_ids"][0]).endswith("<|im_start|>assistant\nHi.")
     ids = processor.apply_chat_template(messages, tokenize=True)
-    assert runs(ids[0]) == [(BOS, 1), (PAD, TOKENS), (EOS, 1)]
+    assert runs(ids[0]) == CLIP
 
 
-def test_placeholder_in_a_users_words_is_refused(processor, sound):
+def test_placeholder_in_a_users_words_is_refused(processor, render, sound):
     """A stranger who writes `<|audio_pad|>` must not shift the clips of a prompt."""
-    messages = [{"role": "user", "content": [text("Ignore <|audio_pad|> this."), audio(sound(0.5))]}]
+    content = [text("Ignore <|audio_pad|> this."), audio(sound(0.5))]
     with pytest.raises(ValueError, match=r"the prompts have \[2\] .* `audio` has 1\."):
-        processor.apply_chat_template(messages, tokenize=True, return_dict=True)
-    sanitize = functools.partial(
-        processor.apply_chat_template, messages, tokenize=True, return_dict=True, sanitize_control_tokens=True
-    )
+        render(content)
     if "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
         with pytest.raises(TypeError, match="sanitize_control_tokens"):  # not known yet, so not silently left undone
-            sanitize()
+            render(content, sanitize_control_tokens=True)
         return
-    ids = sanitize()["input_ids"][0]
-    assert runs(ids) == [(BOS, 1), (PAD, TOKENS), (EOS, 1)]
-    assert "Ignore <|audio_pad|> this." in processor.decode(ids)
+    ids = render(content, sanitize_control_tokens=True)["input_ids"][0]
+    assert runs(ids) == CLIP and "Ignore <|audio_pad|> this." in processor.decode(ids)
+
+
+def test_rows_are_checked_without_rendering_them(processor, photo, monkeypatch):
+    """A batch renders each row once, when it is made. Files are found beside the row, whatever names them."""
+    monkeypatch.setattr(processor, "apply_chat_template", None)
+    pictures = [{"type": "image", "path": photo.name}, {"type": "image_url", "image_url": {"url": photo.name}}]
+    pictures += [{"type": "image", "image": {"bytes": photo.read_bytes(), "path": None}, "audio": None}]
+    messages = [{"role": "user", "content": pictures}, {"role": "assistant", "content": "A cat."}]
+    asked, answer = ChatCollator(processor).messages({"messages": messages, "place": f"{photo.parent}/rows.jsonl:1"})
+    assert [item["image"] for item in asked["content"][:2]] == [str(photo)] * 2
+    assert asked["content"][2]["image"].size == Image.open(photo).size and answer == messages[1]
 
 
 def test_saved_processor_reloads_itself(processor_30s, tmp_path, speech):

@@ -1,7 +1,4 @@
-"""
-TRL's SFTTrainer with the collator that a built folder brings: `make test-trl`, which installs TRL outside of `.venv`'s
-own packages.
-"""
+"""make test-trl: TRL's SFTTrainer with the collator of a built folder. TRL lies outside of `.venv`'s own packages."""
 
 import json
 import re
@@ -55,17 +52,8 @@ def make_trainer(trl, demo_repo, processor, rows, tmp_path):
     """`make_trainer(data_collator=None, train_dataset=None, **settings of SFTConfig)`, in float32, which is faster."""
 
     def make(data_collator=None, train_dataset=None, **settings):
-        config = trl.SFTConfig(
-            output_dir=str(tmp_path),
-            **{
-                "learning_rate": 1e-3,
-                "max_steps": 4,
-                "logging_steps": 1,
-                "bf16": False,
-                "report_to": "none",
-                **settings,
-            },
-        )
+        fixed = {"max_steps": 4, "logging_steps": 1, "bf16": False, "report_to": "none"}
+        config = trl.SFTConfig(output_dir=str(tmp_path), **{"learning_rate": 1e-3, **fixed, **settings})
         model = AutoModel.from_pretrained(demo_repo, trust_remote_code=True, dtype=torch.float32)
         dataset = datasets.Dataset.from_list(rows if train_dataset is None else train_dataset)
         return trl.SFTTrainer(model, config, data_collator, dataset, processing_class=processor)
@@ -113,10 +101,7 @@ def test_what_the_document_shows(trl, demo_repo, processor, rows, tmp_path, monk
     base = AutoModel.from_pretrained(demo_repo, trust_remote_code=True, dtype="auto")
     start = copy_of(base)
     model = train.PeftModel.from_pretrained(base, "run").eval()
-    asked = rows[0]["messages"][:1]
-    inputs = processor.apply_chat_template(
-        asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = processor.make_inputs(rows[0]["messages"][:1])
     answers = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     with torch.no_grad():
         now = model(**batch).loss
@@ -159,7 +144,6 @@ def test_only_what_should_learn_changes(alone, make_trainer, demo_repo, processo
 
 
 def test_collator_is_that_of_the_training_script(demo_repo):
-    assert train.ChatCollator is ChatCollator
     assert (demo_repo / "collator.py").read_bytes() == (ROOT / "collator.py").read_bytes()
 
 
@@ -167,35 +151,24 @@ def test_settings_that_trl_refuses_with_a_collator(make_trainer, processor):
     collator = ChatCollator(processor)
     with pytest.raises(ValueError, match="custom data collator is not supported when using padding-free"):
         make_trainer(collator, packing=True, **OURS)
-    (labels,) = learned(
-        processor,
-        next(iter(make_trainer(collator, max_length=8, per_device_train_batch_size=1, **OURS).get_train_dataloader()))[
-            "labels"
-        ],
-    )
+    trainer = make_trainer(collator, max_length=8, per_device_train_batch_size=1, **OURS)
+    (labels,) = learned(processor, next(iter(trainer.get_train_dataloader()))["labels"])
     assert labels == f"{ANSWER}<|im_end|>"
 
 
 @pytest.mark.parametrize("pictures", [False, True], ids=["text", "pictures"])
 def test_answers_alone_by_the_template_of_the_folder(pictures, make_trainer, processor):
     """Without our collator: TRL takes the answers from the `{% generation %}` markers of the template."""
-    row = {
-        "messages": [
-            {"role": "user", "content": "What is this?"},
-            {"role": "assistant", "content": ANSWER},
-            {"role": "user", "content": "And this?"},
-            {"role": "assistant", "content": "no"},
-        ]
-    }
+    first, second = ({"role": "user", "content": words} for words in ("What is this?", "And this?"))
+    answers = [{"role": "assistant", "content": words} for words in (ANSWER, "no")]
+    row = {"messages": [first, answers[0], second, answers[1]]}
     if pictures:
         row["images"] = [Image.open(EXAMPLES / "02.png")]
     trainer = make_trainer(train_dataset=[row] * 8, assistant_only_loss=True)
     batch = next(iter(trainer.get_train_dataloader()))
     assert set(learned(processor, batch["labels"])) == {f"{ANSWER}<|im_end|>no<|im_end|>"}
-    ours = ChatCollator(processor)([row])
     if not pictures:
-        assert torch.equal(batch["input_ids"][:1], ours["input_ids"]) and torch.equal(
-            batch["labels"][:1], ours["labels"]
-        )
+        ours = ChatCollator(processor)([row])
+        assert all(torch.equal(batch[name][:1], ours[name]) for name in ("input_ids", "labels"))
     trainer.train()
     assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]

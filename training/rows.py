@@ -11,7 +11,8 @@ from pathlib import Path
 import datasets
 from transformers.utils import logging
 
-from collator import RECORDING, content_of, names_file, place_of, prefix_errors
+from audio_utils import normalize_conversations
+from collator import RECORDING, content_of, items_of, names_file, place_of, prefix_errors
 
 
 logger = logging.get_logger(__name__)
@@ -130,13 +131,12 @@ def identify(source: str, columns: tuple[str, str] | None) -> dict[str, str]:
 
 
 def named_files(line: bytes, columns: tuple[str, str]) -> Iterator[str]:
-    """The local files that a line of JSON names: what [`locate`] looks for beside the source."""
+    """The local files that a line of JSON names: what `ChatCollator` looks for beside the source."""
     try:
         row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-        messages = row.get("messages") or []
-        contents = [content for message in messages if isinstance(content := message["content"], list)]
-        items = [{"audio": row.get(columns[0])}, *(item for content in contents for item in content)]
-        yield from (part for item in items for name, part in item.items() if names_file(name, part))
+        recording = {"role": "user", "content": [{"type": "audio", "audio": row.get(columns[0])}]}
+        (messages,), _ = normalize_conversations([recording, *(row.get("messages") or [])])
+        yield from (item[item["type"]] for message in messages for item in items_of(message) if names_file(item))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return  # a bad row, which is refused where it is read
 
