@@ -110,12 +110,10 @@ def count_audio(num_samples: int, window_tokens: int, audio_tokens: str = "fixed
 
     Args:
         num_samples: Length of a clip at 16 kHz.
-        window_tokens: Audio tokens of one window: `audio_config.max_source_positions`, 1500 in Whisper's own sizes.
+        window_tokens: Audio tokens of one window: `audio_config.max_source_positions`, 1500 in Whisper's own sizes,
+            where a window is 480,000 samples (30 s).
         audio_tokens: "fixed": every window has all its tokens, also the last one, which is padded to its full length.
             "trimmed": the clip has one token for each 320 samples, and its padding has none.
-
-    Returns:
-        The windows that the encoder takes, 480,000 samples (30 s) each in Whisper's own sizes, and the audio tokens.
     """
     check_audio_tokens(audio_tokens)
     num_tokens = max(1, -(-num_samples // (HOP_LENGTH * ENCODER_STRIDE)))  # rounded up
@@ -131,15 +129,11 @@ def require_files(folder: Path, names: tuple[str, ...], advice: str):
 
 def find_folder(repo: str | Path, revision: str | None = None, needed: tuple[str, ...] = (), **patterns) -> Path:
     """
-    Returns the folder of a model.
-
-    Args:
-        repo: The path of a folder, or a Hub id, which is downloaded.
-        needed: Names of files that it must have, or patterns of names.
-        revision, patterns: As in [`huggingface_hub.snapshot_download`].
+    Returns the folder `repo`, or downloads the Hub id `repo`. `revision` and `patterns` are those of
+    [`huggingface_hub.snapshot_download`].
 
     Raises:
-        ValueError: if there is no such folder and the Hub has none, or if a file is missing.
+        ValueError: if there is neither, or no file for one of the names, or patterns of names, that are `needed`.
     """
     try:
         is_local = Path(repo).is_dir()
@@ -159,14 +153,10 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
     Configuration of Qwen2-VL with an audio encoder. The defaults are Qwen2-VL-7B and whisper-large-v3-turbo.
 
     Args:
-        audio_config (`WhisperConfig` or `dict`, *optional*):
-            The Whisper encoder; only its encoder half is used.
-        audio_token_id (`int`, defaults to 151657):
-            Id of `<|audio_pad|>`. The model puts the embeddings of the audio in the place of these tokens.
-        audio_bos_token_id (`int`, defaults to 151658):
-            Id of `<|audio_bos|>`, which opens a clip.
-        audio_eos_token_id (`int`, defaults to 151659):
-            Id of `<|audio_eos|>`, which closes a clip.
+        audio_config (`WhisperConfig` or `dict`, *optional*): The Whisper encoder. Its decoder is not used.
+        audio_token_id (`int`, defaults to 151657): Id of `<|audio_pad|>`. The model replaces its embeddings by audio.
+        audio_bos_token_id (`int`, defaults to 151658): Id of `<|audio_bos|>`, which opens a clip.
+        audio_eos_token_id (`int`, defaults to 151659): Id of `<|audio_eos|>`, which closes a clip.
 
     All other arguments are those of [`Qwen2VLConfig`]. Values that contradict each other raise a ValueError.
     """
@@ -222,11 +212,11 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
 
     def save_pretrained(self, save_directory, **kwargs):
         """
-        Saves as [`PreTrainedConfig`] does, with every Auto class and the code that they load.
-
-        Without this override a configuration from the Hub names its classes as `repo--module.Class`, and a saved model
-        has only the Auto class that it was loaded with. A fine-tuned folder needs no other repository.
+        Saves as [`PreTrainedConfig`] does, with every Auto class and the code that they load, so that a fine-tuned
+        folder needs no other repository.
         """
+        # A configuration from the Hub names its classes as `repo--module.Class`, and a saved model has only the Auto
+        # class that it was loaded with.
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
         # transformers copies the code of a Hub repository into one folder, and that of a local folder into several.

@@ -84,8 +84,8 @@ class MRopePositions:
         Stores the positions of new tokens on their cache, which holds these tokens already.
 
         Args:
-            position_ids: The positions of the new tokens, `(batch, sequence)` or `(3 or 4, batch, sequence)` with the
-                axes of M-RoPE last. None counts them by their places.
+            position_ids: `(batch, sequence)` or `(3 or 4, batch, sequence)` with the axes of M-RoPE last. None counts
+                the tokens by their places.
             shape: `(batch, sequence)` of the new tokens.
             attention_mask: The argument of `forward`, see [`as_mask`].
         """
