@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -351,38 +351,17 @@ def test_decode_by_hand_after_another_call(kinds, model):
                 model(**kinds("text"), use_cache=True, logits_to_keep=1)
             logits = model(input_ids=step, past_key_values=outputs.past_key_values).logits[0, -1]
             assert_close(logits, step_logits(model, first, steps=2)[1, 0])
-
-
-def test_embeddings_after_an_image_call(kinds, model):
-    """Stale `rope_deltas` would shift a prompt that is given as embeddings."""
-    inputs = kinds("text")
-    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
-    with torch.no_grad():
-        expected = model(inputs_embeds=embeds).logits
-        model(**kinds("image"))
-        assert torch.equal(model(inputs_embeds=embeds).logits, expected)
     assert model.model.rope_deltas is None
 
 
-def test_two_threads_at_once(kinds, model):
+def test_four_threads_at_once(kinds, model):
     names = ["image, audio", "text", "mixed batch", "video, audio"]
-    alone = {name: greedy(model, kinds(name), steps=6) for name in names}
     inputs = {name: kinds(name) for name in names}
-    results, barrier = {name: [] for name in names}, threading.Barrier(len(names))
-
-    def run(name):
-        barrier.wait()
-        for _ in range(3):
-            results[name].append(greedy(model, inputs[name], steps=6))
-
-    threads = [threading.Thread(target=run, args=(name,)) for name in names]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for name in names:
-        assert len(results[name]) == 3
-        assert all(torch.equal(result, alone[name]) for result in results[name]), name
+    alone = {name: greedy(model, inputs[name], steps=6) for name in names}
+    with ThreadPoolExecutor(len(names)) as pool:
+        results = list(pool.map(lambda name: greedy(model, inputs[name], steps=6), names * 3))
+    for name, result in zip(names * 3, results, strict=True):
+        assert torch.equal(result, alone[name]), name
 
 
 @BOTH
@@ -417,19 +396,14 @@ def test_precomputed_audio_features(audio_tokens, kinds, model):
 def test_positions_count_audio_as_text(kinds, model):
     inputs = kinds("image, audio")
     ids = inputs["input_ids"][0].tolist()
-    positions, deltas = model.model.get_rope_index(
-        inputs["input_ids"],
-        inputs["mm_token_type_ids"],
-        inputs["image_grid_thw"],
-        attention_mask=inputs["attention_mask"],
-    )
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    positions, deltas = model.model.get_rope_index(**{name: inputs[name] for name in names})
     start = ids.index(model.config.audio_token_id)
     last_of_image = len(ids) - 1 - ids[::-1].index(model.config.image_token_id)
     after_image = positions[:, 0, : last_of_image + 1].max() + 1
     assert positions[:, 0, start].tolist() == [after_image + (start - last_of_image - 1)] * 3
-    assert torch.equal(
-        positions[:, 0, start : start + TOKENS], (positions[0, 0, start] + torch.arange(TOKENS)).expand(3, -1)
-    )
+    counted = positions[0, 0, start] + torch.arange(TOKENS)
+    assert torch.equal(positions[:, 0, start : start + TOKENS], counted.expand(3, -1))
     assert int(deltas) == int(positions.max()) + 1 - len(ids)
 
 
@@ -472,24 +446,6 @@ def test_frozen_encoder_costs_nothing_in_training(fresh_model, kinds):
     assert encoder.layers[0].training
     model(**inputs, labels=labels).loss.backward()
     assert encoder.conv1.weight.grad.abs().sum() > 0
-
-
-def test_training_moves_only_what_learns(fresh_model, kinds):
-    model, inputs = fresh_model.train(), kinds("audio")
-    model.requires_grad_(False)
-    model.model.audio_projector.requires_grad_(True)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] == 3, -100)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
-    assert changed == ["model.audio_projector.weight"]
 
 
 def test_gradient_checkpointing(fresh_model, kinds):
