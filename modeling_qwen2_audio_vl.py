@@ -390,9 +390,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             cache=cache,
             **{name: model_kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw", "attention_mask")},
         )
-        positions = text_positions.expand(
-            4, -1, -1
-        ).clone()  # the attention mask needs text positions, which come first
+        positions = text_positions.expand(4, -1, -1).clone()  # text positions come first, for the attention mask
         if new_positions is not None:
             positions[1:, :, -num_new:] = new_positions
         return positions
