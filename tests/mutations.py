@@ -32,9 +32,9 @@ encoder-learns: modeling -k backbone_alone
 encoder-trains: modeling -k frozen_encoder
 - self.audio_encoder.eval()
 + pass
-encoder-graph: modeling -k frozen_encoder
+encoder-never-learns: modeling -k frozen_encoder
 - torch.is_grad_enabled() and self.audio_encoder_learns
-+ torch.is_grad_enabled()
++ False
 rows-of-padding: trimmed -k mask_marks
 - rows[is_kept] if
 + rows.flatten(0, 1)[: int(is_kept.sum())] if
@@ -50,9 +50,9 @@ mask-length-unchecked: trimmed -k wrong_numbers
 mask-gap-unchecked: trimmed -k wrong_numbers
 - (mask[:, 1:] & ~mask[:, :-1]).any()
 + (mask[:, 1:] & ~mask[:, :-1]).all()
-embedded-audio-anywhere: modeling -k inputs_embeds
-- self.get_input_embeddings()(token)).all(-1)
-+ self.get_input_embeddings()(token)).any(-1)
+wrong-embedded-token: modeling -k inputs_embeds
+- token = torch.tensor(self.config.audio_token_id,
++ token = torch.tensor(self.config.audio_bos_token_id,
 too-few-embeddings: modeling -k missing_or_extra
 - fits = num_tokens == rows.sum()
 + fits = num_tokens >= rows.sum()
@@ -124,9 +124,9 @@ vocabulary-off-by-one: configuration -k contradictions
 heads-unchecked: configuration -k contradictions
 - if self.audio_config.d_model % self.audio_config.encoder_attention_heads:
 + if False:
-auto-classes-lost: modeling -k fine_tuned
-- self.auto_map = dict(AUTO_MAP)
-+ pass
+auto-class-lost: configuration -k auto_class
+- "AutoModelForCausalLM": MODELING
++ "AutoModelForVision2Seq": MODELING
 processing_qwen2_audio_vl.py
 frame-too-many: trimmed -k mask_marks
 - places < ENCODER_STRIDE * count.tokens
