@@ -69,8 +69,8 @@ def greedy(model, inputs, steps=4, **more):
 
 def step_logits(model, inputs, steps=3, **more):
     """Logits `[steps, batch, vocabulary]` of greedy decoding: random weights often choose the same token anyway."""
-    more = {"output_logits": True, "return_dict_in_generate": True, **more}
-    output = model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, **more)
+    more = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, **more}
+    output = model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, **more)
     return torch.stack(output.logits)
 
 
