@@ -1,10 +1,10 @@
-"""What the model is: Qwen2-VL's configuration plus a Whisper encoder and the three audio tokens."""
+"""The configuration: Qwen2-VL's with a Whisper encoder and three audio tokens. Also the names of the shipped files."""
 
 from transformers.utils.versions import require_version
 
 
-# Checked first, as the imports below fail on older releases without saying why. The processing file does the same,
-# because a processor is loaded without the configuration.
+# This check comes first because the imports below fail on older releases without a reason. The processing file repeats
+# it, because a processor is loaded without the configuration.
 require_version("transformers>=5.16.1,<6", "Install one with: pip install 'transformers>=5.16.1,<6'")
 
 import importlib.metadata
@@ -24,7 +24,7 @@ NEWEST_PROVED = "5.24.0"  # the newest transformers on which the test suite pass
 
 installed = importlib.metadata.version("transformers")
 if Version(installed) > Version(NEWEST_PROVED):
-    # By the logger of transformers: this file is run anew for every folder that is loaded, with a logger of its own.
+    # The logger of transformers warns once per process. This file runs anew, as a new module, for every loaded folder.
     logging.get_logger().warning_once(
         f"transformers {installed} is newer than {NEWEST_PROVED}, the newest release on which qwen2-audio-vl was "
         f"tested. If something fails, try `pip install transformers=={NEWEST_PROVED}`."
@@ -32,7 +32,7 @@ if Version(installed) > Version(NEWEST_PROVED):
 
 MODELING = "modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration"
 
-# By the remote-code convention `AutoModel` gives the model that can `generate`.
+# By the convention of remote code `AutoModel` loads the model that can `generate`.
 AUTO_MAP = {
     "AutoConfig": "configuration_qwen2_audio_vl.Qwen2AudioVLConfig",
     "AutoProcessor": "processing_qwen2_audio_vl.Qwen2AudioVLProcessor",
@@ -51,19 +51,23 @@ CODE_FILES = (
     "audio_download.py",
     "audio_decoding.py",
 )
-# What ships beside the remote code: its name in a folder, and where it lies in this repository.
+# The name of each example in a built folder, and its path in this repository.
 EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png": "assets/images/chelsea.png"}
 BESIDE_CODE = ("LICENSE", "requirements.txt", ".gitattributes", "handler.py", "app.py", "serve.py", "collator.py")
 SHIPPED_FILES = {name: name for name in (*CODE_FILES, *BESIDE_CODE)} | EXAMPLES
 
-WHOLE_MODEL = ("config.json", "processor_config.json", "tokenizer.json", "*.safetensors")  # what a tool has to find
+WHOLE_MODEL = ("config.json", "processor_config.json", "tokenizer.json", "*.safetensors")  # the files of a whole model
 
-TRANSCRIBE = "Transcribe the audio."  # what is asked about a clip that comes without a question
-IGNORED_LABEL = -100  # of a token that is not learned
+TRANSCRIBE = "Transcribe the audio."  # the instruction for a clip that comes without one
+IGNORED_LABEL = -100  # the label of a token without a loss
 HOP_LENGTH = 160  # samples at 16 kHz from one log-mel frame to the next
 ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
-AUDIO_TOKEN_COUNTS = ("fixed", "trimmed")  # how many audio tokens stand for a clip, see `count_audio`
-TRAINED_AUDIO_TOKENS = (*AUDIO_TOKEN_COUNTS, "both")  # what a model can have been trained with
+AUDIO_TOKEN_COUNTS = ("fixed", "trimmed")  # the rules by which `count_audio` counts the audio tokens of a clip
+TRAINED_AUDIO_TOKENS = (*AUDIO_TOKEN_COUNTS, "both")  # the rules that a model can be trained with
+SPECIAL_TOKEN_IDS = (  # the fields of a configuration that hold them
+    *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+    *("audio_token_id", "audio_bos_token_id", "audio_eos_token_id"),
+)
 
 QWEN2_VL_7B = {
     "hidden_size": 3584,
@@ -95,10 +99,7 @@ def tokens_per_window(feature_extractor) -> int:
 
 
 def check_audio_tokens(audio_tokens: str, known: tuple = AUDIO_TOKEN_COUNTS):
-    """
-    Raises:
-        ValueError: if it is none of those that are known.
-    """
+    """Raises ValueError if `audio_tokens` is not one of the `known` rules."""
     if audio_tokens not in known:
         raise ValueError(f"audio_tokens must be {', '.join(known[:-1])} or {known[-1]}, got {audio_tokens!r}.")
 
@@ -109,16 +110,10 @@ def count_audio(num_samples: int, window_tokens: int, audio_tokens: str = "fixed
 
     Args:
         num_samples: Length of a clip at 16 kHz.
-        window_tokens: Audio tokens of one window: `audio_config.max_source_positions`, 1500 in Whisper's own sizes.
-        audio_tokens: "fixed": the last window, which is padded to its full length, costs as many tokens as any other.
-            "trimmed": one token for each 320 samples of the clip, and none for the padding.
-
-    Returns:
-        The windows that the encoder is given, of 480,000 samples (30 s) in Whisper's own sizes, and the audio tokens
-        that stand for the clip.
-
-    Raises:
-        ValueError: if audio_tokens is another.
+        window_tokens: Audio tokens of one window: `audio_config.max_source_positions`, 1500 in Whisper's own sizes,
+            where a window is 480,000 samples (30 s).
+        audio_tokens: "fixed": every window has all its tokens, also the last one, which is padded to its full length.
+            "trimmed": the clip has one token for each 320 samples, and its padding has none.
     """
     check_audio_tokens(audio_tokens)
     num_tokens = max(1, -(-num_samples // (HOP_LENGTH * ENCODER_STRIDE)))  # rounded up
@@ -127,30 +122,22 @@ def count_audio(num_samples: int, window_tokens: int, audio_tokens: str = "fixed
 
 
 def require_files(folder: Path, names: tuple[str, ...], advice: str):
-    """
-    Raises:
-        ValueError: that tells which of the files, named or by patterns of names, a folder lacks, and the advice.
-    """
+    """Raises ValueError with the names, or patterns of names, that match no file of the folder, and the advice."""
     if missing := [name for name in names if not any(path.is_file() for path in folder.glob(name))]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; {advice}.")
 
 
 def find_folder(repo: str | Path, revision: str | None = None, needed: tuple[str, ...] = (), **patterns) -> Path:
     """
-    The folder of a model, for the tools beside this file.
-
-    Args:
-        repo: The path of a folder, or a Hub id, which is downloaded.
-        needed: Names of files that it must have, or patterns of names.
-        revision, patterns: As in [`huggingface_hub.snapshot_download`].
+    Returns the folder `repo`, or downloads the Hub id `repo`. `revision` and `patterns` are those of
+    [`huggingface_hub.snapshot_download`].
 
     Raises:
-        ValueError: if there is no such folder, and the Hub gives none, or if it lacks a file.
+        ValueError: if there is neither, or no file for one of the names, or patterns of names, that are `needed`.
     """
     try:
-        folder = (
-            Path(repo) if Path(repo).is_dir() else Path(snapshot_download(str(repo), revision=revision, **patterns))
-        )
+        is_local = Path(repo).is_dir()
+        folder = Path(repo if is_local else snapshot_download(str(repo), revision=revision, **patterns))
         require_files(folder, needed, "`upload.py build` makes a folder that has all files")
         return folder
     except HFValidationError as error:
@@ -166,19 +153,12 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
     Configuration of Qwen2-VL with an audio encoder. The defaults are Qwen2-VL-7B and whisper-large-v3-turbo.
 
     Args:
-        audio_config (`WhisperConfig` or `dict`, *optional*):
-            The Whisper encoder; only its encoder half is used.
-        audio_token_id (`int`, defaults to 151657):
-            Id of `<|audio_pad|>`, whose embeddings are replaced by the projected encoder outputs.
-        audio_bos_token_id (`int`, defaults to 151658):
-            Id of `<|audio_bos|>`, which opens a clip.
-        audio_eos_token_id (`int`, defaults to 151659):
-            Id of `<|audio_eos|>`, which closes a clip.
+        audio_config (`WhisperConfig` or `dict`, *optional*): The Whisper encoder. Its decoder is not used.
+        audio_token_id (`int`, defaults to 151657): Id of `<|audio_pad|>`. The model replaces its embeddings by audio.
+        audio_bos_token_id (`int`, defaults to 151658): Id of `<|audio_bos|>`, which opens a clip.
+        audio_eos_token_id (`int`, defaults to 151659): Id of `<|audio_eos|>`, which closes a clip.
 
-    All other arguments are [`Qwen2VLConfig`]'s.
-
-    Raises:
-        ValueError: if values contradict each other; the message names both.
+    All other arguments are those of [`Qwen2VLConfig`]. Values that contradict each other raise a ValueError.
     """
 
     model_type = "qwen2_audio_vl"
@@ -190,14 +170,15 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
     audio_eos_token_id: int = 151659
 
     def __post_init__(self, **kwargs):
-        if self.text_config is None and "hidden_size" not in kwargs:  # older Qwen2-VL files have its values on top
+        if self.text_config is None and "hidden_size" not in kwargs:  # older files have its values at the top
             self.text_config = dict(QWEN2_VL_7B)
         if self.audio_config is None:
             self.audio_config = dict(WHISPER_LARGE_V3_TURBO)
         if isinstance(self.audio_config, dict):
             self.audio_config = WhisperConfig(**self.audio_config)
         if isinstance(self.vision_config, dict):
-            # Newer releases save the rotary embeddings of the vision tower, which are the same in all; older ones warn.
+            # Newer releases save the type of the vision tower's rotary embeddings, and older ones warn about it. It is
+            # the same in all, so a release that does not know it goes without.
             default = getattr(self.sub_configs["vision_config"], "default_rope_type", None)
             stored = self.vision_config.get("rope_parameters") or {}
             if stored.get("rope_type") == "axial" != default:
@@ -207,7 +188,7 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
 
     def _refuse_contradictions(self):
         hidden_size = self.text_config.hidden_size
-        # Qwen2-VL calls the width of its merger's output, which is the width of the language model, `hidden_size`.
+        # In Qwen2-VL `hidden_size` of the vision tower is the width of its merger's output.
         if self.vision_config.hidden_size != hidden_size:
             raise ValueError(
                 f"vision_config.hidden_size is {self.vision_config.hidden_size} but text_config.hidden_size is "
@@ -218,37 +199,27 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
                 "audio_config.d_model must be a multiple of audio_config.encoder_attention_heads, got "
                 f"{self.audio_config.d_model} and {self.audio_config.encoder_attention_heads}."
             )
-        ids = {
-            name: getattr(self, name)
-            for name in (
-                "image_token_id",
-                "video_token_id",
-                "vision_start_token_id",
-                "vision_end_token_id",
-                "audio_token_id",
-                "audio_bos_token_id",
-                "audio_eos_token_id",
-            )
-        }
+        ids = {name: getattr(self, name) for name in SPECIAL_TOKEN_IDS}
         for name, token_id in ids.items():
             if name.startswith("audio") and not 0 <= token_id < self.text_config.vocab_size:
                 raise ValueError(
                     f"{name} is {token_id}, outside the vocabulary of {self.text_config.vocab_size} ids "
                     "(text_config.vocab_size)."
                 )
-            twins = [other for other in ids if ids[other] == token_id]
-            if len(twins) > 1:
-                raise ValueError(f"{' and '.join(twins)} are all {token_id}: each needs an id of its own.")
+            equal_ids = [other for other in ids if ids[other] == token_id]
+            if len(equal_ids) > 1:
+                raise ValueError(f"{' and '.join(equal_ids)} are all {token_id}: each needs an id of its own.")
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Saves as [`PreTrainedConfig`] does, with every Auto class and the code that they load beside it.
-
-        A configuration that came from the Hub names its classes as `repo--module.Class`, and saving a model restores
-        only the one Auto class that it was loaded with; a fine-tuned folder has to stand alone.
         """
+        Saves as [`PreTrainedConfig`] does, with every Auto class and the code that they load, so that a fine-tuned
+        folder needs no other repository.
+        """
+        # A configuration from the Hub names its classes as `repo--module.Class`, and a saved model has only the Auto
+        # class that it was loaded with.
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
-        # Code loaded from the Hub lies in one folder; loaded from a local folder, file by file in several.
+        # transformers copies the code of a Hub repository into one folder, and that of a local folder into several.
         origins = [Path(__file__).parent, *([Path(self.name_or_path)] if self.name_or_path else [])]
         for name in CODE_FILES:
             origin = next((folder / name for folder in origins if (folder / name).is_file()), None)

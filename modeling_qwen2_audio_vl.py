@@ -1,7 +1,8 @@
-"""Model inputs -> logits: Qwen2-VL, unchanged, with a Whisper encoder and a projector beside its vision tower."""
+"""Model inputs -> logits: Qwen2-VL with a Whisper encoder and a projector beside its vision tower."""
 
 import copy
 import inspect
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,16 +11,23 @@ from transformers import GenerationMixin, Qwen2VLForConditionalGeneration, Qwen2
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.versions import require_version
 
 from .configuration_qwen2_audio_vl import ENCODER_STRIDE, Qwen2AudioVLConfig
 from .mrope_positions import MRopePositions, cached_length
 
 
-# transformers 5.24 renamed the argument, and takes the old name as well; older releases know that one alone.
+# transformers 5.24 renamed `past_key_values` to `cache` and takes both; older releases take the old name alone.
 CACHE = "cache" if "cache" in inspect.signature(Qwen2VLModel.forward).parameters else "past_key_values"
+
+
+class AudioInputs(NamedTuple):
+    """Log-mel windows with an optional mask, or the outputs of the encoder for them."""
+
+    features: torch.Tensor | None
+    mask: torch.Tensor | None
+    outputs: BaseModelOutputWithPooling | None
 
 
 class FrozenAudioEncoder:
@@ -29,13 +37,13 @@ class FrozenAudioEncoder:
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
-        # Loading puts new parameters, which all learn, in the place of those that were frozen at construction.
+        # Loading replaces the frozen parameters by new ones that learn.
         model.base_model.audio_encoder.requires_grad_(False)
         return loaded
 
 
 class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
-    """Qwen2-VL without its head, with audio. Keeps no state between calls."""
+    """Qwen2-VL with audio, without its head. It keeps no state between calls."""
 
     config: Qwen2AudioVLConfig
     input_modalities = ("image", "video", "audio", "text")
@@ -64,39 +72,38 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
         Encodes and projects log-mel windows.
 
         Args:
-            input_features (`torch.Tensor` of shape `(windows, mel bins, frames)`):
-                Log-mel spectrograms of any float dtype, from the processor. Several windows may also follow each other
-                along the frames; they are taken apart, row after row.
-            input_features_mask (`torch.Tensor` or list of the shape `(windows, frames)` of the features, *optional*):
-                Not 0 where a frame belongs to a clip. Rows of other frames are neither projected nor returned, and
-                windows without such a frame are not encoded.
-            kwargs: [`WhisperEncoder`]'s, such as `output_hidden_states`.
+            input_features: Log-mel spectrograms `(windows, mel bins, frames)` of any float dtype. From vLLM a row has
+                several windows, joined along the frames.
+            input_features_mask: Tensor or list `(windows, frames)` of the shape of the features, not 0 where a frame
+                belongs to a clip. Other frames get no embedding.
+            kwargs: Those of [`WhisperEncoder`], such as `output_hidden_states`.
 
         Returns:
-            `last_hidden_state` `(windows, tokens, d_model)` of the encoder, and `pooler_output`, the embeddings that
-            take the place of the audio tokens: `(windows, tokens, hidden size)`, 1500 tokens per window in Whisper's
-            own sizes; with a mask `(tokens of all windows, hidden size)`, the rows that it keeps. A compiled graph
-            does not know how many it keeps, and returns all rows, those that are kept first.
+            `last_hidden_state` `(windows, tokens, d_model)` of the encoder, and `pooler_output`, the embeddings of the
+            audio tokens: `(windows, tokens, hidden size)`, 1500 tokens per window in Whisper's own sizes, or with a
+            mask `(kept tokens, hidden size)`. A compiled graph does not know their number and returns the others, too,
+            after them.
 
         Raises:
-            ValueError: if the mel bins or frames are not those of the encoder, or the mask is not that of the features.
+            ValueError: if the mel bins or frames differ from the encoder's, or the mask from the features.
         """
         encoder = self.audio_encoder
-        input_features, mask = self.take_windows(input_features, input_features_mask)
-        input_features, kept = match_weight(input_features, encoder.conv1.weight), None
+        input_features, mask = self.separate_windows(input_features, input_features_mask)
+        input_features, is_kept = match_weight(input_features, encoder.conv1.weight), None
         if mask is not None:
             mask = mask.to(input_features.device)
-            kept = mask[:, ::ENCODER_STRIDE]
-            if not becomes_graph():
-                input_features, mask, kept = (part[kept.any(1)] for part in (input_features, mask, kept))
-        # Whisper ignores the mask, but an encoder that stores its outputs need not store the rows outside of it.
+            is_kept = mask[:, ::ENCODER_STRIDE]
+            if not is_traced():
+                input_features, mask, is_kept = (part[is_kept.any(1)] for part in (input_features, mask, is_kept))
+        # Whisper ignores the mask, but an encoder that stores its outputs can skip what lies outside it.
         kwargs["attention_mask"] = mask
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.audio_encoder_learns):
             outputs = encoder(input_features, return_dict=True, **kwargs)
         rows = outputs.last_hidden_state
-        if kept is not None:
-            kept = kept.to(rows.device)
-            rows = rows.flatten(0, 1)[(~kept.flatten()).int().argsort(stable=True)] if becomes_graph() else rows[kept]
+        if is_kept is not None:
+            is_kept = is_kept.to(rows.device)
+            kept_first = (~is_kept.flatten()).int().argsort(stable=True) if is_traced() else None
+            rows = rows[is_kept] if kept_first is None else rows.flatten(0, 1)[kept_first]
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=self.audio_projector(match_weight(rows, self.audio_projector.weight)),
@@ -104,10 +111,8 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
             attentions=outputs.attentions,
         )
 
-    def take_windows(
-        self, input_features: torch.Tensor, input_features_mask
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Takes windows apart: `(windows, mel bins, frames)`, and their mask, if any, bool `(windows, frames)`."""
+    def separate_windows(self, input_features, input_features_mask) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns windows `(windows, mel bins, frames)` and their mask, bool `(windows, frames)` or None."""
         config = self.config.audio_config
         bins, frames = config.num_mel_bins, config.max_source_positions * ENCODER_STRIDE
         if input_features.ndim == 3 and input_features.shape[2] and input_features.shape[2] % frames == 0:
@@ -115,7 +120,7 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
         if input_features.ndim != 3 or input_features.shape[1:] != (bins, frames):
             raise ValueError(
                 f"input_features has shape {tuple(input_features.shape)}, but the audio encoder takes (windows, {bins} "
-                f"mel bins, {frames} frames): the feature extractor belongs to another encoder."
+                f"mel bins, {frames} frames). Use the processor of this model."
             )
         if input_features_mask is None:
             return input_features, None
@@ -125,26 +130,26 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
         if shape[-1] % frames or shape.numel() != len(input_features) * frames:
             raise ValueError(
                 f"input_features_mask has shape {tuple(shape)}, but the features are {len(input_features)} windows of "
-                f"{frames} frames."
+                f"{frames} frames. Pass both as the processor returned them."
             )
         return input_features, input_features_mask.reshape(-1, frames).bool()
 
-    def count_rows(self, input_features, input_features_mask, audio_outputs) -> torch.Tensor:
-        """How many embeddings each window has, int64 `(windows,)`; of no axes where windows cannot be told apart."""
-        if audio_outputs is None:
-            windows, mask = self.take_windows(input_features, input_features_mask)
+    def count_rows(self, audio: AudioInputs) -> torch.Tensor:
+        """Returns the number of embeddings of each window, int64 `(windows,)`, or one sum where windows are unknown."""
+        if audio.outputs is None:
+            windows, mask = self.separate_windows(audio.features, audio.mask)
         else:
-            windows, mask = audio_outputs.pooler_output, None
-            if windows.ndim == 2 or audio_outputs.last_hidden_state is None:  # kept by a mask, or chosen by `generate`
+            windows, mask = audio.outputs.pooler_output, None
+            if windows.ndim == 2 or audio.outputs.last_hidden_state is None:  # selected by a mask or by `generate`
                 return torch.tensor(windows[..., 0].numel())
         if mask is None:
             return torch.full((len(windows),), self.config.audio_config.max_source_positions, device=windows.device)
-        if not becomes_graph() and (mask[:, 1:] & ~mask[:, :-1]).any():
+        if not is_traced() and (mask[:, 1:] & ~mask[:, :-1]).any():
             raise ValueError("input_features_mask must mark the first frames of each window, without a gap.")
         return mask[:, ::ENCODER_STRIDE].sum(1)
 
-    def get_audio_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Where the audio tokens stand: bool `(batch, sequence)`, from ids or, where there are none, embeddings."""
+    def find_audio(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Returns where the audio tokens are, bool `(batch, sequence)`, by their ids or else by their embedding."""
         if input_ids is not None and input_ids.numel():
             return input_ids == self.config.audio_token_id
         token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
@@ -152,20 +157,18 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
 
     def check_audio(self, is_audio: torch.Tensor, rows: torch.Tensor):
         """
-        Args:
-            is_audio: Where the audio tokens stand, bool `(batch, sequence)`.
-            rows: How many embeddings were given for them, as [`count_rows`] tells.
+        Compares the audio tokens, bool `(batch, sequence)`, with the numbers of embeddings that `count_rows` returns.
 
         Raises:
-            ValueError: if they differ in number, or if a run of audio tokens does not end with a window. A compiled
-                graph fails on the device instead.
+            ValueError: if their numbers differ, or a run of audio tokens does not end with a window. A compiled graph
+                fails on the device instead.
         """
         rows, num_tokens = rows.to(is_audio.device), is_audio.sum()
         fits = num_tokens == rows.sum()
         if rows.ndim:
-            ends, last_tokens = is_audio & ~F.pad(is_audio, (-1, 1)), is_audio.flatten().cumsum(0)
-            fits = fits & (~ends.flatten() | torch.isin(last_tokens, rows.cumsum(0))).all()
-        if becomes_graph():
+            is_last, tokens_so_far = is_audio & ~F.pad(is_audio, (-1, 1)), is_audio.flatten().cumsum(0)
+            fits = fits & (~is_last.flatten() | torch.isin(tokens_so_far, rows.cumsum(0))).all()
+        if is_traced():
             torch._assert_async(fits, "Audio tokens and audio features do not match.")
         elif not fits:
             raise ValueError(
@@ -175,14 +178,26 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
                 "processor makes all from one call; with trimmed audio tokens pass its input_features_mask as well."
             )
 
-    def run_idle_encoders(self, inputs_embeds, input_features=None, pixel_values=None, pixel_values_videos=None, **_):
+    def insert_audio(
+        self, input_ids, inputs_embeds, audio: AudioInputs
+    ) -> tuple[torch.Tensor, BaseModelOutputWithPooling]:
+        """Returns `inputs_embeds` with the embeddings of the audio at its tokens, and the outputs of the encoder."""
+        is_audio = self.find_audio(input_ids, inputs_embeds)
+        self.check_audio(is_audio, self.count_rows(audio))
+        outputs = audio.outputs
+        if outputs is None:
+            outputs = self.get_audio_features(audio.features, audio.mask, return_dict=True)
+        embeddings = outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(is_audio[..., None].to(inputs_embeds.device), embeddings), outputs
+
+    def run_idle_encoders(self, inputs_embeds, encodes_audio: bool, pixel_values=None, pixel_values_videos=None, **_):
         """
-        Runs a silent window and black pictures through the encoders that these inputs leave out, and returns
-        `inputs_embeds` with the same values. Under FSDP the layers gather their weights from all processes, so every
-        process must call the same layers. Weights of these encoders that learn get a gradient of 0.
+        Runs a silent window and black pictures through the encoders that the inputs do not use, and returns
+        `inputs_embeds` with equal values. Under FSDP the layers gather their weights from all processes, so every
+        process must call the same layers. Trained weights of these encoders get a gradient of 0.
         """
         audio, vision, unused = self.config.audio_config, self.config.vision_config, []
-        if input_features is None:
+        if not encodes_audio:
             window = inputs_embeds.new_zeros(1, audio.num_mel_bins, audio.max_source_positions * ENCODER_STRIDE)
             unused.append(self.get_audio_features(window, return_dict=True).pooler_output)
         side, values = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -197,55 +212,34 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
     ) -> BaseModelOutputWithPast:
-        """As [`Qwen2AudioVLForConditionalGeneration.forward`], but returns the last hidden state instead of logits."""
+        """Takes what [`Qwen2AudioVLForConditionalGeneration.forward`] takes, and returns the last hidden state."""
+        cache = kwargs.pop("cache", None)
         cache = past_key_values if cache is None else cache
         is_embedded = inputs_embeds is not None
         if not is_embedded:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         is_prefill = inputs_embeds.shape[1] > 1
-        mm_encoder_outputs = kwargs.get("mm_encoder_outputs") or {}
-        input_features, input_features_mask, audio_outputs = take_audio(kwargs)
-        if input_features is not None or audio_outputs is not None:
-            is_audio = self.get_audio_mask(input_ids, inputs_embeds)
-            self.check_audio(is_audio, self.count_rows(input_features, input_features_mask, audio_outputs))
-            if audio_outputs is None:
-                audio_outputs = self.get_audio_features(input_features, input_features_mask, return_dict=True)
-            if "audio" in mm_encoder_outputs:  # the caller's place for it, filled as upstream fills those of pictures
-                mm_encoder_outputs["audio"] = audio_outputs
-            audio_embeds = audio_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(is_audio[..., None].to(inputs_embeds.device), audio_embeds)
+        encoder_outputs, audio_outputs = kwargs.get("mm_encoder_outputs") or {}, None
+        audio = pop_audio(kwargs)
+        if audio is not None:
+            inputs_embeds, audio_outputs = self.insert_audio(input_ids, inputs_embeds, audio)
+            if "audio" in encoder_outputs:  # the caller reads them from there, as upstream does those of pictures
+                encoder_outputs["audio"] = audio_outputs
         elif is_prefill and not is_embedded:  # a decode step must not wait for the device
-            self.check_audio(self.get_audio_mask(input_ids, None), torch.tensor(0))
+            self.check_audio(self.find_audio(input_ids, None), torch.tensor(0))
         if is_prefill and getattr(self, "_is_fsdp_managed_module", False):  # which torch sets when it shards
-            inputs_embeds = self.run_idle_encoders(inputs_embeds, input_features, **kwargs)
+            inputs_embeds = self.run_idle_encoders(inputs_embeds, audio is not None and audio.outputs is None, **kwargs)
 
         if position_ids is None:
+            vision = {name: kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")}
             position_ids = self.compute_3d_position_ids(
-                input_ids,
-                inputs_embeds,
-                image_grid_thw=kwargs.get("image_grid_thw"),
-                video_grid_thw=kwargs.get("video_grid_thw"),
-                attention_mask=attention_mask,
-                cache=cache,
-                mm_token_type_ids=kwargs.get("mm_token_type_ids"),
+                input_ids, inputs_embeds, attention_mask=attention_mask, cache=cache, **vision
             )
+        # The cache is passed by its place, because its name depends on the release.
         outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,
-            **{CACHE: cache},
-            **kwargs,
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, return_dict=True, **kwargs
         )
         if audio_outputs is not None and hasattr(outputs, "audio_outputs"):  # since transformers 5.24
             outputs["audio_outputs"] = audio_outputs
@@ -255,7 +249,7 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
         return outputs
 
 
-# transformers makes a new class of remote code at every loading unless GenerationMixin is among its own bases.
+# Without GenerationMixin among its own bases, transformers makes a new class of remote code at every loading.
 class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditionalGeneration, GenerationMixin):
     """Qwen2-VL with audio: images, video, audio and text in, text out."""
 
@@ -271,7 +265,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
 
     @classmethod
     def _from_config(cls, config, **kwargs):
-        # vLLM takes the backbone from `AutoModel`, which gives the whole model here, and puts a head of its own on it.
+        # vLLM asks `AutoModel` for the backbone and adds its own head; for others `AutoModel` gives the whole model.
         if config.text_config._attn_implementation == "vllm":
             return Qwen2AudioVLModel._from_config(config, **kwargs)
         return super()._from_config(config, **kwargs)
@@ -299,37 +293,29 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         input_features_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs,
     ) -> tuple | CausalLMOutputWithPast:
         """
         [`Qwen2VLForConditionalGeneration.forward`] with audio:
 
         Args:
-            input_features (`torch.Tensor` of shape `(windows, mel bins, frames)`, *optional*):
-                Log-mel windows in the order of their placeholders, row after row of the batch.
-            input_features_mask (`torch.Tensor` of shape `(windows, frames)`, *optional*):
-                Not 0 where a frame belongs to a clip; with trimmed audio tokens the processor returns it. Without it
-                every window has its full number of audio tokens.
-            inputs_embeds (`torch.Tensor` of shape `(batch, sequence, hidden size)`, *optional*):
-                With `input_features`, those of the audio tokens are replaced; without, they are taken as complete.
-            mm_token_type_ids (`torch.IntTensor` of shape `(batch, sequence)`, *optional*):
-                0 text, 1 image, 2 video, 3 audio. Found from `input_ids` where it is not given.
-            mm_encoder_outputs (`dict`, *optional*):
-                What `get_audio_features` returned, under "audio", instead of `input_features`: a clip that is asked
-                about many times is encoded once. On transformers >= 5.18 also "image" and "video".
-            cache (`Cache`, *optional*):
-                The name of `past_key_values` since transformers 5.24; either is taken on all releases.
+            input_features, input_features_mask: Those of [`Qwen2AudioVLModel.get_audio_features`], in the order of
+                their placeholders, row after row of the batch.
+            inputs_embeds: Float `(batch, sequence, hidden size)`. With `input_features`, those of the audio tokens are
+                replaced. Without, they are complete.
+            mm_token_type_ids: Int `(batch, sequence)`, 0 text, 1 image, 2 video, 3 audio; by default from `input_ids`.
+            mm_encoder_outputs: Under "audio" what `get_audio_features` returned, instead of `input_features`, so that a
+                clip with many questions is encoded once. On transformers >= 5.18 also "image" and "video".
+            cache: The name of `past_key_values` since transformers 5.24. All releases take both names.
 
         Raises:
-            ValueError: if the audio tokens and the audio features differ in number, in either direction, or clips of
-                trimmed tokens come without their mask.
+            ValueError: if the audio tokens and the audio features do not match.
         """
-        # Not by upstream's decorator, whose signature has no names: compiled steps would be compiled anew for others.
+        # Upstream handles `return_dict` in a decorator, whose signature has no names: steps would be compiled anew.
         return_dict = kwargs.pop("return_dict", None)
-        mm_encoder_outputs = {"audio": None, **(mm_encoder_outputs or {})}
-        kwargs["mm_encoder_outputs"] = mm_encoder_outputs  # no argument of upstream's forward before 5.18
-        # All arguments are named here and passed on by name, because transformers reads this signature: `generate` and
-        # `Trainer` keep what it names, and refuse or drop the rest.
+        encoder_outputs = {"audio": None, **(mm_encoder_outputs or {})}
+        kwargs["mm_encoder_outputs"] = encoder_outputs  # releases before 5.18 do not name this argument
+        # `generate` and `Trainer` read this signature, and refuse or drop what it does not name.
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -349,8 +335,8 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             **kwargs,
             return_dict=True,
         )
-        if mm_encoder_outputs["audio"] is not None and hasattr(outputs, "audio_outputs"):  # since transformers 5.24
-            outputs["audio_outputs"] = mm_encoder_outputs["audio"]
+        if encoder_outputs["audio"] is not None and hasattr(outputs, "audio_outputs"):  # since transformers 5.24
+            outputs["audio_outputs"] = encoder_outputs["audio"]
         return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     def generate(self, *args, **kwargs):
@@ -359,30 +345,28 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             kwargs[CACHE] = kwargs.pop("cache")
         drafts = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens")
         if drafts and (cached_length(kwargs.get("cache")) or cached_length(kwargs.get("past_key_values"))):
-            raise ValueError(
-                "Assisted decoding must start without a filled cache: it computes the cached tokens again."
-            )
+            raise ValueError("Assisted decoding computes cached tokens again. Start it without a filled cache.")
         return super().generate(*args, **kwargs)
 
     def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
         """
-        [`GenerationMixin.generate_batch`], continuous batching of prompts of text.
+        [`GenerationMixin.generate_batch`], continuous batching, for prompts of text.
 
         Raises:
-            ValueError: if a prompt has tokens of audio, images or video: this engine takes ids alone.
-            ImportError: before transformers 5.24, whose Qwen2-VL is the first that its engine can run.
+            ValueError: if a prompt has tokens of audio, images or video, because this engine takes ids alone.
+            ImportError: before transformers 5.24, the first release whose engine runs Qwen2-VL.
         """
         require_version("transformers>=5.24", "generate_batch needs it.")
         placeholders = {self.config.audio_token_id, self.config.image_token_id, self.config.video_token_id}
-        if held := [index for index, ids in enumerate(inputs) if not placeholders.isdisjoint(ids)]:
+        if refused := [index for index, ids in enumerate(inputs) if not placeholders.isdisjoint(ids)]:
             raise ValueError(
-                f"generate_batch takes text alone, but prompts {held[:10]} have tokens of audio, images or video. Use "
-                "generate, or a server such as vLLM."
+                f"generate_batch takes text alone, but prompts {refused[:10]} have tokens of audio, images or video. "
+                "Use generate, or a server such as vLLM."
             )
         return super().generate_batch(inputs, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        # Overridden because Qwen2-VL's version keeps `rope_deltas` on the model, and this model keeps no state.
+        # Qwen2-VL's version keeps `rope_deltas` on the model, and this model keeps no state.
         text_positions = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
         input_ids, inputs_embeds = model_kwargs.get("input_ids"), model_kwargs.get("inputs_embeds")
         if inputs_embeds is None:
@@ -391,34 +375,32 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             input_ids = None
         cache, types = model_kwargs.get(CACHE), model_kwargs.get("mm_token_type_ids")
         past_length = cached_length(cache)
-        new = text_positions.shape[1] - past_length
-        if new <= 0:
+        num_new = text_positions.shape[1] - past_length
+        if num_new <= 0:
             raise ValueError(
                 f"The cache holds {past_length} tokens but the prompt only {text_positions.shape[1]}. Give the "
                 "input_ids of the whole conversation, or the new input_ids with the attention_mask of the whole."
             )
         if past_length and input_ids is not None:
-            self.model.check_cached_pictures(cache, input_ids[:, :-new])
+            self.model.check_cached_pictures(cache, input_ids[:, :-num_new])
         new_positions = self.model.compute_3d_position_ids(
-            None if input_ids is None else input_ids[:, -new:],
-            None if inputs_embeds is None else inputs_embeds[:, -new:],
-            image_grid_thw=model_kwargs.get("image_grid_thw"),
-            video_grid_thw=model_kwargs.get("video_grid_thw"),
-            attention_mask=model_kwargs.get("attention_mask"),
+            None if input_ids is None else input_ids[:, -num_new:],
+            None if inputs_embeds is None else inputs_embeds[:, -num_new:],
+            mm_token_type_ids=None if types is None else types[:, -num_new:],
             cache=cache,
-            mm_token_type_ids=None if types is None else types[:, -new:],
+            **{name: model_kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw", "attention_mask")},
         )
-        positions = text_positions.expand(4, -1, -1).clone()  # text positions first, for the attention mask
+        positions = text_positions.expand(4, -1, -1).clone()  # text positions come first, for the attention mask
         if new_positions is not None:
-            positions[1:, :, -new:] = new_positions
+            positions[1:, :, -num_new:] = new_positions
         return positions
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        # Called before the prompt is repeated for beams and returned sequences. Every clip is encoded here, once, and
-        # its embeddings are repeated with their row; repeating input_features one by one would mix the rows up.
+        # `generate` calls this before it repeats the prompt for beams and returned sequences. Every clip is encoded
+        # here, once, and its embeddings are repeated with its row. Upstream would repeat each window and mix up rows.
         num_new = model_kwargs["position_ids"].shape[-1] - cached_length(model_kwargs.get(CACHE))
-        audio = self._prepare_audio(input_ids, model_kwargs, expand_size, num_new)
-        # Upstream counts by the tokens how many of the pictures belong to each row; only new ones are given.
+        audio_outputs = self._encode_new_audio(input_ids, model_kwargs, expand_size, num_new)
+        # Upstream counts the pictures of each row by its tokens, and only new pictures are given.
         new_ids = input_ids.clone()
         new_ids[:, :-num_new] = 0
         if outputs := model_kwargs.get("mm_encoder_outputs"):  # which upstream would repeat in place
@@ -426,79 +408,81 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         _, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=new_ids, **model_kwargs
         )
-        if audio is not None:
-            model_kwargs["mm_encoder_outputs"] = {**(model_kwargs.get("mm_encoder_outputs") or {}), "audio": audio}
+        if audio_outputs is not None:
+            outputs = model_kwargs.get("mm_encoder_outputs") or {}
+            model_kwargs["mm_encoder_outputs"] = {**outputs, "audio": audio_outputs}
         return input_ids.repeat_interleave(expand_size, dim=0), model_kwargs
 
-    def _prepare_audio(self, input_ids, model_kwargs: dict, expand_size: int, num_new: int):
+    def _encode_new_audio(self, input_ids, model_kwargs: dict, expand_size: int, num_new: int):
         """Takes the audio out of `model_kwargs`; returns the outputs for the `num_new` tokens that the cache lacks."""
-        input_features, input_features_mask, audio = take_audio(model_kwargs)
-        is_audio = self.model.get_audio_mask(input_ids, model_kwargs.get("inputs_embeds"))
+        audio = pop_audio(model_kwargs)
+        is_audio = self.model.find_audio(input_ids, model_kwargs.get("inputs_embeds"))
         is_new = is_audio[:, -num_new:]
-        if input_features is None and audio is None:
+        if audio is None:
             if model_kwargs.get("inputs_embeds") is None:
                 self.model.check_audio(is_new, torch.tensor(0))
             return None
 
-        rows = self.model.count_rows(input_features, input_features_mask, audio)
-        # The processor was given either the whole conversation or only its new turn, which the numbers tell.
+        rows = self.model.count_rows(audio)
+        # The audio is that of the whole conversation or that of its new turn, whichever has as many tokens.
         is_given = is_audio if int(is_audio.sum()) == int(rows.sum()) else is_new
         self.model.check_audio(is_given, rows)
         tokens = is_new.sum(1).tolist()
         if not any(tokens):
             return None
         is_needed = torch.arange(-is_given.shape[1], 0, device=is_given.device) >= -is_new.shape[1]
-        is_needed = is_needed.expand_as(is_given)[is_given]  # for each embedding: what is in the cache is left out
-        if audio is not None:
-            embeddings = audio.pooler_output.flatten(0, -2)[is_needed.to(audio.pooler_output.device)]
+        is_needed = is_needed.expand_as(is_given)[is_given]  # one value for each embedding: its token is not cached
+        if audio.outputs is not None:
+            embeddings = audio.outputs.pooler_output
+            embeddings = embeddings.flatten(0, -2)[is_needed.to(embeddings.device)]
         else:
-            input_features, mask = self.model.take_windows(input_features, input_features_mask)
+            features, mask = self.model.separate_windows(audio.features, audio.mask)
             if not is_needed.all():
-                kept = torch.ones_like(input_features[:, 0]).bool() if mask is None else mask
-                kept = kept[:, ::ENCODER_STRIDE].clone()
-                kept[kept.clone()] = is_needed.to(kept.device)
-                mask = kept.repeat_interleave(ENCODER_STRIDE, dim=1)
-            audio = self.model.get_audio_features(input_features, mask, return_dict=True)
-            embeddings = audio.pooler_output.flatten(0, -2)
+                is_kept = torch.ones_like(features[:, 0]).bool() if mask is None else mask
+                is_kept = is_kept[:, ::ENCODER_STRIDE].clone()
+                is_kept[is_kept.clone()] = is_needed.to(is_kept.device)
+                mask = is_kept.repeat_interleave(ENCODER_STRIDE, dim=1)
+            embeddings = self.model.get_audio_features(features, mask, return_dict=True).pooler_output.flatten(0, -2)
         repeated = [row for row in embeddings.split(tokens) for _ in range(expand_size)]
         return BaseModelOutputWithPooling(pooler_output=torch.cat(repeated)[None])
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         cache = kwargs.get(CACHE)
         if not is_first_iteration and cache is not None and not cache.is_compileable:
-            # The prefill of an assistant model is announced as a later step, without images and audio.
+            # `generate` announces the prefill of an assistant model as a later step, without images and audio.
             is_first_iteration = cache.get_seq_length() == 0
         if not is_first_iteration and kwargs.get("use_cache", True):
-            kwargs.pop("mm_encoder_outputs", None)  # releases before 5.18 drop only the raw inputs after the prefill
+            kwargs.pop("mm_encoder_outputs", None)  # releases before 5.18 keep it after the prefill
         return super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
 
 
 def match_weight(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`tensor` in the dtype and on the device of `weight`; accelerate's hooks move it where weights are offloaded."""
+    """Returns `tensor` in the dtype and on the device of `weight`. accelerate moves it where weights are offloaded."""
     dtype = weight.dtype if weight.is_floating_point() else tensor.dtype
     return tensor.to(dtype) if weight.is_meta else tensor.to(weight.device, dtype)
 
 
-def take_audio(kwargs: dict) -> tuple[torch.Tensor | None, torch.Tensor | None, BaseModelOutputWithPooling | None]:
-    """Moves log-mel windows and their mask, or the encoder's outputs for them, out of `kwargs`."""
-    mm_encoder_outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
-    input_features, mask = kwargs.pop("input_features", None), kwargs.pop("input_features_mask", None)
-    audio_outputs = mm_encoder_outputs.pop("audio", None)
-    if input_features is not None and audio_outputs is not None:
+def pop_audio(kwargs: dict) -> AudioInputs | None:
+    """Removes the audio from `kwargs` and returns it, None if there is none."""
+    encoder_outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
+    audio = AudioInputs(
+        kwargs.pop("input_features", None), kwargs.pop("input_features_mask", None), encoder_outputs.pop("audio", None)
+    )
+    if audio.features is not None and audio.outputs is not None:
         raise ValueError("Give either input_features or mm_encoder_outputs['audio'], not both.")
-    if input_features is None and mask is not None:
+    if audio.features is None and audio.mask is not None:
         raise ValueError("Give input_features_mask only together with the input_features that it belongs to.")
-    if list(mm_encoder_outputs.values()).count(None) < len(mm_encoder_outputs):
+    if any(outputs is not None for outputs in encoder_outputs.values()):
         require_version("transformers>=5.18", "mm_encoder_outputs of images and videos needs it.")
-    if mm_encoder_outputs:
-        kwargs["mm_encoder_outputs"] = mm_encoder_outputs  # no argument of upstream's forward before 5.18
-    return input_features, mask, audio_outputs
+    if encoder_outputs:
+        kwargs["mm_encoder_outputs"] = encoder_outputs  # releases before 5.18 do not name this argument
+    return audio if audio.features is not None or audio.outputs is not None else None
 
 
-def becomes_graph() -> bool:
-    """Whether this call is made into a graph, which cannot read the numbers in a tensor: it checks on the device."""
+def is_traced() -> bool:
+    """Whether this call is made into a graph, which cannot read the values of a tensor, so it checks on the device."""
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 

@@ -1,6 +1,6 @@
 """
-M-RoPE positions with audio. Those of what a cache holds are kept on the cache, and found again after it was cropped, or
-its rows were selected, reordered or repeated.
+M-RoPE positions with audio. The positions of cached tokens are kept on their cache, and stay right after the cache was
+cropped or its rows were selected, reordered or repeated.
 """
 
 from typing import NamedTuple
@@ -14,37 +14,30 @@ AUDIO_TOKEN_TYPE = 3  # in `mm_token_type_ids`, beside 0 text, 1 image, 2 video
 
 
 class CachedPositions(NamedTuple):
-    """
-    What is kept on a cache: the position that follows each of its places, int64 `(rows, places)`, and one channel of
-    the first layer's keys, `(rows, places)`, by which a row is found again.
-    """
+    """What `keep_positions` stores on a cache."""
 
-    following: torch.Tensor
-    keys: torch.Tensor
+    next_positions: torch.Tensor  # int64 (rows, places): the position that follows each place
+    keys: torch.Tensor  # (rows, places): one channel of the first layer's keys, by which a row is recognized
 
 
 class MRopePositions:
-    """Positions of a Qwen2-VL backbone, which keeps no state between calls."""
+    """Computes the positions of a Qwen2-VL backbone, and keeps no state between calls."""
 
     def get_rope_index(self, input_ids, mm_token_type_ids, *args, **kwargs):
         """
-        As in Qwen2-VL, with audio counted as text: each audio token advances all three axes by one.
+        Computes positions as Qwen2-VL does. Audio counts as text: each audio token advances all three axes by one.
 
         Raises:
-            ValueError: if there are more images or videos in the tokens than grids.
+            ValueError: if the images and videos of the tokens do not fit the grids.
         """
         mm_token_type_ids = mm_token_type_ids.masked_fill(mm_token_type_ids == AUDIO_TOKEN_TYPE, 0)
         try:
             return super().get_rope_index(input_ids, mm_token_type_ids, *args, **kwargs)
-        except (StopIteration, TypeError) as error:
+        except (StopIteration, TypeError, RuntimeError) as error:
             raise ValueError(
-                "The prompt has placeholders of more images or videos than image_grid_thw and video_grid_thw have "
-                "rows. Every picture needs its row there and its pixels; the processor makes all from one call."
-            ) from error
-        except RuntimeError as error:
-            raise ValueError(
-                "The image and video tokens do not fit image_grid_thw and video_grid_thw. Give a row of these for each "
-                f"picture whose tokens the cache does not hold, and for no other: {error}"
+                "The image and video tokens do not fit image_grid_thw and video_grid_thw. Give a row there, and the "
+                "pixels, for each picture whose tokens the cache does not hold, and for no other. The processor makes "
+                f"all of them in one call. ({type(error).__name__}: {error})"
             ) from error
 
     def compute_3d_position_ids(
@@ -59,10 +52,10 @@ class MRopePositions:
         cache: Cache | None = None,
     ) -> torch.Tensor | None:
         """
-        M-RoPE positions `(3, batch, sequence)` of the tokens given, which follow those in the cache; None where plain
-        counting is right. After a cache tokens are counted by the attention mask, because a batch has padding between
-        its turns. Qwen2-VL keeps the distance between a token's place and its position (`rope_deltas`) on the model,
-        where the next call or another thread finds it; here positions are kept on the cache that they belong to.
+        Returns M-RoPE positions `(3, batch, sequence)` of the new tokens, which follow those in the cache, or None if
+        counting from 0 is right. After a cache the attention mask counts the tokens, because a batch has padding
+        between its turns. Qwen2-VL keeps the distance between places and positions (`rope_deltas`) on the model, where
+        another call or thread would read it; here the cache keeps the positions of its own tokens.
         """
         cache = past_key_values if cache is None else cache
         past_length = cached_length(cache)
@@ -73,29 +66,28 @@ class MRopePositions:
         mask = as_mask(attention_mask, batch, past_length + length, self.device)
         if has_pictures:
             if mm_token_type_ids is None:
-                mm_token_type_ids = (input_ids == self.config.image_token_id) + 2 * (
-                    input_ids == self.config.video_token_id
-                )
+                is_image, is_video = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
+                mm_token_type_ids = is_image + 2 * is_video
             positions, _ = self.get_rope_index(
                 input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, attention_mask=mask[:, -length:]
             )
         else:
             positions = (mask[:, -length:].cumsum(1) - 1).expand(3, batch, length)
         if past_length:
-            # A place of padding gets the position before it, so that the cache may be cropped there.
+            # A place of padding gets the position before it, so that the cache can be cropped there.
             positions = positions.masked_fill(mask[:, -length:] == 0, -1) if has_pictures else positions
-            positions = positions + positions_after(cache, past_length, mask)[:, -1:].to(positions.device)
+            positions = positions + cached_next_positions(cache, past_length, mask)[:, -1:].to(positions.device)
         return positions
 
     def keep_positions(self, cache: Cache, position_ids: torch.Tensor | None, shape: tuple, attention_mask):
         """
-        Keeps the positions of new tokens on their cache, which holds these tokens already.
+        Stores the positions of new tokens on their cache, which holds these tokens already.
 
         Args:
-            position_ids: Of the new tokens, `(batch, sequence)`, or `(3 or 4, batch, sequence)` with the axes of M-RoPE
-                last; None if they are counted by their places.
+            position_ids: `(batch, sequence)` or `(3 or 4, batch, sequence)` with the axes of M-RoPE last. None counts
+                the tokens by their places.
             shape: `(batch, sequence)` of the new tokens.
-            attention_mask: As in `forward`.
+            attention_mask: The argument of `forward`, see [`as_mask`].
         """
         (batch, length), keys = shape, cache.layers[0].keys
         past_length = cached_length(cache) - length
@@ -103,23 +95,20 @@ class MRopePositions:
             position_ids = torch.arange(past_length, past_length + length, device=keys.device)[None]
         positions = position_ids[-3:].amax(0) if position_ids.ndim == 3 else position_ids
         mask = as_mask(attention_mask, batch, past_length + length, positions.device)
-        # Nothing follows a place of padding but what follows the token before it.
+        # The position that follows a place of padding is the one that follows the token before it.
         positions = positions.expand(batch, length).masked_fill(mask[:, -length:].to(positions.device) == 0, -1)
-        following = positions.cummax(1).values + 1
+        next_positions = positions.cummax(1).values + 1
         if past_length:
-            before = positions_after(cache, past_length, mask).to(following.device)
-            following = torch.cat([before, following.maximum(before[:, -1:])], dim=1)
-        # A sliding or quantized layer does not hold all keys. Its rows are taken to be those that were kept.
+            before = cached_next_positions(cache, past_length, mask).to(next_positions.device)
+            next_positions = torch.cat([before, next_positions.maximum(before[:, -1:])], dim=1)
+        # A sliding or quantized layer does not hold all keys; without keys the rows count as unchanged.
         is_sliding = getattr(cache.layers[0], "is_sliding", False)
         holds_all = keys.ndim == 4 and not is_sliding and keys.shape[2] >= past_length + length
-        keys = keys[:, 0, : past_length + length, 0].detach().clone() if holds_all else following[:, :0]
-        cache.mrope_positions = CachedPositions(following, keys)
+        keys = keys[:, 0, : past_length + length, 0].detach().clone() if holds_all else next_positions[:, :0]
+        cache.mrope_positions = CachedPositions(next_positions, keys)
 
     def check_cached_pictures(self, cache: Cache, cached_ids: torch.Tensor):
-        """
-        Raises:
-            ValueError: if a cache holds pictures `(batch, cached tokens)`, but not their positions.
-        """
+        """Raises ValueError if `cached_ids` `(batch, places)` have images or videos whose positions were not kept."""
         pictures = torch.tensor([self.config.image_token_id, self.config.video_token_id], device=cached_ids.device)
         if not hasattr(cache, "mrope_positions") and torch.isin(cached_ids, pictures).any():
             raise ValueError(
@@ -134,15 +123,15 @@ def cached_length(cache: Cache | None) -> int:
 
 def as_mask(attention_mask, batch: int, length: int, device: torch.device) -> torch.Tensor:
     """
-    Where `forward` was told that tokens stand, not 0, and where padding: int64 or bool `(batch, length)`.
+    Returns a mask `(batch, length)`, int64 or bool, that is 0 where a place is padding.
 
     Args:
-        attention_mask: Of 2 axes, perhaps longer, as for a static cache; or what `generate` makes of it, of 4 axes
-            `(batch, 1, queries, keys)` and perhaps in a dict by the kind of layer; or None.
+        attention_mask: The argument of `forward`: `(batch, places)`, perhaps longer than `length` for a static cache;
+            or what `generate` makes of it, `(batch, 1, queries, keys)`, perhaps in a dict by type of layer; or None.
     """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention")
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:  # what the last token attends to
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:  # the last token attends to all tokens
         last = attention_mask[:, 0, -1]
         attention_mask = (last if last.dtype == torch.bool else last >= 0).long().expand(batch, -1)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
@@ -150,31 +139,29 @@ def as_mask(attention_mask, batch: int, length: int, device: torch.device) -> to
     return torch.ones(batch, length, dtype=torch.long, device=device)
 
 
-def positions_after(cache: Cache, past_length: int, mask: torch.Tensor) -> torch.Tensor:
+def cached_next_positions(cache: Cache, past_length: int, mask: torch.Tensor) -> torch.Tensor:
     """
-    Args:
-        past_length: Places of the cache that are filled.
-        mask: Attention mask `(batch, sequence)` of the cached places and perhaps more. It counts the places that were
-            filled by single tokens since positions were kept. Each of its rows stands for one row of the cache, or for
-            as many as it was repeated for beams.
+    Returns the position that follows each of the `past_length` filled places of a cache, int64 `(batch, past_length)`.
 
-    Returns:
-        The positions that follow the places of the cache, int64 `(batch, past_length)`.
+    Args:
+        mask: Attention mask `(batch, sequence)` of the cached places and perhaps more. It counts the places that single
+            tokens have filled since positions were kept. Each of its rows stands for one row of the cache, or for all
+            beams of one prompt.
     """
-    mask, kept = mask[:, :past_length].long(), getattr(cache, "mrope_positions", None)
-    if kept is None:
+    mask, stored = mask[:, :past_length].long(), getattr(cache, "mrope_positions", None)
+    if stored is None:
         return mask.cumsum(1)
-    following, then = kept.following[:, :past_length], kept.keys[:, :past_length]
-    num_known = torch.tensor(following.shape[1], device=following.device)  # places that are as they were
-    if then.shape == following.shape:
-        now = cache.layers[0].keys[:, 0, : then.shape[1], 0].to(then.device)
-        if torch.compiler.is_compiling() or not torch.equal(now, then):
-            # How many keys a row and one that was kept have in common from the start: [rows now, rows then].
-            common = torch.stack([(now == row).cumprod(1).sum(1) for row in then], dim=1)
-            following, num_known = following[common.argmax(1)], common.amax(1).min()
-    following = following[:: max(1, len(following) // len(mask))]  # the rows of one prompt's beams stand together
-    following = F.pad(following, (0, past_length - following.shape[1]))
-    # Without a number on the host, which a compiled graph does not know.
-    is_known = torch.arange(past_length, device=following.device) < num_known
-    since = (mask.to(following.device) * ~is_known).cumsum(1)
-    return torch.where(is_known, following, (following * is_known).amax(1, keepdim=True) + since)
+    next_positions, old_keys = stored.next_positions[:, :past_length], stored.keys[:, :past_length]
+    num_known = torch.tensor(next_positions.shape[1], device=next_positions.device)  # places that did not change
+    if old_keys.shape == next_positions.shape:
+        new_keys = cache.layers[0].keys[:, 0, : old_keys.shape[1], 0].to(old_keys.device)
+        if torch.compiler.is_compiling() or not torch.equal(new_keys, old_keys):
+            # The number of equal keys at the start of each pair of rows: [new rows, old rows].
+            num_equal = torch.stack([(new_keys == row).cumprod(1).sum(1) for row in old_keys], dim=1)
+            next_positions, num_known = next_positions[num_equal.argmax(1)], num_equal.amax(1).min()
+    next_positions = next_positions[:: max(1, len(next_positions) // len(mask))]  # one row for the beams of a prompt
+    next_positions = F.pad(next_positions, (0, past_length - next_positions.shape[1]))
+    # A compiled graph does not know `num_known` on the host, so this compares on the device.
+    is_known = torch.arange(past_length, device=next_positions.device) < num_known
+    tokens_since = (mask.to(next_positions.device) * ~is_known).cumsum(1)
+    return torch.where(is_known, next_positions, (next_positions * is_known).amax(1, keepdim=True) + tokens_since)

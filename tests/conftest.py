@@ -1,3 +1,5 @@
+"""Fixtures of all tests: checkpoints, built folders, models, clips, pictures, model inputs."""
+
 import os
 import tempfile
 
@@ -12,8 +14,11 @@ os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(os.environ.get(
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from helpers import KINDS, audio, image, text, video
+from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 import upload
@@ -71,6 +76,11 @@ def processor(repo):
 
 
 @pytest.fixture(scope="session")
+def trimmed_processor(repo):
+    return AutoProcessor.from_pretrained(repo, trust_remote_code=True, audio_tokens="trimmed")
+
+
+@pytest.fixture(scope="session")
 def shared_model(repo):
     return AutoModel.from_pretrained(repo, trust_remote_code=True, dtype="auto")
 
@@ -95,6 +105,30 @@ def speech() -> Path:
 @pytest.fixture(scope="session")
 def photo() -> Path:
     return ASSETS / "images" / "chelsea.png"
+
+
+@pytest.fixture
+def picture(photo):
+    """Small, so that it is few tokens."""
+    return Image.open(photo).convert("RGB").resize((112, 84))
+
+
+@pytest.fixture
+def kinds(ask, speech, picture, sound):
+    """`kinds(name)`: model inputs of each kind that a user has, see `KINDS` in helpers.py."""
+    frames = np.stack([np.roll(np.asarray(picture), shift, axis=1) for shift in range(4)])
+    items = {"clip": audio(str(speech)), "picture": image(picture), "film": video(frames)}
+
+    def item(name: str):
+        """An item by its name; of a sound the name is `seconds/seed`, and other names are texts."""
+        seconds, is_sound, seed = name.partition("/")
+        return items.get(name) or (audio(sound(float(seconds), int(seed))) if is_sound else text(name))
+
+    def make(kind: str):
+        rows = [[item(name) for name in row] for row in KINDS[kind]]
+        return ask(*rows) if len(rows) > 1 else ask(*rows[0])
+
+    return make
 
 
 @pytest.fixture(scope="module")

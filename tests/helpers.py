@@ -1,18 +1,39 @@
-"""Content items for messages, code in processes of its own, and the sum of the parts that this model has to equal."""
+"""Content items, conversations, Python in fresh processes, and the sum of parts that the model has to equal."""
 
 import copy
 import itertools
 import subprocess
 import sys
 import textwrap
+from typing import NamedTuple
 
 import torch
-from transformers import WhisperModel
+from transformers import Cache, WhisperModel
 
 from benchmarks.parts import Parts
 
 
 TOKENS = 50  # audio tokens per window of 1 s in the small models
+CHAT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}  # what makes a chat template return model inputs
+TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+AUDIO = ("input_features", "input_features_mask")
+VISION = ("pixel_values", "image_grid_thw")
+
+# The kinds of input that a user has: rows of content items, see the fixture `kinds`.
+KINDS = {
+    "text": [["What is this?"]],
+    "audio": [["clip", "What is this?"]],
+    "image": [["picture", "What is this?"]],
+    "image, audio": [["picture", "clip", "What is this?"]],
+    "audio, image": [["clip", "picture", "What is this?"]],
+    "video, audio": [["film", "clip", "What is this?"]],
+    "two audios": [["0.7/1", "1.9/2", "What is this?"]],
+    "left padded": [["2.5/0", "Say it again, slowly."], ["clip", "Hm?"]],
+    "mixed batch": [["picture", "What is this?"], ["clip", "picture", "Why?"], ["What is this?"]],
+    "mixed batch of two audios": [["1.2/3", "picture", "0.4/4"], ["What is this?", "clip"]],
+    "audio alone": [["clip"]],
+    "interleaved": [["picture", "0.7/1", "film", "1.1/2", "picture", "What is this?"]],
+}
 
 
 def text(words: str) -> dict:
@@ -29,6 +50,55 @@ def image(source) -> dict:
 
 def video(frames) -> dict:
     return {"type": "video", "video": frames}
+
+
+def join(names, *inputs) -> dict[str, torch.Tensor]:
+    """The named tensors of several inputs, one after another; names that none has are left out."""
+    parts = {name: [each[name] for each in inputs if name in each] for name in names}
+    return {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 2e-5):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+def greedy(model, inputs, steps=4, **more):
+    output = model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, **more)
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def step_logits(model, inputs, steps=3, **more):
+    """Logits `[steps, batch, vocabulary]` of greedy decoding: random weights often choose the same token anyway."""
+    more = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, **more}
+    output = model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, **more)
+    return torch.stack(output.logits)
+
+
+def turn_inputs(processor, content: list[dict], is_first: bool = True, **kwargs):
+    """Model inputs of a user's message. Those of a later turn begin with the end of the answer before it."""
+    messages = [{"role": "user", "content": content}]
+    messages = messages if is_first else [{"role": "system", "content": ""}, *messages]
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, **CHAT, **kwargs)
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    start = 0 if is_first else inputs["input_ids"][0].tolist().index(end)
+    return {name: tensor[:, start:] if name in TEXT else tensor for name, tensor in inputs.items()}
+
+
+class TwoTurns(NamedTuple):
+    first: dict[str, torch.Tensor]  # model inputs of the first turn
+    second: dict[str, torch.Tensor]  # those of the second turn
+    whole: dict[str, torch.Tensor]  # tokens of both with the answer between them, without media
+    cache: Cache  # of the first turn and its answer
+
+
+def two_turns(processor, model, first: list[dict], second: list[dict]) -> TwoTurns:
+    first, second = turn_inputs(processor, first), turn_inputs(processor, second, is_first=False)
+    output = model.generate(**first, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    answer = output.sequences[:, first["input_ids"].shape[1] :]
+    ids = torch.cat([first["input_ids"], answer, second["input_ids"]], dim=1)
+    types = [first["mm_token_type_ids"], torch.zeros_like(answer), second["mm_token_type_ids"]]
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.cat(types, dim=1)}
+    return TwoTurns(first, second, whole, output.past_key_values)
 
 
 def start_python(code: str, *arguments: str, **settings) -> subprocess.Popen:

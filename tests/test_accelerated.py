@@ -1,12 +1,12 @@
-"""Every way to run faster or smaller gives the greedy tokens of the plain way, on the trained demo checkpoint."""
+"""make test ONLY=tests/test_accelerated.py: every way to run faster or smaller gives the tokens of the plain way."""
 
 import pytest
 import torch
-from helpers import audio, text
+from helpers import text
 from torch import nn
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, CompileConfig, DynamicCache, TorchAoConfig
 
-from demo.ask import EXAMPLES, content_of, prepare
+from demo.ask import content_of, prepare
 from demo.world import SKILLS
 
 
@@ -130,12 +130,6 @@ def test_language_model_quantized_by_torchao(load, prompts, expected):
     assert answers(model, prompts) == expected
 
 
-@pytest.mark.parametrize("drafts", ["prompt lookup", "assistant model"])
-def test_assisted_decoding(drafts, plain, load, prompts, expected):
-    more = {"prompt_lookup_num_tokens": 3} if drafts == "prompt lookup" else {"assistant_model": load()}
-    assert answers(plain, prompts, **more) == expected
-
-
 def test_cache_kept_over_turns(plain, processor, examples):
     """Each turn of a conversation about a picture and recordings computes what is new alone, and answers the same."""
     clips = [example for example in examples if example["skill"] == "question"][:3]
@@ -155,17 +149,3 @@ def test_cache_kept_over_turns(plain, processor, examples):
         assert lengths == [1]
         messages.append({"role": "assistant", "content": [text(processor.decode(fresh, skip_special_tokens=True))]})
     hook.remove()
-
-
-def test_clip_asked_about_many_times_is_encoded_once(plain, processor, examples):
-    clip = audio(str(EXAMPLES / examples[0]["audio"][0]))
-    asked = [prepare(processor, user(clip, text(spec["instruction"]))) for spec in SKILLS.values()]
-    fresh = [generate(plain, inputs) for inputs in asked]
-    calls = []
-    hook = plain.model.audio_encoder.register_forward_hook(lambda *_: calls.append(1))
-    encoded = {"audio": plain.get_audio_features(asked[0]["input_features"])}
-    for inputs in asked:
-        del inputs["input_features"]
-    assert [generate(plain, inputs, mm_encoder_outputs=encoded) for inputs in asked] == fresh
-    hook.remove()
-    assert len(calls) == 1

@@ -1,7 +1,7 @@
 """
-transformers' common tests on this model: `make test-common`. They come out of the source distribution of the pinned
-release, which the Makefile fetches; nothing of theirs is copied here. Stock Qwen2-VL runs beside ours, without audio,
-so that what fails or is skipped for ours alone stands out.
+make test-common: transformers' own tests of models and processors, on this model. They come out of the source
+distribution of the pinned release, which the Makefile fetches; nothing of theirs is copied here. Stock Qwen2-VL runs
+beside ours, without audio, so that what fails or is skipped for ours alone stands out.
 
 The source distribution leaves `tests/generation` out. `GenerationTesterMixin` runs where `TRANSFORMERS_SOURCE` names a
 checkout of the release: `TRANSFORMERS_SOURCE=../transformers make test-common`.

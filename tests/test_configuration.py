@@ -1,4 +1,4 @@
-"""What the model is: the files at the top level, and contradictions that are refused."""
+"""make test ONLY=tests/test_configuration.py: the files at the top level, and contradictions that are refused."""
 
 import json
 import logging
@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from demo.ask import DEMO
 from demo.bases import ASSETS
@@ -22,7 +21,7 @@ from publishing import checkpoints, paths
 
 @pytest.fixture(scope="module")
 def config_class():
-    return get_class_from_dynamic_module("configuration_qwen2_audio_vl.Qwen2AudioVLConfig", paths.ROOT)
+    return paths.own_class("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
 
 
 def small(**changes) -> dict:
@@ -74,14 +73,8 @@ def test_defaults_are_the_full_size(config_class):
 def test_every_auto_class_is_mapped(repo):
     for folder in (paths.ROOT, repo):
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-        assert auto_map.keys() == {
-            "AutoConfig",
-            "AutoProcessor",
-            "AutoModel",
-            "AutoModelForMultimodalLM",
-            "AutoModelForImageTextToText",
-            "AutoModelForCausalLM",
-        }
+        names = "Config Processor Model ModelForMultimodalLM ModelForImageTextToText ModelForCausalLM"
+        assert auto_map.keys() == {f"Auto{name}" for name in names.split()}
     for auto_class in (AutoModel, AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM):
         model = auto_class.from_pretrained(repo, trust_remote_code=True)
         assert type(model).__name__ == "Qwen2AudioVLForConditionalGeneration"
@@ -130,7 +123,7 @@ def test_round_trip(config_class, tmp_path):
 
 
 def test_the_configuration_of_another_release_loads_without_a_warning(config_class, monkeypatch, caplog):
-    """That of the demo was saved by the newest release."""
+    """The demo's was saved by the newest release."""
     assert "axial" in (DEMO / "config.json").read_text()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     config_class.from_pretrained(DEMO)

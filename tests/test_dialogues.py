@@ -1,6 +1,7 @@
 """
-Conversations of two and three turns on one cache, drawn at random: batches, clips, pictures, and a cache that was
-cropped or whose rows were selected or repeated. Each row equals itself alone, computed without a cache.
+make test ONLY=tests/test_dialogues.py: conversations of two and three turns on one cache, drawn at random: batches,
+clips, pictures, and a cache that was cropped or whose rows were selected or repeated. Each row equals itself alone,
+computed without a cache.
 """
 
 import copy
@@ -9,47 +10,31 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import audio, image, text
+from helpers import AUDIO, VISION, assert_close, audio, image, join, text, turn_inputs
 from PIL import Image
-from test_modeling import AUDIO
 from transformers import DynamicCache
 
 
 DIALOGUES = 320
-VISION = ("pixel_values", "image_grid_thw")
 STEPS = 3  # tokens of an answer
 
 
-class Turn(NamedTuple):
-    """What a user's message adds to a row: tokens `(1, sequence)`, and its clips and pictures."""
-
-    ids: torch.Tensor
-    types: torch.Tensor
-    media: dict[str, torch.Tensor]
-
-
 class Row(NamedTuple):
-    """A row as it is alone: the tokens that it attends to, in order, and its turns."""
+    """A row as it is alone: the tokens that it attends to, in order, and the model inputs of its turns."""
 
     ids: list[int]
     types: list[int]
-    turns: list[Turn]
+    turns: list[dict[str, torch.Tensor]]
 
     def alone(self) -> dict[str, torch.Tensor]:
         ids, types = torch.tensor([self.ids]), torch.tensor([self.types])
-        return {"input_ids": ids, "mm_token_type_ids": types, **join_media(self.turns)}
-
-
-def join_media(turns: list[Turn], names=AUDIO + VISION) -> dict[str, torch.Tensor]:
-    parts = {name: [turn.media[name] for turn in turns if name in turn.media] for name in names}
-    return {name: torch.cat(part) for name, part in parts.items() if part}
+        return {"input_ids": ids, "mm_token_type_ids": types, **join(AUDIO + VISION, *self.turns)}
 
 
 @pytest.fixture(scope="module")
 def turns(processor, photo):
     """First and later turns, for each kind of audio tokens."""
     rng, picture = random.Random(0), Image.open(photo).convert("RGB")
-    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def clip():
         samples = round(16_000 * rng.choice([0.1, 0.5, 0.5, 1.0, rng.uniform(0.02, 2)]))
@@ -59,25 +44,12 @@ def turns(processor, photo):
     def photo_item():
         return image(picture.resize(rng.choice([(56, 56), (112, 56), (56, 140), (112, 84)])))
 
-    def turn(audio_tokens: str, is_first: bool) -> Turn:
-        content = [clip() for _ in range(rng.choice([0, 1, 1, 2]))] + [
-            photo_item() for _ in range(rng.choice([0, 0, 1]))
-        ]
+    def turn(audio_tokens: str, is_first: bool) -> dict[str, torch.Tensor]:
+        content = [clip() for _ in range(rng.choice([0, 1, 1, 2]))]
+        content += [photo_item() for _ in range(rng.choice([0, 0, 1]))]
         content.append(text(" ".join(rng.choices(["why", "and", "what", "stars", "seven"], k=rng.randrange(1, 6)))))
         rng.shuffle(content)
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}]
-            if is_first
-            else [{"role": "system", "content": ""}, {"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            audio_tokens=audio_tokens,
-        )
-        start = 0 if is_first else inputs["input_ids"][0].tolist().index(end)  # which ends the answer before
-        media = {name: inputs[name] for name in AUDIO + VISION if name in inputs}
-        return Turn(inputs["input_ids"][:, start:], inputs["mm_token_type_ids"][:, start:], media)
+        return turn_inputs(processor, content, is_first, audio_tokens=audio_tokens)
 
     return {
         (kind, is_first): [turn(kind, is_first) for _ in range(20 if is_first else 30)]
@@ -98,13 +70,13 @@ class Dialogue:
 
     def add_turn(self):
         chosen = [self.rng.choice(self.pool[self.kind, self.cache is None]) for _ in self.rows]
-        length = max(turn.ids.shape[1] for turn in chosen)
+        length = max(turn["input_ids"].shape[1] for turn in chosen)
         added = torch.zeros(3, len(self.rows), length, dtype=torch.long)
         for number, (row, turn) in enumerate(zip(self.rows, chosen, strict=True)):
-            size = turn.ids.shape[1]
-            added[:, number, length - size :] = torch.cat([turn.ids, torch.ones_like(turn.ids), turn.types])
-            row.ids.extend(turn.ids[0].tolist())
-            row.types.extend(turn.types[0].tolist())
+            ids, types = turn["input_ids"], turn["mm_token_type_ids"]
+            added[:, number, length - ids.shape[1] :] = torch.cat([ids, torch.ones_like(ids), types])
+            row.ids.extend(ids[0].tolist())
+            row.types.extend(types[0].tolist())
             row.turns.append(turn)
         self.layout = torch.cat([self.layout, added], dim=2)
 
@@ -144,15 +116,16 @@ class Dialogue:
         """Gives the new turn to the model. Returns the logits that follow it, `(rows, vocabulary)`."""
         past = self.cache.get_seq_length() if self.cache else 0
         ids, mask, types = self.layout
-        is_cut = bool((types[:, past:] == 3).sum() != sum((turn.types == 3).sum() for turn in self.last_turns))
-        vision = join_media(self.last_turns, VISION)
+        num_audio = sum((turn["mm_token_type_ids"] == 3).sum() for turn in self.last_turns)
+        is_cut = bool((types[:, past:] == 3).sum() != num_audio)
+        vision = join(VISION, *self.last_turns)
         if beams == 1 and not is_cut and self.rng.random() < 0.4:
             self.log.append("forward")
             self.cache = self.cache or DynamicCache(config=self.model.config.get_text_config())
-            given = {"attention_mask": mask, "mm_token_type_ids": types[:, past:], "past_key_values": self.cache}
-            media = {**vision, **join_media(self.last_turns, AUDIO)}
+            inputs = {"input_ids": ids[:, past:], "attention_mask": mask, "mm_token_type_ids": types[:, past:]}
+            inputs |= {"past_key_values": self.cache, **vision, **join(AUDIO, *self.last_turns)}
             with torch.no_grad():
-                logits = self.model(input_ids=ids[:, past:], **given, **media, logits_to_keep=1).logits[:, -1]
+                logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]
             self.add_answer(logits.argmax(-1, keepdim=True))
             return logits
         is_whole = is_cut or self.rng.random() < 0.5
@@ -161,7 +134,7 @@ class Dialogue:
         output = self.model.generate(
             **{"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, "past_key_values": self.cache},
             **vision,
-            **join_media(turns, AUDIO),
+            **join(AUDIO, *turns),
             **{"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "num_beams": beams},
             **{"output_logits": True, "return_dict_in_generate": True},
         )
@@ -170,7 +143,7 @@ class Dialogue:
         return output.logits[0][::beams]
 
     @property
-    def last_turns(self) -> list[Turn]:
+    def last_turns(self) -> list[dict[str, torch.Tensor]]:
         return [row.turns[-1] for row in self.rows]
 
 
@@ -188,7 +161,7 @@ def test_each_row_equals_itself_alone(part, model, turns):
             logits = dialogue.continue_it(beams)
             with torch.no_grad():
                 expected = torch.stack([model(**inputs, logits_to_keep=1).logits[0, -1] for inputs in alone])
-            message = f"dialogue {number}, turn {turn}: {', '.join(dialogue.log)}"
-            torch.testing.assert_close(logits, expected, atol=2e-4, rtol=0, msg=lambda text, m=message: f"{m}: {text}")
+            print(f"dialogue {number}, turn {turn}: {', '.join(dialogue.log)}")  # pytest shows it where a test fails
+            assert_close(logits, expected, atol=2e-4)
             if beams > 1:  # its cache has the rows of beams
                 break

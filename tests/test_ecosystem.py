@@ -1,4 +1,4 @@
-"""What a notebook, an agent, a server or a trainer written for stock models does with ours."""
+"""make test ONLY=tests/test_ecosystem.py: notebooks, agents, servers and trainers written for stock models."""
 
 import dataclasses
 import pickle
@@ -7,22 +7,15 @@ import types
 import pytest
 import torch
 import transformers
-from helpers import TOKENS, audio, image, text
+from helpers import CHAT, TOKENS, audio, image, text
 from openai.types.chat import ChatCompletionMessage
 from packaging.version import Version
-from PIL import Image
 from transformers import AutoModel
 
 from demo.ask import EXAMPLES
 
 
 RELEASE = Version(transformers.__version__)
-CHAT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-
-
-@pytest.fixture
-def picture(photo):
-    return Image.open(photo).convert("RGB").resize((112, 84))
 
 
 @pytest.fixture
@@ -70,15 +63,12 @@ def test_messages_may_be_objects(processor, sound):
 
 
 @pytest.mark.parametrize("where", ["flat", "processor_kwargs", "audio_kwargs"])
-def test_load_audio_backend_is_taken(where, processor, sound, caplog):
+def test_load_audio_backend_is_taken(where, processor, sound):
     messages = [{"role": "user", "content": [audio(sound(0.5)), text("Who?")]}]
-    backend = {"load_audio_backend": "torchcodec"}
-    given = {
-        "flat": backend,
-        "processor_kwargs": {"processor_kwargs": backend},
-        "audio_kwargs": {"processor_kwargs": {"audio_kwargs": backend}},
-    }[where]
-    inputs = processor.apply_chat_template(messages, **CHAT, **given)
+    settings = {"load_audio_backend": "torchcodec"}
+    settings = {"audio_kwargs": settings} if where == "audio_kwargs" else settings
+    settings = {"processor_kwargs": settings} if where != "flat" else settings
+    inputs = processor.apply_chat_template(messages, **CHAT, **settings)
     expected = processor.apply_chat_template(messages, **CHAT)
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
 
@@ -90,7 +80,6 @@ def test_answers_are_marked(processor, conversation):
         with pytest.raises(ImportError, match=r"transformers>=5\.18"):
             processor.apply_chat_template(conversation, **settings)
         return
-    masks = []
     for rows, answers in (
         ([conversation], ["Nobody, é.<|im_end|>Yes!<|im_end|>"]),
         ([conversation[:2], conversation], ["Nobody, é.<|im_end|>", "Nobody, é.<|im_end|>Yes!<|im_end|>"]),
@@ -165,35 +154,44 @@ def test_fewer_pictures_than_placeholders(grids, ask, model, picture):
     inputs = ask(image(picture), image(picture), text("Same?"))
     inputs["pixel_values"] = inputs["pixel_values"][: grids * len(inputs["pixel_values"]) // 2]
     inputs["image_grid_thw"] = inputs["image_grid_thw"][:grids]
-    with pytest.raises(ValueError, match="more images or videos than image_grid_thw"):
+    with pytest.raises(ValueError, match="image and video tokens do not fit image_grid_thw"):
         model.generate(**inputs, max_new_tokens=2)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 cannot trace transformers' own decorators")
 @pytest.mark.parametrize("learns", [False, True])
-@pytest.mark.parametrize("kind", ["text", "audio"])
-def test_forward_compiles_as_one_graph(kind, learns, ask, fresh_model, sound):
-    inputs = ask(*([audio(sound(1.5))] if kind == "audio" else []), text("Who?"))
+@pytest.mark.parametrize("kind", ["text", "fixed", "trimmed"])
+def test_forward_compiles_as_one_graph(kind, learns, processor, fresh_model, sound):
+    def ask(*seconds):
+        content = [audio(sound(length, seed)) for seed, length in enumerate(seconds) if kind != "text"]
+        settings = {} if kind == "text" else {"audio_tokens": kind}
+        messages = [{"role": "user", "content": [*content, text("Who?")]}]
+        inputs = processor.apply_chat_template(messages, add_generation_prompt=True, **CHAT, **settings)
+        return {**inputs, "labels": inputs["input_ids"]} if learns else inputs
+
     model = fresh_model.float().train(learns)
-    if learns:
-        inputs["labels"] = inputs["input_ids"]
     torch.compiler.reset()
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
-    found = []
-    for forward in (model.forward, compiled):
-        with torch.set_grad_enabled(learns):
-            outputs = forward(**inputs)
-        if learns:
-            outputs.loss.backward()
-        gradient = model.model.audio_projector.weight.grad
-        assert (gradient is not None) == (learns and kind == "audio")
-        found.append((outputs.logits.detach(), gradient))
-        model.zero_grad(set_to_none=True)
-    torch.testing.assert_close(found[1], found[0])
+    for inputs in [ask(1.5), ask(0.7, 1.9)]:
+        results = []
+        for forward in (model.forward, compiled):
+            with torch.set_grad_enabled(learns):
+                outputs = forward(**inputs)
+            if learns:
+                outputs.loss.backward()
+            gradient = model.model.audio_projector.weight.grad
+            assert (gradient is not None) == (learns and kind != "text")
+            results.append((outputs.logits.detach(), gradient))
+            model.zero_grad(set_to_none=True)
+        torch.testing.assert_close(results[1], results[0])
+    if kind == "trimmed":
+        mask = inputs["input_features_mask"]
+        with pytest.raises(RuntimeError, match="Audio tokens and audio features do not match"):
+            compiled(**{**inputs, "input_features_mask": mask.roll(50, 1).tril()})
     inputs["input_ids"][0, -1] = model.config.audio_token_id
     with pytest.raises(ValueError, match="Audio tokens and audio features do not match: the prompt has"):
         model(**inputs)
-    if kind == "audio":
+    if kind != "text":
         with pytest.raises(RuntimeError, match="Audio tokens and audio features do not match"):
             compiled(**inputs)
 

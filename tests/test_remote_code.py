@@ -1,6 +1,5 @@
-"""The folder in fresh processes, with few packages installed, and in several processes at once."""
+"""make test ONLY=tests/test_remote_code.py: the folder in fresh processes, alone, with few packages, and in several."""
 
-import functools
 import os
 import shutil
 import subprocess
@@ -10,41 +9,19 @@ import pytest
 from helpers import answer, start_python
 
 from configuration_qwen2_audio_vl import NEWEST_PROVED
+from demo.ask import content_of
 
 
 USE = """
     from transformers import AutoModel, AutoProcessor
     processor = AutoProcessor.from_pretrained(REPO, trust_remote_code=True)
     model = AutoModel.from_pretrained(REPO, trust_remote_code=True, dtype="auto")
-    messages = [{"role": "user", "content": [
-        {"type": "image", "url": PHOTO},
-        {"type": "audio", "url": SPEECH},
-        {"type": "text", "text": "Answer the spoken question about the photo."}]}]
+    messages = [{"role": "user", "content": CONTENT}]
     inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
                                            return_dict=True, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     print("TOKENS", output[0, inputs.input_ids.shape[1]:].tolist())
 """
-
-
-def start_python_on(repo, photo, speech, folder, code: str) -> subprocess.Popen:
-    values = f"REPO, PHOTO, SPEECH = {str(repo)!r}, {str(photo)!r}, {str(speech)!r}\n"
-    return start_python(values + textwrap.dedent(code), env={**os.environ, "HF_HOME": str(folder)}, cwd=folder)
-
-
-@pytest.fixture
-def start(repo, photo, speech, tmp_path):
-    """Starts Python on some code in a process that shares nothing with this one."""
-
-    return functools.partial(start_python_on, repo, photo, speech, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def plain_answer(repo, photo, speech, tmp_path_factory) -> str:
-    """What `USE` prints in a process of its own."""
-    return answer(start_python_on(repo, photo, speech, tmp_path_factory.mktemp("plain"), USE))
-
-
 HIDE = """
     import sys
     from importlib.machinery import PathFinder
@@ -59,9 +36,58 @@ HIDE = """
 """
 
 
+def start_in(folder, *codes: str, **constants) -> subprocess.Popen:
+    """Starts Python in an empty folder on pieces of code, with constants that they use."""
+    values = "".join(f"{name} = {value!r}\n" for name, value in constants.items())
+    code = values + "".join(map(textwrap.dedent, codes))
+    return start_python(code, env={**os.environ, "HF_HOME": str(folder)}, cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def constants(repo, photo, speech) -> dict:
+    items = [{"type": "image", "url": str(photo)}, {"type": "audio", "url": str(speech)}]
+    return {"REPO": str(repo), "CONTENT": [*items, {"type": "text", "text": "Answer the question about the photo."}]}
+
+
+@pytest.fixture
+def start(constants, tmp_path):
+    """`start(code, ...)` starts Python on code in a process that shares nothing with this one."""
+    return lambda *codes, **more: start_in(tmp_path, *codes, **{**constants, **more})
+
+
+@pytest.fixture(scope="module")
+def plain_answer(constants, tmp_path_factory) -> str:
+    """What `USE` prints in a process of its own."""
+    return answer(start_in(tmp_path_factory.mktemp("plain"), USE, **constants))
+
+
+def test_the_folder_is_enough(start, demo_repo, examples):
+    """The model, the collator and the handler, where Python finds nothing but the folder and installed packages."""
+    example = next(example for example in examples if example["skill"] == "transcribe")
+    code = """
+        import os, sys
+        assert not any(os.path.exists(os.path.join(place, "audio_utils.py")) for place in sys.path), sys.path
+    """
+    use_files = """
+        assert processor.decode(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]).count(ANSWER) == 1
+        sys.path.insert(0, REPO)
+        from collator import ChatCollator
+        from handler import EndpointHandler
+        import transformers
+        from packaging.version import Version
+        if Version(transformers.__version__) >= Version("5.18"):  # which marks the tokens of answers
+            row = {"messages": [*messages, {"role": "assistant", "content": ANSWER}]}
+            batch = ChatCollator(processor)([row])
+            assert ANSWER in processor.decode(batch["labels"][batch["labels"] != -100])
+        with open(CONTENT[0]["audio"], "rb") as file:
+            assert EndpointHandler(REPO)({"inputs": file.read()})["text"] == ANSWER
+    """
+    constants = {"REPO": str(demo_repo), "CONTENT": content_of(example), "ANSWER": example["answer"]}
+    answer(start(code, USE, use_files, **constants))
+
+
 def test_loads_and_answers_where_other_audio_libraries_are_absent(start, plain_answer):
-    bare = start(textwrap.dedent(HIDE) + textwrap.dedent(USE) + "assert 'torchaudio' not in sys.modules")
-    assert answer(bare) == plain_answer
+    assert answer(start(HIDE, USE, "assert 'torchaudio' not in sys.modules")) == plain_answer
 
 
 def test_two_processes_load_into_one_empty_cache_at_once(start):
@@ -116,36 +142,33 @@ def test_release_newer_than_the_newest_tested_is_one_warning(start, repo, tmp_pa
         assert load("other", "5.99.0.dev0", [AutoModel, AutoProcessor]) == [warning]
         print("TOKENS none")
     """
-    assert answer(start(f"NEWEST = {NEWEST_PROVED!r}\n" + textwrap.dedent(code))) == "TOKENS none"
+    assert answer(start(code, NEWEST=NEWEST_PROVED)) == "TOKENS none"
 
 
 def test_model_needs_no_audio_library(start):
-    code = textwrap.dedent(HIDE).replace('"torchaudio"', '"torchaudio", "av"') + textwrap.dedent(
-        """
+    code = """
         from transformers import AutoModel
         AutoModel.from_pretrained(REPO, trust_remote_code=True)
         print("TOKENS none")
-        """
-    )
-    assert answer(start(code)) == "TOKENS none"
+    """
+    assert answer(start(HIDE.replace('"torchaudio"', '"torchaudio", "av"'), code)) == "TOKENS none"
 
 
 def test_saved_model_brings_its_code(start, plain_answer, tmp_path):
-    code = f"""
+    code = """
         from transformers import AutoModelForMultimodalLM, AutoProcessor
-        model = AutoModelForMultimodalLM.from_pretrained(REPO, trust_remote_code=True)
-        model.save_pretrained({str(tmp_path / "saved")!r})
-        AutoProcessor.from_pretrained(REPO, trust_remote_code=True).save_pretrained({str(tmp_path / "saved")!r})
+        AutoModelForMultimodalLM.from_pretrained(REPO, trust_remote_code=True).save_pretrained("saved")
+        AutoProcessor.from_pretrained(REPO, trust_remote_code=True).save_pretrained("saved")
         print("TOKENS saved")
     """
     assert answer(start(code)) == "TOKENS saved"
     assert (tmp_path / "saved" / "processing_qwen2_audio_vl.py").is_file()
     moved = (tmp_path / "saved").rename(tmp_path / "moved")
-    assert answer(start(USE.replace("REPO", repr(str(moved))))) == plain_answer
+    assert answer(start(USE, REPO=str(moved))) == plain_answer
 
 
 def test_importing_the_code_touches_nothing(start):
-    """What Python itself is told of by its audit hooks: no socket, no process, no file opened to write."""
+    """Python's audit hooks see no socket, no process and no file that is opened to write."""
     code = """
         import importlib, os, sys, types
         sys.dont_write_bytecode = True

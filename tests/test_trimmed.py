@@ -1,6 +1,4 @@
-"""
-Audio tokens in proportion to the clip. Tests of test_modeling.py run here once more, with a `processor` that trims.
-"""
+"""make test ONLY=tests/test_trimmed.py: audio tokens in proportion to the clip, beside what test_modeling.py tests."""
 
 import copy
 import json
@@ -8,31 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import TOKENS, audio, text
-from test_modeling import (  # noqa: F401
-    AUDIO,
-    conversation_in_two_turns,
-    frames,
-    greedy,
-    joined,
-    kinds,
-    parts,
-    step_logits,
-    test_assisted_decoding,
-    test_audio_with_inputs_embeds,
-    test_batch_equals_its_rows,
-    test_beams_keep_two_audios_in_order,
-    test_cache_changes_nothing,
-    test_chunked_prefill_uses_all_audio_or_raises,
-    test_encoder_runs_once_per_generate,
-    test_equals_sum_of_parts,
-    test_precomputed_audio_features,
-    test_returned_sequences_see_their_own_audio,
-    test_second_turn_may_bring_an_image,
-    test_second_turn_on_a_reused_cache,
-    test_static_cache,
-    thumbnail,
-)
+from helpers import AUDIO, CHAT, TOKENS, assert_close, audio, join, step_logits, text, two_turns
 from transformers import AutoProcessor
 
 import upload
@@ -42,9 +16,9 @@ from demo.ask import EXAMPLES
 from handler import EndpointHandler, read_messages
 
 
-@pytest.fixture(scope="module")
-def processor(repo):
-    return AutoProcessor.from_pretrained(repo, trust_remote_code=True, audio_tokens="trimmed")
+@pytest.fixture
+def processor(trimmed_processor):
+    return trimmed_processor
 
 
 @pytest.mark.parametrize(
@@ -62,9 +36,8 @@ def test_where_the_choice_is_made(repo, processor, sound, tmp_path):
     """In a call, at loading, in a saved processor and at building."""
     clip, fixed = sound(0.7), AutoProcessor.from_pretrained(repo, trust_remote_code=True)
     messages = [{"role": "user", "content": [audio(clip), text("Who?"), audio(sound(1.25, 1))]}]
-    chat = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    trimmed = processor.apply_chat_template(messages, **chat)
-    plain = fixed.apply_chat_template(messages, **chat)
+    trimmed = processor.apply_chat_template(messages, **CHAT)
+    plain = fixed.apply_chat_template(messages, **CHAT)
     count = [(inputs["input_ids"] == fixed.audio_token_id).sum() for inputs in (trimmed, plain)]
     assert count == [35 + 63, TOKENS + 2 * TOKENS]
     assert torch.equal(trimmed["input_features"], plain["input_features"])
@@ -73,10 +46,10 @@ def test_where_the_choice_is_made(repo, processor, sound, tmp_path):
     for folder in (tmp_path / "saved", built):
         loaded = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         assert loaded.audio_tokens == "trimmed"
-        assert torch.equal(loaded.apply_chat_template(messages, **chat)["input_ids"], trimmed["input_ids"])
+        assert torch.equal(loaded.apply_chat_template(messages, **CHAT)["input_ids"], trimmed["input_ids"])
     for call in (
-        lambda **kwargs: fixed.apply_chat_template(messages, **chat, **kwargs),
-        lambda **kwargs: fixed.apply_chat_template(messages, **chat, processor_kwargs={"audio_kwargs": kwargs}),
+        lambda **kwargs: fixed.apply_chat_template(messages, **CHAT, **kwargs),
+        lambda **kwargs: fixed.apply_chat_template(messages, **CHAT, processor_kwargs={"audio_kwargs": kwargs}),
         lambda **kwargs: fixed(
             text=["<|im_start|>user\n<|audio_pad|>Who?<|audio_pad|>"], audio=[clip, sound(1.25, 1)], **kwargs
         ),
@@ -109,10 +82,10 @@ def test_a_model_is_asked_as_it_was_trained_or_warns(repo, sound, tmp_path, monk
         processor.save_pretrained(tmp_path)
         assert json.loads(path.read_text()).get("trained_audio_tokens") == trained
         processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
-        found = []
-        monkeypatch.setattr(sys.modules[type(processor).__module__].logger, "warning_once", found.append)
+        warnings = []
+        monkeypatch.setattr(sys.modules[type(processor).__module__].logger, "warning_once", warnings.append)
         processor.apply_chat_template(messages, tokenize=True, return_dict=True, audio_tokens=asked)
-        assert len(found) == warns and all(f"trained with {trained} audio tokens" in words for words in found)
+        assert len(warnings) == warns and all(f"trained with {trained} audio tokens" in words for words in warnings)
 
 
 def test_handler_does_what_the_folder_says(demo_repo, examples, tmp_path):
@@ -151,10 +124,10 @@ def test_wrong_numbers_are_errors_that_name_both(ask, model, sound, processor):
             with pytest.raises(ValueError, match="input_features"):
                 call(**{**inputs, "input_features_mask": wrong})
     encoded = {"audio": model.get_audio_features(features)}
-    given = {name: value for name, value in inputs.items() if not name.startswith("input_features")}
+    without_audio = {name: value for name, value in inputs.items() if name not in AUDIO}
     for call in (model, model.generate):
         with pytest.raises(ValueError, match=without):
-            call(**given, mm_encoder_outputs=dict(encoded))
+            call(**without_audio, mm_encoder_outputs=dict(encoded))
     with pytest.raises(ValueError, match="input_features_mask has shape"):
         model.get_audio_features(features, input_features_mask=torch.ones(3, 50))
 
@@ -175,15 +148,12 @@ def test_numbers_that_coincide_are_no_match_of_windows(ask, model, sound):
 
 def test_second_clip_as_long_as_the_first(processor, model, sound):
     """The new turn's window has as many rows as the tokens of both turns, of which the first is in the cache."""
-    first, second = [audio(sound(0.5, 1)), text("What?")], [audio(sound(0.5, 2)), text("And this?")]
-    inputs, both = conversation_in_two_turns(processor, first, second)
-    output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    whole, turn = both(output.sequences[:, inputs["input_ids"].shape[1] :])
-    expected = step_logits(model, {**whole, **joined(AUDIO, inputs, turn)})
-    for given in (joined(AUDIO, turn), joined(AUDIO, inputs, turn)):
-        cache = copy.deepcopy(output.past_key_values)
-        continued = step_logits(model, {**whole, **given}, past_key_values=cache)
-        torch.testing.assert_close(continued, expected, atol=2e-5, rtol=0)
+    first, second, whole, cache = two_turns(
+        processor, model, [audio(sound(0.5, 1)), text("What?")], [audio(sound(0.5, 2)), text("And this?")]
+    )
+    expected = step_logits(model, {**whole, **join(AUDIO, first, second)})
+    for given in (join(AUDIO, second), join(AUDIO, first, second)):
+        assert_close(step_logits(model, {**whole, **given}, past_key_values=copy.deepcopy(cache)), expected)
 
 
 def test_mask_marks_the_rows_of_each_clip(processor, model, sound):
@@ -207,15 +177,3 @@ def test_projector_works_on_kept_rows_only(ask, fresh_model, sound):
     fresh_model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     fresh_model.eval().generate(**inputs, max_new_tokens=2)
     assert projected == [35 + 95] * 2 and encoded == [3] * 2
-
-
-@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 cannot trace transformers' own decorators")
-def test_forward_compiles_as_one_graph(ask, fresh_model, sound):
-    torch.compiler.reset()
-    compiled = torch.compile(fresh_model.forward, fullgraph=True, backend="aot_eager")
-    for clips in ([0.7, 1.9], [1.5]):
-        inputs = ask(*[audio(sound(seconds, number)) for number, seconds in enumerate(clips)], text("Which?"))
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(**inputs).logits, fresh_model(**inputs).logits)
-            with pytest.raises(RuntimeError, match="Audio tokens and audio features do not match"):
-                compiled(**{**inputs, "input_features_mask": inputs["input_features_mask"].roll(50, 1).tril()})
