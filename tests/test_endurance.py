@@ -1,4 +1,4 @@
-"""Three thousand requests of all kinds in one process, from eight threads at once (`make test-endurance`)."""
+"""make test-endurance: three thousand requests of all kinds in one process, from eight threads at once."""
 
 import ctypes
 import gc
@@ -12,10 +12,9 @@ import pytest
 import torch
 from helpers import audio, text, video
 from PIL import Image
-from serving import openai_form, short_form
-from test_serving import BAD
+from serving import BAD, ask, openai_form, short_form, user
 
-from demo.ask import EXAMPLES, prepare
+from demo.ask import EXAMPLES
 from handler import EndpointHandler
 
 
@@ -45,7 +44,7 @@ def make_jobs(handler, examples) -> list:
     """Calls without arguments, by kind: each returns an answer, or the words of an error."""
 
     def served(inputs):
-        return lambda: handler({"inputs": inputs, "parameters": SETTINGS})["text"]
+        return lambda: handler(ask(inputs, **SETTINGS))["text"]
 
     def refused(body):
         def call():
@@ -59,9 +58,8 @@ def make_jobs(handler, examples) -> list:
         """Video is not the handler's, so this asks the same model beside it."""
 
         def call():
-            content = [video(frames), audio(str(EXAMPLES / clip)), text("What is in the photo?")]
-            inputs = prepare(handler.processor, [{"role": "user", "content": content}])
-            return handler.model.generate(**inputs, **SETTINGS, do_sample=False).tolist()
+            messages = user(video(frames), audio(str(EXAMPLES / clip)), text("What is in the photo?"))
+            return handler.processor.answer(handler.model, [messages], **SETTINGS)
 
         return call
 
@@ -105,10 +103,10 @@ def test_three_thousand_requests(handler, examples):
     wrong, memory, warm = [], [], resident()
     before, files = state(handler.model), len(list(Path("/proc/self/fd").iterdir()))
     for start in range(0, REQUESTS, ROUND):
-        taken = jobs[start : start + ROUND]
+        batch = jobs[start : start + ROUND]
         with ThreadPoolExecutor(THREADS) as pool:
-            answers = pool.map(lambda job: job(), taken)
-            wrong += [(fresh[job], given) for job, given in zip(taken, answers, strict=True) if given != fresh[job]]
+            answers = pool.map(lambda job: job(), batch)
+            wrong += [(fresh[job], answer) for job, answer in zip(batch, answers, strict=True) if answer != fresh[job]]
         memory.append(resident())
     assert not wrong
     assert state(handler.model) == before and not handler.waiting
