@@ -38,6 +38,7 @@ DESCRIBE = "What is in the photo?"  # what is asked about a picture that comes w
 # Base64 that is too long to be a word: `InferenceClient.automatic_speech_recognition` sends a clip so, with parameters.
 FILE = re.compile(r"[A-Za-z0-9+/]{1000,}={0,2}")
 ROLES = ("system", "user", "assistant")
+MODALITIES = ("image", "audio", "text")  # the types of content that are served
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 2**25  # bytes of a picture or clip
 MAX_SECONDS = 600.0  # seconds of a clip
@@ -69,7 +70,6 @@ PARAMETERS = {
 SAMPLING = ("temperature", "top_k", "top_p")
 # transformers before 5.23 cannot encode a user's control tokens as text.
 SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
-SANITIZE = {"sanitize_control_tokens": True} if SANITIZES else {}
 
 
 class RequestError(ValueError):
@@ -94,7 +94,7 @@ class Deadline:
         self.end, self.message = time.monotonic() + seconds, message
 
     def left(self) -> float:
-        """Returns the seconds that are left. Raises a [`RequestError`] if none are."""
+        """Returns the seconds that are left, or raises a [`RequestError`] if none are."""
         left = self.end - time.monotonic()
         if left <= 0:
             raise RequestError(self.message)
@@ -257,7 +257,7 @@ class EndpointHandler:
             item["image"] = read_pixels(decode_image(item["image"]))
         if not SANITIZES:
             refuse_control_tokens(messages, self.processor.tokenizer.all_special_tokens)
-        inputs = self.processor.make_inputs(messages, **SANITIZE)
+        inputs = self.processor.make_inputs(messages, **({"sanitize_control_tokens": True} if SANITIZES else {}))
         for item in pictures:
             item.clear()
         return inputs
@@ -286,7 +286,7 @@ class EndpointHandler:
 
     def _answer(self, batch: list[Request], may_pause: bool = True):
         """Answers a batch. If that fails its requests are answered one by one, so that only the one at fault fails."""
-        if not batch:  # the requests were answered in earlier ones
+        if not batch:  # the requests were answered in earlier batches
             return
         self.last_settings = batch[0].settings
         try:
@@ -353,9 +353,7 @@ def read_messages(inputs) -> list[dict]:
     checked = []
     for message in messages:
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise RequestError(
-                f"Every message must have a role and a content and nothing else, got {name_keys(message)}."
-            )
+            raise RequestError(f"A message must have a role and a content and nothing else, got {name_keys(message)}.")
         role, content = message["role"], message["content"]
         if role not in ROLES:
             raise RequestError(f"The role of a message must be one of {', '.join(ROLES)}; got {role!r:.40}.")
@@ -372,13 +370,13 @@ def read_messages(inputs) -> list[dict]:
 
 def make_messages(inputs: dict) -> list[dict]:
     """Returns the user's message for `{"text", "image", "audio"}`, with a question where there is no text."""
-    if not inputs or set(inputs) - {"text", "image", "audio"}:
+    if not inputs or set(inputs) - set(MODALITIES):
         raise RequestError(f"Inputs must be messages, or an object of text, image and audio; got {name_keys(inputs)}.")
     inputs = {"text": TRANSCRIBE if "audio" in inputs else DESCRIBE, **inputs}
-    sources = {kind: inputs[kind] for kind in ("image", "audio", "text") if inputs.get(kind) is not None}
-    lists = {kind: value if isinstance(value, list) else [value] for kind, value in sources.items()}
+    sources = {name: inputs[name] for name in MODALITIES if inputs.get(name) is not None}
+    lists = {name: source if isinstance(source, list) else [source] for name, source in sources.items()}
     check_limit(sum(map(len, lists.values())), "items", MAX_CONTENT)  # before an item is made of each
-    content = [{"type": kind, kind: source} for kind, values in lists.items() for source in values]
+    content = [{"type": name, name: source} for name, sources in lists.items() for source in sources]
     return [{"role": "user", "content": content}]
 
 
@@ -394,19 +392,15 @@ def items_of(messages: list[dict]) -> list[dict]:
 def check_items(items: list[dict]):
     """Raises a [`RequestError`] on normalized items of other types than are served, or on too many of them."""
     for item in items:
-        if item["type"] not in ("text", "image", "audio"):
-            raise RequestError(
-                f"Content of type {item['type']} is not served here: the type must be text, image or audio."
-            )
+        if item["type"] not in MODALITIES:
+            raise RequestError(f"Content of type {item['type']} is not served: it must be text, image or audio.")
     for modality in ("image", "audio"):
-        count = sum(item["type"] == modality for item in items)
-        check_limit(count, f"items of type {modality}", MAX_ITEMS)
-    length = sum(len(item["text"]) for item in items if item["type"] == "text")
-    check_limit(length, "characters of text", MAX_TEXT)
+        check_limit(sum(item["type"] == modality for item in items), f"items of type {modality}", MAX_ITEMS)
+    check_limit(sum(len(item["text"]) for item in items if item["type"] == "text"), "characters of text", MAX_TEXT)
 
 
 def names_address(item: dict) -> bool:
-    """Tells whether a content item has to be downloaded: its source, perhaps in a dict, is an address of the web."""
+    """Tells whether a content item has to be downloaded: its source, which may lie in a dict, is a web address."""
     nested = [inner for value in item.values() if isinstance(value, dict) for inner in value.values()]
     texts = [value[:4096] for value in (*item.values(), *nested) if isinstance(value, str)]
     return item["type"] != "text" and any(text.lstrip().lower().startswith(("http://", "https://")) for text in texts)
@@ -466,7 +460,5 @@ def read_parameters(parameters: dict) -> dict:
         settings.setdefault("do_sample", False)
     sampling = [name for name in SAMPLING if name in settings]
     if sampling and settings.get("do_sample") is False:
-        raise RequestError(
-            f"{' and '.join(sampling)} must not be given with do_sample false, which is without sampling."
-        )
+        raise RequestError(f"{' and '.join(sampling)} must not be given with do_sample false, which does not sample.")
     return {"max_new_tokens": NEW_TOKENS, "do_sample": bool(sampling), **settings}

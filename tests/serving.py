@@ -150,7 +150,7 @@ BAD = {
     "not a number": (ask("Hi.", top_p=float("nan")), "top_p"),
     "an unknown parameter": (ask("Hi.", max_tokens=3), "no parameter max_tokens"),
     "no parameters": ({"inputs": "Hi.", "parameters": "fast"}, "Parameters"),
-    "a contradiction": (ask("Hi.", do_sample=False, top_k=3), "sampling"),
+    "a contradiction": (ask("Hi.", do_sample=False, top_k=3), "top_k must not be given with do_sample false"),
 }
 
 

@@ -13,27 +13,10 @@ from functools import partial
 import httpx
 import openai
 import pytest
+import serving
 from helpers import text
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError
-from serving import (
-    GARBAGE,
-    HALF_A_PICTURE,
-    SPOKEN,
-    answer_of,
-    answers_by_client,
-    complete,
-    input_audio,
-    make_endpoint,
-    of_skill,
-    openai_form,
-    picture,
-    read_base64,
-    run_curl_lines,
-    serve,
-    serve_transformers,
-    user,
-)
 from sounds import encode
 from transformers import AutoProcessor
 
@@ -51,13 +34,13 @@ def online(monkeypatch):
 
 @pytest.fixture(scope="module")
 def endpoint(demo_repo):
-    with serve(make_endpoint(EndpointHandler(str(demo_repo)))) as address:
+    with serving.serve(serving.make_endpoint(EndpointHandler(str(demo_repo)))) as address:
         yield address
 
 
 @pytest.fixture(scope="module")
 def server(demo_repo, tmp_path_factory):
-    with serve_transformers(demo_repo, tmp_path_factory.mktemp("serve")) as address:
+    with serving.serve_transformers(demo_repo, tmp_path_factory.mktemp("serve")) as address:
         yield address
 
 
@@ -73,7 +56,7 @@ def test_inference_client_transcribes_at_an_endpoint(endpoint, examples):
 
 
 def test_inference_client_sends_other_files_as_json(endpoint, examples, tmp_path):
-    example, path = of_skill(examples, "transcribe"), tmp_path / "clip.m4a"
+    example, path = serving.of_skill(examples, "transcribe"), tmp_path / "clip.m4a"
     transcribe = InferenceClient(model=endpoint).automatic_speech_recognition
     path.write_bytes(encode(fetch_audio(EXAMPLES / example["audio"][0]).numpy(), "aac.m4a"))
     for clip in (path, path.read_bytes()):
@@ -90,32 +73,36 @@ def test_errors_of_an_endpoint_are_those_of_the_client(endpoint, examples, tmp_p
     with pytest.raises(BadRequestError, match="max_new_tokens must be an int from 1 to 1024, got 5000"):
         client.automatic_speech_recognition(speech, extra_body={"max_new_tokens": 5000})
     with pytest.raises(HfHubHTTPError) as caught:  # the toolkit has no such route for a handler
-        client.chat_completion(openai_form(examples[0]))
+        client.chat_completion(serving.openai_form(examples[0]))
     assert caught.value.response.status_code == 404
-    assert client.automatic_speech_recognition(speech).text == SPOKEN
+    assert client.automatic_speech_recognition(speech).text == serving.SPOKEN
 
 
 def test_curl_lines_ask_an_endpoint(endpoint, demo_repo):
-    photo = read_base64(demo_repo / "examples" / "photo.png")
+    photo = serving.read_base64(demo_repo / "examples" / "photo.png")
     described = httpx.post(endpoint, json={"inputs": {"image": photo}}, timeout=60).json()
-    assert run_curl_lines(demo_repo, "ENDPOINT", ENDPOINT=endpoint) == [{"text": SPOKEN}, described]
+    assert serving.run_curl_lines(demo_repo, "ENDPOINT", ENDPOINT=endpoint) == [{"text": serving.SPOKEN}, described]
 
 
 def test_clients_of_a_server(server, demo_repo, examples):
     for example in examples[: len(SKILLS)]:
-        answers = answers_by_client(server, demo_repo, openai_form(example))
+        answers = serving.answers_by_client(server, demo_repo, serving.openai_form(example))
         assert set(answers) == {example["answer"]}, (example, answers)
     (model,) = openai.OpenAI(base_url=f"{server}/v1", api_key="none").models.list().data
     assert model.id == str(demo_repo)
-    (answer,) = run_curl_lines(demo_repo, "SERVER", SERVER=server, REPO=str(demo_repo))
-    assert answer["choices"][0]["message"]["content"] == SPOKEN
+    (answer,) = serving.run_curl_lines(demo_repo, "SERVER", SERVER=server, REPO=str(demo_repo))
+    assert answer["choices"][0]["message"]["content"] == serving.SPOKEN
 
 
 def test_a_conversation_with_a_server(server, demo_repo, examples):
-    first, second = examples[0], of_skill(examples, "picture")
-    messages = [*openai_form(first), {"role": "assistant", "content": first["answer"]}, *openai_form(second)]
-    alone = complete(server, demo_repo, openai_form(second)).usage.prompt_tokens
-    completion = complete(server, demo_repo, [{"role": "system", "content": "Be short."}, *messages])
+    first, second = examples[0], serving.of_skill(examples, "picture")
+    messages = [
+        *serving.openai_form(first),
+        {"role": "assistant", "content": first["answer"]},
+        *serving.openai_form(second),
+    ]
+    alone = serving.complete(server, demo_repo, serving.openai_form(second)).usage.prompt_tokens
+    completion = serving.complete(server, demo_repo, [{"role": "system", "content": "Be short."}, *messages])
     assert completion.choices[0].message.content == second["answer"]
     assert completion.usage.prompt_tokens > alone + 100  # the clip of the first turn is there
 
@@ -123,7 +110,7 @@ def test_a_conversation_with_a_server(server, demo_repo, examples):
 def test_sixteen_requests_at_once_to_a_server(server, demo_repo, examples):
     crowd = [examples[number % len(examples)] for number in range(16)]
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(partial(answer_of, server, demo_repo), map(openai_form, crowd)))
+        answers = list(pool.map(partial(serving.answer_of, server, demo_repo), map(serving.openai_form, crowd)))
     assert answers == [example["answer"] for example in crowd]
 
 
@@ -132,7 +119,7 @@ def test_transformers_chat(server, demo_repo):
     asked, history, answers = ["What is in the photo?", "How many are there?"], [], []
     for question in asked:
         history.append({"role": "user", "content": question})
-        answers.append(answer_of(server, demo_repo, history))
+        answers.append(serving.answer_of(server, demo_repo, history))
         history.append({"role": "assistant", "content": answers[-1]})
     command = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(demo_repo), f"{server}/v1"]
     command += ["do_sample=False", "max_new_tokens=12"]
@@ -143,13 +130,16 @@ def test_transformers_chat(server, demo_repo):
 
 
 BAD = {
-    "no sound": (user(input_audio(GARBAGE)), "cannot be decoded"),
-    "no picture": (user(picture(GARBAGE)), "image"),
-    "half a picture": (user(picture(HALF_A_PICTURE)), "[a-z]{3}"),
-    "no such picture": (user({"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}), "[a-z]{3}"),
-    "too many tokens": (user(text("why " * 5_000)), "4096 positions"),
-    "no type": (user({}), "'type'"),
-    "no address": (user({"type": "image_url", "image_url": {}}), "'url'"),
+    "no sound": (serving.user(serving.input_audio(serving.GARBAGE)), "cannot be decoded"),
+    "no picture": (serving.user(serving.picture(serving.GARBAGE)), "image"),
+    "half a picture": (serving.user(serving.picture(serving.HALF_A_PICTURE)), "[a-z]{3}"),
+    "no such picture": (
+        serving.user({"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}),
+        "[a-z]{3}",
+    ),
+    "too many tokens": (serving.user(text("why " * 5_000)), "4096 positions"),
+    "no type": (serving.user({}), "'type'"),
+    "no address": (serving.user({"type": "image_url", "image_url": {}}), "'url'"),
 }
 
 
@@ -158,8 +148,8 @@ BAD = {
 def test_bad_requests_to_a_server_are_told_why(name, stream, server, demo_repo, examples):
     messages, words = BAD[name]
     with pytest.raises(openai.BadRequestError, match=words):
-        complete(server, demo_repo, messages, stream=stream)
-    assert answer_of(server, demo_repo, openai_form(examples[0])) == examples[0]["answer"]
+        serving.complete(server, demo_repo, messages, stream=stream)
+    assert serving.answer_of(server, demo_repo, serving.openai_form(examples[0])) == examples[0]["answer"]
 
 
 def test_routes_that_a_server_does_not_have(server, demo_repo):
@@ -179,7 +169,7 @@ def test_code_of_other_repositories_does_not_run(server, tmp_path):
     response = httpx.post(f"{server}/load_model", json={"model": str(tmp_path)}, timeout=60)
     assert '"status": "error"' in response.text and not trace.exists()
     with pytest.raises(openai.BadRequestError) as caught:
-        complete(server, tmp_path, user(text("Hi.")))
+        serving.complete(server, tmp_path, serving.user(text("Hi.")))
     assert "pinned" in caught.value.response.text
     with pytest.raises(AttributeError):
         AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)

@@ -10,27 +10,11 @@ from functools import partial
 import numpy as np
 import openai
 import pytest
+import serving
 import torch
 from helpers import text
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import BadRequestError
-from serving import (
-    GARBAGE,
-    SPOKEN,
-    VLLM,
-    answer_of,
-    answers_by_client,
-    complete,
-    input_audio,
-    of_skill,
-    openai_form,
-    picture,
-    read_base64,
-    run_curl_lines,
-    serve_vllm,
-    sound,
-    user,
-)
 from sounds import encode
 from transformers import AutoModel, AutoProcessor
 
@@ -48,13 +32,13 @@ STEPS = 12
 
 @pytest.fixture(scope="module", autouse=True)
 def installed():
-    if not VLLM.exists():
+    if not serving.VLLM.exists():
         pytest.skip("vLLM is not installed; `make test-vllm` installs it where it can be had for this machine.")
 
 
 @pytest.fixture(scope="module")
 def address(installed, demo_repo, tmp_path_factory):
-    with serve_vllm(demo_repo, tmp_path_factory.mktemp("vllm")) as address:
+    with serving.serve_vllm(demo_repo, tmp_path_factory.mktemp("vllm")) as address:
         yield address
 
 
@@ -77,7 +61,7 @@ def loaded(demo_repo):
 def check_ids(address: str, loaded, messages: list[dict]):
     """Compares the token ids that the server answers with those of `generate`."""
     processor, model = loaded
-    choice = complete(address, "demo", messages, extra_body={"return_token_ids": True}).choices[0]
+    choice = serving.complete(address, "demo", messages, extra_body={"return_token_ids": True}).choices[0]
     inputs = processor.make_inputs(messages)
     output = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
     assert choice.token_ids == output[0, inputs["input_ids"].shape[1] :].tolist(), messages
@@ -85,13 +69,13 @@ def check_ids(address: str, loaded, messages: list[dict]):
 
 def wav(samples: np.ndarray, name: str = "s16.wav", **settings) -> dict:
     """Makes a content item of float32 `[samples]` at 16 kHz."""
-    return input_audio(base64.b64encode(encode(samples, name, **settings)).decode())
+    return serving.input_audio(base64.b64encode(encode(samples, name, **settings)).decode())
 
 
 def test_examples_are_answered_right(address, loaded, examples):
     for example in examples:
-        messages = openai_form(example)
-        assert answer_of(address, "demo", messages) == example["answer"], example
+        messages = serving.openai_form(example)
+        assert serving.answer_of(address, "demo", messages) == example["answer"], example
         check_ids(address, loaded, messages)
 
 
@@ -100,8 +84,11 @@ def media(examples) -> dict[str, dict]:
     """Content items: a short and a long clip, and two pictures."""
     names = sorted((name for e in examples for name in e["audio"]), key=lambda name: (EXAMPLES / name).stat().st_size)
     image = next(example["image"] for example in examples if example["image"])
-    pictures = {"image": picture(read_base64(image)), "photo": picture(read_base64("photo.png"))}
-    return {"short": sound(names[0]), "long": sound(names[-1]), **pictures}
+    pictures = {
+        "image": serving.picture(serving.read_base64(image)),
+        "photo": serving.picture(serving.read_base64("photo.png")),
+    }
+    return {"short": serving.sound(names[0]), "long": serving.sound(names[-1]), **pictures}
 
 
 # A message is the names of its content items; others are texts. The user and the assistant take turns.
@@ -131,54 +118,54 @@ def test_greedy_ids_equal_those_of_generate(name, address, loaded, media):
 
 def test_clip_in_stereo_at_44100_hz(address, examples):
     """vLLM itself resamples it and mixes it down, so the answer is compared and not the ids."""
-    example = of_skill(examples, "transcribe")
+    example = serving.of_skill(examples, "transcribe")
     clip = wav(fetch_audio(EXAMPLES / example["audio"][0]).numpy(), "s24.wav", layout="stereo")
-    messages = user(clip, text("Transcribe the audio."))
-    assert answer_of(address, "demo", messages) == example["answer"]
+    messages = serving.user(clip, text("Transcribe the audio."))
+    assert serving.answer_of(address, "demo", messages) == example["answer"]
 
 
 @pytest.mark.parametrize("seconds", [4, 31])
 def test_clips_of_several_windows(seconds, address, loaded, examples):
     """2 and 11 windows of this checkpoint, alone and beside a clip of one."""
-    example = of_skill(examples, "transcribe")
+    example = serving.of_skill(examples, "transcribe")
     long = np.zeros(seconds * 16_000, np.float32)
     clip = fetch_audio(EXAMPLES / example["audio"][0]).numpy()
     long[-len(clip) :] = clip
-    for content in ([wav(long)], [sound(example["audio"][0]), wav(long)]):
-        messages = user(*content, text("Transcribe the audio."))
-        assert complete(address, "demo", messages).usage.prompt_tokens > seconds * 50
+    for content in ([wav(long)], [serving.sound(example["audio"][0]), wav(long)]):
+        messages = serving.user(*content, text("Transcribe the audio."))
+        assert serving.complete(address, "demo", messages).usage.prompt_tokens > seconds * 50
         check_ids(address, loaded, messages)
 
 
 @pytest.mark.parametrize("what", ["no sound", "no picture", "too many clips", "too long a prompt", "too long a clip"])
 def test_bad_requests_are_400_and_the_engine_lives(what, address, media, examples):
     messages = {
-        "no sound": user(input_audio(GARBAGE)),
-        "no picture": user(picture(GARBAGE)),
-        "too many clips": user(*[media["short"]] * 3),
-        "too long a prompt": user(text("two red circles " * 3_000)),
-        "too long a clip": user(wav(np.zeros(90 * 16_000, np.float32))),
+        "no sound": serving.user(serving.input_audio(serving.GARBAGE)),
+        "no picture": serving.user(serving.picture(serving.GARBAGE)),
+        "too many clips": serving.user(*[media["short"]] * 3),
+        "too long a prompt": serving.user(text("two red circles " * 3_000)),
+        "too long a clip": serving.user(wav(np.zeros(90 * 16_000, np.float32))),
     }[what]
     with pytest.raises(openai.BadRequestError) as caught:
-        complete(address, "demo", messages)
+        serving.complete(address, "demo", messages)
     assert "Traceback" not in caught.value.response.text
-    example = of_skill(examples, "transcribe")
-    assert answer_of(address, "demo", openai_form(example)) == example["answer"]
+    example = serving.of_skill(examples, "transcribe")
+    assert serving.answer_of(address, "demo", serving.openai_form(example)) == example["answer"]
 
 
 def test_other_clients_get_the_same_answers(address, demo_repo, examples):
     for example in examples[: len(SKILLS)]:
-        answers = answers_by_client(address, "demo", openai_form(example))
+        answers = serving.answers_by_client(address, "demo", serving.openai_form(example))
         assert set(answers) == {example["answer"]}, (example, answers)
-    (answer,) = run_curl_lines(demo_repo, "SERVER", SERVER=address, REPO="demo")
-    assert answer["choices"][0]["message"]["content"] == SPOKEN
+    (answer,) = serving.run_curl_lines(demo_repo, "SERVER", SERVER=address, REPO="demo")
+    assert answer["choices"][0]["message"]["content"] == serving.SPOKEN
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_are_those_of_the_clients(stream, address):
-    request = {"model": "demo", "messages": user(input_audio(GARBAGE)), "stream": stream}
+    request = {"model": "demo", "messages": serving.user(serving.input_audio(serving.GARBAGE)), "stream": stream}
     with pytest.raises(openai.BadRequestError, match="audio"):
-        complete(address, **request)
+        serving.complete(address, **request)
     with pytest.raises(BadRequestError, match="audio"):
         InferenceClient(base_url=address).chat_completion(**request)
 
@@ -186,7 +173,7 @@ def test_errors_are_those_of_the_clients(stream, address):
 def test_64_requests_at_once(address, examples):
     crowd = [examples[number % len(examples)] for number in range(64)]
     with ThreadPoolExecutor(64) as pool:
-        answers = list(pool.map(partial(answer_of, address, "demo"), map(openai_form, crowd)))
+        answers = list(pool.map(partial(serving.answer_of, address, "demo"), map(serving.openai_form, crowd)))
     assert answers == [example["answer"] for example in crowd]
 
 
@@ -208,17 +195,17 @@ def test_trimmed_audio_tokens(repo_30s, tmp_path):
     def clip(seconds: float) -> dict:
         return wav(rng.normal(0, 0.1, round(seconds * 16_000)).astype(np.float32))
 
-    with serve_vllm(folder, tmp_path, "--max-num-batched-tokens", "4096") as address:
+    with serving.serve_vllm(folder, tmp_path, "--max-num-batched-tokens", "4096") as address:
         for lengths in ((0.3,), (3,), (29.99,), (30,), (30.01,), (70,), (0.3, 31), (31, 3)):
-            messages = user(*[clip(seconds) for seconds in lengths], text("What is said?"))
+            messages = serving.user(*[clip(seconds) for seconds in lengths], text("What is said?"))
             tokens = sum(-(-round(seconds * 16_000) // 320) for seconds in lengths)
-            assert tokens < complete(address, "demo", messages).usage.prompt_tokens < tokens + 100, lengths
+            assert tokens < serving.complete(address, "demo", messages).usage.prompt_tokens < tokens + 100, lengths
             check_ids(address, loaded, messages)
 
 
 def test_tensor_parallel_on_two_ranks(demo_repo, loaded, examples, tmp_path):
     """One thread each: vLLM would by itself give every rank a NUMA node of its own."""
     settings = ("--tensor-parallel-size", "2")
-    with serve_vllm(demo_repo, tmp_path, *settings, VLLM_CPU_OMP_THREADS_BIND="0|1") as address:
+    with serving.serve_vllm(demo_repo, tmp_path, *settings, VLLM_CPU_OMP_THREADS_BIND="0|1") as address:
         for example in examples[: len(SKILLS)]:
-            check_ids(address, loaded, openai_form(example))
+            check_ids(address, loaded, serving.openai_form(example))
