@@ -208,7 +208,7 @@ def draw_spectrogram(features: torch.Tensor, clip: torch.Tensor, extractor, atte
 
 
 def draw_picture(image: Image.Image, attention: torch.Tensor) -> Figure:
-    """A picture under the attention to its tokens, `[rows, columns]`."""
+    """Draws a picture, and over it the attention to its tokens, `[rows, columns]`."""
     height = min(max(image.height / image.width, 0.25), 4.0)  # a strip of a picture is squeezed
     figure = Figure(figsize=(4, 4 * height), layout="constrained")
     axes = figure.subplots()
