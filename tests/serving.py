@@ -192,7 +192,7 @@ def serve(app: Starlette):
 @contextlib.contextmanager
 def serve_process(command: list[str], folder: Path, health: str = "/health", **environment: str):
     """Yields the address of a server in a process of its own, once it answers at `health`; its log lies in `folder`."""
-    port, log, end = free_port(), folder / "log.txt", time.monotonic() + 300
+    port, log, end = free_port(), folder / "log.txt", time.monotonic() + 600
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as file:
         settings = {"stdout": file, "stderr": file, "cwd": folder, "start_new_session": True}

@@ -444,8 +444,9 @@ def test_sampling_is_within_bounds_and_asked_for(module, handler):
     }
 
 
-def test_two_hundred_requests_at_once(address, examples):
+def test_two_hundred_requests_at_once(module, address, examples, monkeypatch):
     """Good ones of every skill and bad ones, in one crowd: each gets its own answer."""
+    monkeypatch.setattr(module, "QUEUE_SECONDS", 300.0)  # however busy this machine is
     rng = random.Random(0)
     jobs = []
     for number in range(200):
