@@ -264,11 +264,8 @@ class EndpointHandler:
 
     def _next_batch(self, max_tokens: int, max_new_tokens: int = sys.maxsize) -> list[Request]:
         """
-        Takes the first request that waits, if any does, and as many others with the same settings as fit.
-
-        Args:
-            max_tokens: The most tokens of the batch, padding and answers included.
-            max_new_tokens: Requests for longer answers are left to wait.
+        Takes the first request that waits, if any does, and as many others with the same settings as fit `max_tokens`,
+        padding and answers included. Requests with more than `max_new_tokens` are left to wait.
         """
         for request in [request for request in self.waiting if request.answer.cancelled()]:
             self.waiting.remove(request)
