@@ -1,5 +1,5 @@
 """
-A page to try the model: give it audio and a picture, ask, and see what the answer attends to. What Spaces run.
+A page to try the model: give it audio and a picture, ask, and see what the answer attends to. Spaces run it.
 
     python app.py [REPO]    a folder or a Hub id; the default is $REPO, or else the folder of this file
 """
@@ -8,6 +8,8 @@ import argparse
 import os
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
@@ -15,161 +17,140 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, StoppingCriteria, TextIteratorStreamer
+from transformers import AutoModel, AutoProcessor, BatchFeature, TextIteratorStreamer
 from transformers.utils import logging
 
-from configuration_qwen2_audio_vl import TRANSCRIBE, WHOLE_MODEL, find_folder
-from handler import DESCRIBE, IMAGE_FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS, MAX_TEXT, decode_image
+import handler
+from configuration_qwen2_audio_vl import ENCODER_STRIDE, TRANSCRIBE, WHOLE_MODEL, find_folder
 
 
 logger = logging.get_logger(__name__)
 
-MAX_NEW_TOKENS = 256
-MAX_VISITORS = 32  # who wait for an answer; one is answered at a time
+MAX_VISITORS = 32  # visitors who wait for an answer; one is answered at a time
 POLL = 0.5  # seconds after which Gradio is asked whether the visitor has left
+# The question where a visitor asks none, by whether there is audio and whether there is a picture.
 QUESTIONS = {
     (True, True): "Answer the spoken question about the photo.",
     (True, False): TRANSCRIBE,
-    (False, True): DESCRIBE,
+    (False, True): handler.DESCRIBE,
 }
 
 
-class StopWhenSet(StoppingCriteria):
-    """Ends `generate` with the step in which an event is set."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+@contextmanager
+def shown(title: str, words: str = ""):
+    """Turns a ValueError of the block into an error that the page shows, after some words."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(f"{words}{error}", title=title) from error
 
 
 class DemoModel:
-    """A loaded repository that answers questions, and shows what in the prompt the answer attends to."""
+    """A loaded repository. It answers questions, and shows which tokens of the prompt the answer attends to."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        code = {"trust_remote_code": True}
-        self.processor = AutoProcessor.from_pretrained(self.folder, **code)
-        self.model = AutoModel.from_pretrained(self.folder, dtype="auto", device_map="auto", **code).eval()
-        self.turn = threading.Lock()  # held by the answer that is generated
-
-    def open(self, audio: str | None, picture: str | None) -> tuple[torch.Tensor | None, Image.Image | None]:
-        """
-        Raises:
-            gr.Error: if a file cannot be opened; shown on the page.
-        """
-        clip, limits = None, {"max_bytes": MAX_BYTES, "max_seconds": MAX_SECONDS}
-        try:
-            if audio:
-                clip = self.processor.open_item({"type": "audio", "path": audio}, **limits)["audio"]
-        except ValueError as error:
-            raise gr.Error(f"This audio cannot be opened: {error}", title="Audio") from error
-        try:
-            image = Image.open(picture, formats=IMAGE_FORMATS) if picture else None
-            if image is not None and image.width * image.height > MAX_PIXELS:  # by its header, before it is decoded
-                raise gr.Error(f"A picture must have at most {MAX_PIXELS} pixels.", title="Picture")
-            return clip, image and decode_image(image).convert("RGB")
-        except gr.Error:
-            raise
-        except Exception as error:  # of many types, in Pillow's parsers of broken files
-            raise gr.Error("This picture cannot be opened: the file must be a whole image.", title="Picture") from error
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        self.model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto", device_map="auto").eval()
+        self.executor = ThreadPoolExecutor(1)  # one thread, so that one answer is computed at a time
 
     def answer(self, audio: str | None, picture: str | None, question: str | None):
         """
-        Yields, as the answer grows: the answer, what went in, and at the end the two figures (None before).
+        Yields the answer as it grows, what went in, and the two figures, which are None until the answer has ended.
 
         Args:
             audio, picture: Paths of files, or None.
-            question: Where it is empty, the one of `QUESTIONS` for what is given.
+            question: If it is empty, one of `QUESTIONS` is asked.
+
+        Raises:
+            gr.Error: if there is no answer; the page shows it.
         """
         clip, image = self.open(audio, picture)
+        inputs = self.prepare(clip, image, question)
+        facts = self.describe(inputs, clip)
+        text, output = yield from self.stream(inputs, facts)
+        attention = self.executor.submit(self.attend, inputs, output).result()
+        yield text, facts, *self.draw(inputs, attention, clip, image)
+
+    def open(self, audio: str | None, picture: str | None) -> tuple[torch.Tensor | None, Image.Image | None]:
+        limits = {"max_bytes": handler.MAX_BYTES, "max_seconds": handler.MAX_SECONDS, "formats": handler.IMAGE_FORMATS}
+        clip, image = None, None
+        if audio:
+            with shown("Audio", "This audio cannot be opened: "):
+                clip = self.processor.open_item({"type": "audio", "path": audio}, **limits)["audio"]
+        if picture:
+            with shown("Picture", "This picture cannot be opened: "):
+                image = self.processor.open_item({"type": "image", "path": picture}, **limits)["image"]
+                handler.check_limit(image.width * image.height, "pixels", handler.MAX_PIXELS)  # before it is decoded
+                image = handler.decode_image(image).convert("RGB")
+        return clip, image
+
+    def prepare(self, clip: torch.Tensor | None, image: Image.Image | None, question: str | None) -> BatchFeature:
+        """Returns the model's inputs for what a visitor gave."""
         question = question or QUESTIONS.get((clip is not None, image is not None))
-        if len(question or "") > MAX_TEXT:
-            raise gr.Error(
-                f"A question must have at most {MAX_TEXT} characters, got {len(question)}.", title="Question"
-            )
         if not question:
             raise gr.Error("Give audio, a picture or a question.", title="Nothing to answer")
-        content = [{"type": "text", "text": question}]
-        if clip is not None:
-            content.insert(0, {"type": "audio", "audio": clip})
-        if image is not None:
-            content.insert(0, {"type": "image", "image": image})
-        try:
-            inputs = self.processor.make_inputs([{"role": "user", "content": content}]).to(self.model.device)
-        except ValueError as error:  # such as a prompt that is too long
-            raise gr.Error(str(error), title="Question") from error
-        length, positions = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
-        if length + MAX_NEW_TOKENS > positions:
-            raise gr.Error(
-                f"Prompt and answer must fit the model's {positions} positions, but the prompt has {length} tokens and "
-                f"the answer may have {MAX_NEW_TOKENS}.",
-                title="Question",
-            )
-        facts = self.describe(inputs, clip)
+        sources = {"image": image, "audio": clip, "text": question}
+        content = [{"type": kind, kind: source} for kind, source in sources.items() if source is not None]
+        with shown("Question"):
+            handler.check_limit(len(question), "characters of text", handler.MAX_TEXT)
+            inputs = self.processor.make_inputs([{"role": "user", "content": content}])
+            positions = self.model.config.text_config.max_position_embeddings
+            handler.check_length(inputs["input_ids"].shape[1], handler.NEW_TOKENS, positions)
+        return inputs.to(self.model.device)
 
+    def stream(self, inputs: BatchFeature, facts: str):
+        """Yields what [`answer`] yields as the answer grows. Returns its text, and the output of `generate`."""
         settings = {"skip_prompt": True, "skip_special_tokens": True, "timeout": POLL}
         streamer = TextIteratorStreamer(self.processor.tokenizer, **settings)
-        done, has_left = {}, threading.Event()
+        has_left, text = threading.Event(), ""
 
-        def generate():
-            try:
-                with self.turn:
-                    if has_left.is_set():
-                        return
-                    done["output"] = self.model.generate(
-                        **inputs,
-                        max_new_tokens=MAX_NEW_TOKENS,
-                        do_sample=False,
-                        return_dict_in_generate=True,
-                        streamer=streamer,
-                        stopping_criteria=[StopWhenSet(has_left)],
-                    )
-            except Exception:
-                logger.exception("The answer failed.")
-                streamer.end()
+        def stop(input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+            return torch.full((len(input_ids),), has_left.is_set(), device=input_ids.device)
 
-        thread = threading.Thread(target=generate)
-        thread.start()
-        text = ""
+        output = self.executor.submit(
+            self.model.generate,
+            **inputs,
+            max_new_tokens=handler.NEW_TOKENS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            streamer=streamer,
+            stopping_criteria=[stop],
+        )
+        output.add_done_callback(lambda _: streamer.end())  # also after an error
         try:
-            for piece in iterate(streamer):
-                text += piece
+            while True:
+                try:
+                    text += next(streamer)
+                except StopIteration:
+                    break
+                except queue.Empty:  # there was nothing new for `POLL` seconds
+                    pass
                 yield text, facts, None, None
         finally:  # Gradio closes this generator at a `yield` after the visitor has left
             has_left.set()
-        thread.join()
-        if "output" not in done:
-            raise gr.Error("The answer failed; this is logged.", title="Answer")
-        with self.turn:  # the model attends in another way meanwhile
-            attention, audio_figure, picture_figure = self.attend(inputs, done["output"]), None, None
-        config, ids = self.model.config, inputs["input_ids"][0]
-        if clip is not None:
-            extractor = self.processor.feature_extractor
-            to_audio = attention[ids == config.audio_token_id]
-            token_seconds = extractor.chunk_length / config.audio_config.max_source_positions
-            audio_figure = draw_spectrogram(inputs["input_features"], len(clip), extractor, to_audio, token_seconds)
-        if image is not None:
-            height = int(inputs["image_grid_thw"][0, 1])
-            rows = height // config.vision_config.spatial_merge_size
-            picture_figure = draw_picture(image, attention[ids == config.image_token_id].reshape(rows, -1))
-        yield text, facts, audio_figure, picture_figure
+            output.cancel()
+        try:
+            return text, output.result()
+        except Exception as error:
+            logger.exception("The answer failed.")
+            raise gr.Error("The answer failed; this is logged.", title="Answer") from error
 
-    def describe(self, inputs, clip: torch.Tensor | None) -> str:
+    def describe(self, inputs: BatchFeature, clip: torch.Tensor | None) -> str:
+        """Counts the seconds and tokens that went in."""
         config, ids = self.model.config, inputs["input_ids"][0]
         parts = [] if clip is None else [f"{len(clip) / self.processor.feature_extractor.sampling_rate:.2f} s of audio"]
-        for kind, token_id in (("audio", config.audio_token_id), ("image", config.image_token_id)):
+        for modality, token_id in (("audio", config.audio_token_id), ("image", config.image_token_id)):
             if count := int((ids == token_id).sum()):
-                parts.append(f"{count} {kind} tokens")
+                parts.append(f"{count} {modality} tokens")
         return ", ".join([*parts, f"{len(ids)} tokens in all"])
 
     @torch.no_grad()
-    def attend(self, inputs, output) -> torch.Tensor:
+    def attend(self, inputs: BatchFeature, output) -> torch.Tensor:
         """
-        How much the answer attends to each token of the prompt, float32 `[tokens]`: the mean over the layers and heads
-        of the language model and over the answer's tokens. The answer is computed once more by eager attention, on the
-        cache of its prompt, because the kernels that `generate` uses do not return these weights.
+        Returns how much the answer attends to each token of the prompt, float32 `[tokens]`: the mean over the layers
+        and heads of the language model and over the answer's tokens. The answer is computed once more by eager
+        attention, on the cache of its prompt, because the kernels that `generate` uses do not return these weights.
         """
         prompt = inputs["input_ids"].shape[1]
         cache = output.past_key_values
@@ -189,38 +170,37 @@ class DemoModel:
         layers = [layer[0].float().mean((0, 1))[:prompt].cpu() for layer in outputs.attentions]  # [heads, answer, all]
         return torch.stack(layers).mean(0)
 
+    def draw(self, inputs, attention, clip, image) -> tuple[Figure | None, Figure | None]:
+        """Draws the attention to the clip and to the picture, each if it is there."""
+        config, ids, audio_figure, picture_figure = self.model.config, inputs["input_ids"][0].cpu(), None, None
+        if clip is not None:
+            to_audio = attention[ids == config.audio_token_id]
+            audio_figure = draw_spectrogram(inputs["input_features"], clip, self.processor.feature_extractor, to_audio)
+        if image is not None:
+            rows = int(inputs["image_grid_thw"][0, 1]) // config.vision_config.spatial_merge_size
+            picture_figure = draw_picture(image, attention[ids == config.image_token_id].reshape(rows, -1))
+        return audio_figure, picture_figure
 
-def iterate(streamer: TextIteratorStreamer):
-    """Yields the pieces of an answer, and an empty one whenever there was none for `POLL` seconds."""
-    while True:
-        try:
-            yield next(streamer)
-        except queue.Empty:
-            yield ""
-        except StopIteration:
-            return
 
-
-def draw_spectrogram(
-    features: torch.Tensor, num_samples: int, feature_extractor, attention: torch.Tensor, token_seconds: float
-) -> Figure:
+def draw_spectrogram(features: torch.Tensor, clip: torch.Tensor, extractor, attention: torch.Tensor) -> Figure:
     """
-    The log-mel spectrogram that the encoder is given, under the attention to its tokens.
+    Draws the log-mel spectrogram that the encoder gets, and over it the attention to the clip's tokens.
 
     Args:
         features: `[windows, mel bins, frames]`.
-        num_samples: Of the clip; what follows is padding.
-        attention: `[audio tokens]`, of whole windows or of the clip alone.
-        token_seconds: The seconds that a token stands for.
+        clip: `[samples]`; the rest of the windows is padding.
+        extractor: The feature extractor.
+        attention: `[audio tokens]` of whole windows, or of the clip alone.
     """
     mel = torch.cat(list(features.float().cpu()), dim=1).numpy()  # [mel bins, frames of all windows]
-    seconds = len(features) * feature_extractor.chunk_length
+    seconds = len(features) * extractor.chunk_length
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     axes.imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, len(mel)), cmap="magma")
-    axes.axvline(num_samples / feature_extractor.sampling_rate, color="white", linewidth=0.8)
+    axes.axvline(len(clip) / extractor.sampling_rate, color="white", linewidth=0.8)
     axes.set(xlabel="seconds", ylabel="mel bin")
     over = axes.twinx()
+    token_seconds = ENCODER_STRIDE * extractor.hop_length / extractor.sampling_rate
     times = (np.arange(len(attention)) + 0.5) * token_seconds
     over.fill_between(times, attention / attention.max(), color="cyan", alpha=0.45, linewidth=0)
     over.set(ylim=(0, 1.05), xlim=(0, seconds), yticks=[], ylabel="attention of the answer")
@@ -228,7 +208,7 @@ def draw_spectrogram(
 
 
 def draw_picture(image: Image.Image, attention: torch.Tensor) -> Figure:
-    """A picture under the attention to its tokens, `[rows, columns]`."""
+    """Draws a picture, and over it the attention to its tokens, `[rows, columns]`."""
     height = min(max(image.height / image.width, 0.25), 4.0)  # a strip of a picture is squeezed
     figure = Figure(figsize=(4, 4 * height), layout="constrained")
     axes = figure.subplots()
@@ -258,9 +238,8 @@ def make_page(model: DemoModel) -> gr.Blocks:
         gr.on([button.click, question.submit], model.answer, inputs, outputs, concurrency_limit=1)
         gr.Examples(
             [
-                [speech, photo, QUESTIONS[True, True]],
-                [speech, None, QUESTIONS[True, False]],
-                [None, photo, QUESTIONS[False, True]],
+                [speech if has_audio else None, photo if has_picture else None, words]
+                for (has_audio, has_picture), words in QUESTIONS.items()
             ],
             inputs,
         )
@@ -276,9 +255,9 @@ def main():
         folder = find_folder(options.repo, needed=WHOLE_MODEL)
     except ValueError as error:
         parser.exit(1, f"app.py: {error}\n")
-    model = DemoModel(folder)
-    page = make_page(model)
-    page.launch(server_port=options.port, allowed_paths=[str(model.folder / "examples")], max_file_size=MAX_BYTES)
+    page = make_page(DemoModel(folder))
+    examples = str(folder / "examples")
+    page.launch(server_port=options.port, allowed_paths=[examples], max_file_size=handler.MAX_BYTES)
 
 
 if __name__ == "__main__":

