@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-import upload
 from benchmarks.report import report
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
 from demo.ask import DEMO, ask, load
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SKILLS, Examples, cast, content, draw, say
+from publishing.build import build
 
 
 # The share that the best constant answer gets: one in ten clips to transcribe is a question.
@@ -65,7 +65,7 @@ def table(shares: dict[str, dict[str, list[float]]]) -> str:
 
 def measure(options) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        repo = upload.build(checkpoint=options.checkpoint, output=Path(folder) / "demo")
+        repo = build(checkpoint=options.checkpoint, output=Path(folder) / "demo")
         return table(evaluate(repo, options.questions))
 
 

@@ -13,10 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import upload
 from benchmarks.report import report
 from demo.ask import DEMO, content_of, load, prepare, read_examples
 from publishing import paths
+from publishing.build import build
 
 
 RECORDS = paths.ROOT / "build" / "releases"
@@ -24,7 +24,7 @@ RECORDS = paths.ROOT / "build" / "releases"
 
 def record() -> str:
     with tempfile.TemporaryDirectory() as folder:
-        processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
+        processor, model = load(build(checkpoint=DEMO, output=Path(folder) / "demo"))
         model, found = model.float(), {}
         for number, example in enumerate(read_examples()):
             inputs = prepare(processor, [{"role": "user", "content": content_of(example)}])

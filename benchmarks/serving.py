@@ -19,12 +19,12 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
-import upload
 from benchmarks.measure import Clock, where
 from benchmarks.report import report
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
 from demo.ask import DEMO, load, prepare, read_examples
 from handler import EndpointHandler
+from publishing.build import build
 from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, short_form
 
 
@@ -167,7 +167,7 @@ def measure(_) -> str:
     results, load = [], []
     for kind in AUDIO_TOKEN_COUNTS:
         with tempfile.TemporaryDirectory() as folder, httpx.Client(timeout=300) as client:
-            repo = upload.build(checkpoint=DEMO, output=Path(folder) / "demo", audio_tokens=kind)
+            repo = build(checkpoint=DEMO, output=Path(folder) / "demo", audio_tokens=kind)
             results.append(measure_folder(repo, Path(folder), client))
             load = load or measure_load(repo, client)
     columns = ("requests per second, one client", "sixteen clients", "first token, one client")

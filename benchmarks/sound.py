@@ -17,12 +17,12 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, Qwen2AudioProcessor, WhisperFeatureExtractor
 from transformers.audio_utils import load_audio
 
-import upload
 from audio_utils import fetch_audio, log_mel, resample, split_windows
 from benchmarks.measure import in_turns, where
 from benchmarks.report import report
 from demo.bases import ASSETS, make_qwen2_vl, make_whisper
 from publishing import paths
+from publishing.build import build
 from tests.sounds import encode
 
 
@@ -97,7 +97,7 @@ def bench_log_mel(table: Table, extractor: WhisperFeatureExtractor, speech: np.n
 def bench_processor(table: Table, extractor, speech: np.ndarray, clips: list[np.ndarray]):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        repo = upload.build(make_qwen2_vl(folder / "base"), make_whisper(folder / "whisper"), folder / "repo")
+        repo = build(make_qwen2_vl(folder / "base"), make_whisper(folder / "whisper"), folder / "repo")
         processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]})

@@ -15,11 +15,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
-import upload
 from benchmarks.measure import where
 from benchmarks.parts import full_config
 from benchmarks.report import report
 from demo.ask import DEMO, write_transcripts
+from publishing.build import build
 from training.train import LANGUAGE_MODEL
 
 
@@ -84,7 +84,7 @@ def measure(_) -> str:
     lines += [*count_full_size(), "", "| demo checkpoint, measured | clips per second | peak memory |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        upload.build(checkpoint=DEMO, output=folder / "model")
+        build(checkpoint=DEMO, output=folder / "model")
         write_transcripts(folder / "rows.jsonl")
         for number, (name, words) in enumerate(SETTINGS.items()):
             rate, memory = run(folder, number, words)

@@ -14,11 +14,11 @@ from PIL import Image
 from playwright.sync_api import expect
 from serving import free_port, serve_process
 
-import upload
 from audio_utils import fetch_audio
 from demo.ask import EXAMPLES
 from demo.world import SKILLS
 from publishing import paths
+from publishing.build import build
 
 
 pytestmark = pytest.mark.app
@@ -83,7 +83,7 @@ def test_clip_and_picture_are_answered_and_shown(page, examples):
 
 
 def test_a_folder_of_trimmed_tokens(browser, demo_repo, examples, tmp_path):
-    folder = upload.build(checkpoint=demo_repo, output=tmp_path / "trimmed", audio_tokens="trimmed")
+    folder = build(checkpoint=demo_repo, output=tmp_path / "trimmed", audio_tokens="trimmed")
     example = next(example for example in examples if example["skill"] == "transcribe")
     with serve_page(folder, tmp_path) as address, visit(browser, address) as page:
         give(page, EXAMPLES / example["audio"][0])
