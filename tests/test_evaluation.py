@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+import types
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -26,6 +28,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+import upload
 from demo.ask import EXAMPLES, read_examples, write_questions, write_transcripts
 from demo.world import WORLD
 from evaluation import card
@@ -456,6 +459,24 @@ def test_scores_that_the_predictions_do_not_give_are_refused(scored, results, tm
     paths.write_checksums(scored, {})
     with pytest.raises(ValueError, match="with the predictions they come from"):
         checking.check_files(scored)
+
+
+def test_upload_adds_and_checks_the_scores(demo_repo, results, tmp_path, monkeypatch, capsys):
+    """`push --results` and `check`, without loading the model or a Hub."""
+    folder = shutil.copytree(demo_repo, tmp_path / "repo")
+    monkeypatch.setattr("publishing.check.check", lambda folder, trust_code: ({"files": "checked"}, {}))
+    commit = types.SimpleNamespace(pr_url=None, commit_url="https://hub/commit/1", oid="1")
+    monkeypatch.setattr("publishing.hub.push", lambda folder, repo, loaded, **options: commit)
+    upload.main(["push", str(folder), "a/b", "--results", str(results)])
+    assert "## Scores" in (folder / "README.md").read_text() and (folder / "evaluation" / "scores.json").is_file()
+    upload.main(["check", str(folder)])
+    assert re.search(r"/commit/1\ncommit 1\nfiles +checked\nscores +\d+ predictions", capsys.readouterr().out)
+    card_text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card_text.replace("value: ", "value: 9", 1))
+    for command in (["check", str(folder)], ["push", str(folder), "a/b"]):
+        with pytest.raises(SystemExit, match="1"):
+            upload.main(command)
+        assert "metadata of README.md and the predictions" in capsys.readouterr().err
 
 
 def test_files_too_large_to_be_read_are_named(demo_repo, tmp_path):
