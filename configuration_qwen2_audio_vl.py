@@ -55,6 +55,13 @@ CODE_FILES = (
 EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png": "assets/images/chelsea.png"}
 BESIDE_CODE = ("LICENSE", "requirements.txt", ".gitattributes", "handler.py", "app.py", "serve.py", "collator.py")
 SHIPPED_FILES = {name: name for name in (*CODE_FILES, *BESIDE_CODE)} | EXAMPLES
+# Names and patterns of all files that a folder can have: those, and what a build or an evaluation writes.
+KNOWN_FILES = (
+    *SHIPPED_FILES,
+    *("README.md", "SHA256SUMS", "config.json", "generation_config.json", "processor_config.json"),
+    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "model*.safetensors", "model*.index.json"),
+    *("evaluation/manifest.json", "evaluation/scores.json", "evaluation/predictions*.jsonl"),
+)
 
 WHOLE_MODEL = ("config.json", "processor_config.json", "tokenizer.json", "*.safetensors")  # the files of a whole model
 

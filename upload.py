@@ -11,66 +11,130 @@ Base weights -> repository folder -> Hub.
 
 import argparse
 import json
+from pathlib import Path
 
-from huggingface_hub.errors import HfHubHTTPError
-
-from publishing.build import build
-from publishing.check import ask, check
-from publishing.hub import push, smoke
+from publishing.arguments import HUB_ID, check_build, require_source
 from publishing.paths import files_of
 
 
-COMMANDS = {"build": build, "check": check, "push": push, "smoke": smoke, "ask": ask}
+# The commands check their arguments first, and then import torch and transformers, which takes seconds.
 
 
-def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_folder(base, audio_encoder, output, checkpoint, adapter, **options):
+    check_build(base, audio_encoder, output, checkpoint, adapter)
+    from publishing.build import build
+
+    folder = build(base, audio_encoder, output, checkpoint=checkpoint, adapter=adapter, **options)
+    size = sum((folder / file).stat().st_size for file in files_of(folder))
+    print(f"{output} is ready: {size / 1e9:.2f} GB.")
+
+
+def check_folder(folder: Path, trust_code: bool) -> tuple[dict[str, str], dict]:
+    """Returns what was checked, by topic: files, answers, and the scores of the card; and what was loaded."""
+    from publishing.card import EVALUATION
+    from publishing.check import check
+
+    table, loaded = check(folder, trust_code)
+    if (folder / EVALUATION).is_dir():
+        from evaluation.card import check_results  # which needs kaldialign
+
+        table["scores"] = check_results(folder)
+    return table, loaded
+
+
+def check_source(repo: str, revision: str | None, trust_code: bool):
+    require_source(repo)
+    from configuration_qwen2_audio_vl import find_folder
+
+    print_table(check_folder(find_folder(repo, revision), trust_code)[0])
+
+
+def push_folder(folder: Path, repo: str, results: Path | None, trust_code: bool, **options):
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}; `upload.py build` makes one.")
+    if results is not None and not results.is_dir():
+        raise ValueError(f"There is no folder {results}; `python -m evaluation predict` makes one.")
+    from publishing.hub import push
+
+    if results is not None:
+        from evaluation.card import add_results
+
+        add_results(folder, results)
+    _, loaded = check_folder(folder, trust_code)
+    commit = push(folder, repo, loaded, **options)
+    print(f"{commit.pr_url or commit.commit_url}\ncommit {commit.oid}")
+
+
+def smoke_repo(repo: str, revision: str | None):
+    if not HUB_ID.fullmatch(repo):
+        raise ValueError(f"{repo} is no Hub id; `upload.py check` is for folders.")
+    from publishing.hub import smoke
+
+    print_table(smoke(repo, revision))
+
+
+def ask_source(repo: str, revision: str | None):
+    require_source(repo)
+    from publishing.check import ask
+
+    print(json.dumps(ask(repo, revision)))
+
+
+def print_table(table: dict[str, str]):
+    print("\n".join(f"{topic:<30} {value}" for topic, value in table.items()))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="upload.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="base weights -> repository folder")
+    command.set_defaults(run=build_folder)
     command.add_argument("--base", metavar="DIR_OR_ID", help="Qwen2-VL checkpoint, or ID@REVISION")
     command.add_argument("--audio-encoder", metavar="DIR_OR_ID", help="Whisper checkpoint")
     command.add_argument("--checkpoint", metavar="DIR_OR_ID", help="instead of these, a trained model or an adapter")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     command.add_argument("--projector", metavar="FILE", help="trained audio_projector.weight, safetensors or .pt")
     command.add_argument("--adapter", metavar="DIR_OR_ID", help="trained checkpoint of the whole model")
-    command.add_argument("--audio-tokens", help="fixed or trimmed (default: what the model was trained with, or fixed)")
-    command.add_argument("--seed", type=int, default=0, help="of an untrained projector (default: 0)")
-    for name, help in (
-        ("check", "does a folder or Hub id load and answer, are its files complete and unchanged"),
-        ("smoke", "pull from the Hub into an empty cache, and ask about the examples"),
-        ("ask", "what check and smoke run in a fresh process; prints JSON"),
+    kinds = ("fixed", "trimmed")
+    command.add_argument("--audio-tokens", choices=kinds, help="default: what the model was trained with, or fixed")
+    command.add_argument("--seed", type=int, default=0, help="seed of an untrained projector (default: 0)")
+    for name, run, help in (
+        ("check", check_source, "does a folder or Hub id load and answer, are its files complete and unchanged"),
+        ("smoke", smoke_repo, "pull from the Hub into an empty cache, and ask about the examples"),
+        ("ask", ask_source, "what check and smoke run in a fresh process; prints JSON"),
     ):
         command = commands.add_parser(name, help=help)
+        command.set_defaults(run=run)
         command.add_argument("repo", metavar="REPO")
         command.add_argument("--revision", help="branch, tag or commit of the Hub")
         if name == "check":
             command.add_argument("--trust-code", action="store_true", help="run code that is not this checkout's")
     command = commands.add_parser("push", help="check, then upload in one commit")
-    command.add_argument("folder", metavar="DIR")
+    command.set_defaults(run=push_folder)
+    command.add_argument("folder", type=Path, metavar="DIR")
     command.add_argument("repo", metavar="REPO")
     command.add_argument("--revision", help="branch to commit to; made if it is not there")
     command.add_argument("--pr", action="store_true", help="open a pull request instead of committing")
-    command.add_argument("--results", metavar="DIR", help="of `python -m evaluation`: its scores go into the card")
+    command.add_argument(
+        "--results", type=Path, metavar="DIR", help="from `python -m evaluation`; scores go into the card"
+    )
     command.add_argument("--trust-code", action="store_true", help="push code that is not this checkout's")
     command.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+    return parser
+
+
+def main(arguments: list[str] | None = None):
+    parser = make_parser()
     options = vars(parser.parse_args(arguments))
-    name = options.pop("command")
+    command, run = options.pop("command"), options.pop("run")
     try:
-        result = COMMANDS[name](**options)
-    except (ValueError, OSError, HfHubHTTPError) as error:
-        parser.exit(1, f"upload.py {name}: {error}\n")
+        run(**options)
+    except (ValueError, OSError) as error:  # the errors of the Hub's client are among them
+        parser.exit(1, f"upload.py {command}: {error}\n")
     except Exception as error:  # hostile files run into many others, within the libraries that read them
-        parser.exit(1, f"upload.py {name}: these files cannot be used: {type(error).__name__}: {error}\n")
-    if name == "build":
-        size = sum((result / file).stat().st_size for file in files_of(result))
-        print(f"{options['output']} is ready: {size / 1e9:.2f} GB.")
-    elif name == "push":
-        print(f"{result.pr_url or result.commit_url}\ncommit {result.oid}")
-    elif name == "ask":
-        print(json.dumps(result))
-    else:
-        table = result[0] if name == "check" else result
-        print("\n".join(f"{topic:<30} {what}" for topic, what in table.items()))
+        parser.exit(1, f"upload.py {command}: these files cannot be used: {type(error).__name__}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import upload
 from audio_utils import log_mel
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, count_audio
 from demo.ask import DEMO, EXAMPLES, ask, load
@@ -62,6 +61,7 @@ from demo.world import (
     say,
     write_speech,
 )
+from publishing.build import build
 
 
 logger = logging.get_logger(__name__)
@@ -153,7 +153,7 @@ class TrainingRun:
 def load_untrained():
     repo = BUILD / "untrained"
     if not repo.exists():
-        upload.build(*make_bases(BUILD), repo)
+        build(*make_bases(BUILD), repo)
     processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
     return processor, AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=torch.float32)
 
@@ -355,7 +355,7 @@ def train_both(steps: int, seed: int):
     where there is no result of part 3, the first from the checkpoint in `demo/`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
+        processor, model = load(build(checkpoint=DEMO, output=Path(folder) / "demo"))
     model.float()
     paths = (BUILD / f"{name}.safetensors" for name in ("both", "joint"))
     if path := next((path for path in paths if path.exists()), None):
@@ -426,7 +426,7 @@ def ship():
 def choose_examples(examples: int = 4):
     """Puts examples of every skill that the checkpoint in `demo/` answers right into `demo/examples`."""
     with tempfile.TemporaryDirectory() as folder:
-        processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
+        processor, model = load(build(checkpoint=DEMO, output=Path(folder) / "demo"))
     rng, made = random.Random(11), Examples(HELD_OUT, PHRASES, 11)
     shutil.rmtree(EXAMPLES, ignore_errors=True)
     EXAMPLES.mkdir()

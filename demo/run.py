@@ -7,11 +7,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from transformers.utils import logging
 
-import upload
 from audio_utils import fetch_audio, log_mel, split_windows
 from demo.ask import DEMO, EXAMPLES, ask_example, load, read_examples
 from demo.world import SKILLS
 from publishing import paths
+from publishing.build import build
 
 
 BUILD = paths.ROOT / "build" / "demo"
@@ -33,7 +33,7 @@ def main():
     start = time.perf_counter()
     shutil.rmtree(BUILD, ignore_errors=True)
     BUILD.mkdir(parents=True)
-    repo = upload.build(checkpoint=DEMO, output=BUILD / "qwen2-audio-vl")
+    repo = build(checkpoint=DEMO, output=BUILD / "qwen2-audio-vl")
     processor, model = load(repo)
     print(f"\n{'files':<58}{'question':<45}{'expected':<24}answer")
     right, examples, titles = 0, read_examples(), {}

@@ -51,10 +51,8 @@ class StoredTensor(NamedTuple):
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
     """
-    All tensors of a checkpoint, by the headers of its safetensors files alone.
-
-    Raises:
-        ValueError: if a file is not there or lies elsewhere, or if its header does not describe its bytes.
+    Lists all tensors of a checkpoint by the headers of its safetensors files. A ValueError names a file that is not
+    there, that lies elsewhere, or whose header does not describe its bytes.
     """
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
@@ -89,8 +87,8 @@ def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 def read_audio_tokens(path: Path) -> tuple[str, str | None]:
     """
-    What a `processor_config.json`, or the projector that training wrote, says of the audio tokens that its model
-    uses, and of those that it was trained with, None if it was not trained: fixed, where it says nothing.
+    Reads `(audio_tokens, trained_audio_tokens)` from a processor config or a projector file. A missing value is
+    "fixed"; the second is None for an untrained model.
     """
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
@@ -102,14 +100,8 @@ def read_audio_tokens(path: Path) -> tuple[str, str | None]:
 
 def read_projector(path: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
-    What training wrote, in a safetensors or `.pt` file.
-
-    Returns:
-        The projector `(hidden size, d_model)`, and the embeddings `(hidden size,)` of bos and eos; none if they are not
-        there.
-
-    Raises:
-        ValueError: if the file holds anything but these tensors. Nothing in a `.pt` is executed.
+    Reads the projector `(hidden size, d_model)` from a safetensors or `.pt` file, and the embeddings `(hidden size,)`
+    of bos and eos, or none. A ValueError names other contents. Nothing in a `.pt` is executed.
     """
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
@@ -186,14 +178,8 @@ def replace_rows(chunks: Iterator[bytes], rows: dict[int, bytes]) -> Iterator[by
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], contents: dict[str, Iterator[bytes]]) -> str:
     """
-    Writes a safetensors file from a stream, where the library's own writer holds all of it in memory.
-
-    Args:
-        tensors: Shapes and dtypes by name; meta tensors do.
-        contents: The bytes of each.
-
-    Returns:
-        The file's SHA-256.
+    Writes a safetensors file from a stream; the library's own writer holds all of it in memory. `tensors` has shapes
+    and dtypes by name (meta tensors do), `contents` the bytes of each. Returns the file's SHA-256.
     """
     safetensors_names = {dtype: name for name, dtype in DTYPES.items()}
     header, offset = {"__metadata__": {"format": "pt"}}, 0

@@ -1,20 +1,18 @@
-"""Folders of models and runs: where they are, which files they have, and who may write to them."""
+"""
+Folders of models and runs: where they are, which files they have, and who may write to them.
 
-import glob
+Command lines import this file before they read their arguments, so it imports transformers only where it is needed.
+"""
+
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from filelock import FileLock, Timeout
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-from configuration_qwen2_audio_vl import find_folder
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +28,9 @@ class Origin(NamedTuple):
 
 
 def resolve(source: str, needed: tuple[str, ...] = ()) -> Origin:
-    """A directory, or a Hub id or ID@REVISION, of which the files that `build` reads are downloaded."""
+    """Finds a directory, or downloads the files of a Hub id or ID@REVISION that `build` reads."""
+    from configuration_qwen2_audio_vl import find_folder
+
     repo, _, revision = (str(source), "", "") if Path(source).is_dir() else str(source).partition("@")
     patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja"], "ignore_patterns": ["*fp32*"]}
     folder = find_folder(repo, revision or None, needed, **patterns)
@@ -42,6 +42,8 @@ def resolve(source: str, needed: tuple[str, ...] = ()) -> Origin:
 
 def own_class(reference: str) -> type:
     """A class of this checkout's remote code, loaded as transformers loads it."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
     return get_class_from_dynamic_module(reference, ROOT)
 
 
@@ -84,7 +86,13 @@ def read_checksums(folder: Path) -> dict[str, str]:
     return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
 
 
+def weights_of(folder: Path) -> dict[str, str]:
+    """The checksums of the weights of a folder."""
+    return {name: checksum for name, checksum in read_checksums(folder).items() if name.endswith(".safetensors")}
+
+
 def write_checksums(folder: Path, known: dict[str, str]):
+    """Writes the checksums of all files. Those that are known are not computed again."""
     sums = {name: known.get(name) or sha256(folder / name) for name in files_of(folder) if name != CHECKSUMS}
     with replace_file(folder / CHECKSUMS) as file:
         file.writelines(f"{checksum}  {name}\n" for name, checksum in sums.items())
@@ -97,29 +105,11 @@ def check_content(folder: Path, checksums: dict[str, str]):
         raise ValueError(f"the content of {', '.join(changed)} is not what {CHECKSUMS} says")
 
 
-def remove_abandoned(target: Path):
-    """Removes the unfinished folders of builds of this target that were killed."""
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.unfinished"):
-        number = folder.name.removesuffix(".unfinished").rpartition("-")[2]
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except (ValueError, OverflowError, PermissionError):  # not of a build, or of another user's
-            continue
-
-
 @contextmanager
 def only_run(folder: str | Path, option: str, is_main_process: bool = True):
     """
     Keeps other runs out of a folder, which is made if it is not there. The lock of a process that was killed is free.
-
-    Args:
-        option: Of the command line, which names the folder in the error.
-        is_main_process: The other processes of a run take no lock.
-
-    Raises:
-        ValueError: if another run that is alive writes into the folder.
+    Only the main process of a run takes it. A ValueError names the option and the folder if another run is alive.
     """
     if not is_main_process:
         yield

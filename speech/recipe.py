@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
-import upload
+from publishing.build import build
 from speech import clips, parts, recordings
 from speech.recordings import BUILD
 from speech.run import ADAPTER
@@ -122,7 +122,7 @@ def run_train(processes: int = 1, **arguments) -> dict:
 
 
 def build_once(output: Path, **arguments) -> Path:
-    return output if output.is_dir() else upload.build(output=str(output), **arguments)
+    return output if output.is_dir() else build(output=str(output), **arguments)
 
 
 def make_start(seed: int = 0, encoder: str = ENCODER) -> Path:

@@ -12,13 +12,13 @@ from peft import PeftModel
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
-import upload
 from audio_utils import fetch_audio
 from configuration_qwen2_audio_vl import count_audio
 from demo.bases import ASSETS
 from demo.run import draw_clip
 from evaluation.scoring import percent, score
 from publishing import paths
+from publishing.build import build
 from speech.parts import make_parts
 from speech.recordings import BUILD, GROUPS, read_rows, write_recordings
 
@@ -52,7 +52,7 @@ def build_repo(output: Path = REPO, adapter: Path = ADAPTER) -> Path:
     for folder in (untrained, merged, output):
         shutil.rmtree(folder, ignore_errors=True)
     bases = BUILD / "smollm2", BUILD / "whisper"
-    upload.build(*bases, untrained, audio_tokens="trimmed")
+    build(*bases, untrained, audio_tokens="trimmed")
     processor = AutoProcessor.from_pretrained(untrained, trust_remote_code=True)
     # In float32: the sum of a weight and what LoRA adds to it would lose most of that in bfloat16.
     model = AutoModel.from_pretrained(untrained, trust_remote_code=True, dtype=torch.float32)
@@ -60,7 +60,7 @@ def build_repo(output: Path = REPO, adapter: Path = ADAPTER) -> Path:
     processor.trained_audio_tokens = processor.audio_tokens
     model.save_pretrained(merged)
     processor.save_pretrained(merged)
-    upload.build(*bases, output, adapter=merged)
+    build(*bases, output, adapter=merged)
     for folder in (untrained, merged):
         shutil.rmtree(folder)
     return output

@@ -21,9 +21,9 @@ from helpers import KINDS, audio, image, text, video
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-import upload
 from demo.ask import DEMO, read_examples
 from demo.bases import ASSETS, make_qwen2_vl, make_whisper
+from publishing.build import build
 
 
 def pytest_unconfigure(config):
@@ -49,19 +49,19 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def repo(bases, tmp_path_factory) -> Path:
     """A built repository folder whose windows are 1 s long, 50 tokens, so that prompts stay short."""
-    return upload.build(bases["qwen2_vl"], bases["whisper"], tmp_path_factory.mktemp("repo"))
+    return build(bases["qwen2_vl"], bases["whisper"], tmp_path_factory.mktemp("repo"))
 
 
 @pytest.fixture(scope="session")
 def repo_30s(bases, tmp_path_factory) -> Path:
     """A built repository folder with Whisper's own windows: 30 s, 1500 tokens."""
-    return upload.build(bases["qwen2_vl"], bases["whisper_30s"], tmp_path_factory.mktemp("repo-30s"))
+    return build(bases["qwen2_vl"], bases["whisper_30s"], tmp_path_factory.mktemp("repo-30s"))
 
 
 @pytest.fixture(scope="session")
 def demo_repo(tmp_path_factory) -> Path:
     """The trained demo checkpoint, built."""
-    return upload.build(checkpoint=DEMO, output=tmp_path_factory.mktemp("demo") / "repo")
+    return build(checkpoint=DEMO, output=tmp_path_factory.mktemp("demo") / "repo")
 
 
 @pytest.fixture(scope="session")

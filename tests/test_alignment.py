@@ -10,9 +10,9 @@ from helpers import audio, text
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
-import upload
 from demo.bases import ASSETS, sharpen, write_feature_extractor
 from demo.make import make_bases
+from publishing.build import build
 from training import alignment, train
 
 
@@ -87,7 +87,7 @@ def test_spans_follow_each_other_within_the_clip(whisper):
 
 def test_stage_writes_a_projector_that_build_takes(whisper, tmp_path, sound):
     base, _ = make_bases(tmp_path)
-    start = upload.build(base, whisper, tmp_path / "start")
+    start = build(base, whisper, tmp_path / "start")
     rows = []
     for number in range(6):
         soundfile.write(tmp_path / f"{number}.wav", sound(1 + number / 4, number), 16_000)
@@ -108,7 +108,7 @@ def test_stage_writes_a_projector_that_build_takes(whisper, tmp_path, sound):
     assert run(align_rows=2, output_dir=tmp_path / "few")["clips"] == 2
     projector = load_file(tmp_path / "run" / "audio_projector.safetensors")["audio_projector.weight"]
     assert projector.shape == (128, 64) and projector.dtype == torch.float32
-    built = upload.build(
+    built = build(
         checkpoint=str(start), projector=tmp_path / "run" / "audio_projector.safetensors", output=tmp_path / "built"
     )
     assert torch.equal(load_file(built / "model.safetensors")["model.audio_projector.weight"], projector)

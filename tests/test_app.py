@@ -13,11 +13,11 @@ from PIL import Image
 from playwright.sync_api import expect
 from serving import SPOKEN, free_port, of_skill, serve_page
 
-import upload
 from audio_utils import SAMPLING_RATE, fetch_audio
 from demo.ask import EXAMPLES
 from demo.world import SKILLS
 from publishing import paths
+from publishing.build import build
 
 
 pytestmark = pytest.mark.app
@@ -88,7 +88,7 @@ def test_clip_and_picture_are_answered_and_shown(page, examples):
 
 def test_a_folder_of_trimmed_tokens(browser, demo_repo, spoken, tmp_path):
     folder, clip = tmp_path / "trimmed", EXAMPLES / spoken["audio"][0]
-    upload.build(checkpoint=demo_repo, output=folder, audio_tokens="trimmed")
+    build(checkpoint=demo_repo, output=folder, audio_tokens="trimmed")
     with serve_page(folder, tmp_path) as address, visit(browser, address) as page:
         give(page, clip)
         expect_answer(page, spoken["answer"])

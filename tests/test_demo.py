@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen2VLConfig, WhisperConfig
 
-import upload
 from audio_utils import fetch_audio
 from configuration_qwen2_audio_vl import CODE_FILES
 from demo.ask import EXAMPLES, ask, ask_example, load, write_transcripts
@@ -20,6 +19,7 @@ from demo.run import BUILD
 from demo.world import PHRASES, QUESTIONS, SKILLS, WORLD, content
 from publishing import check as checking
 from publishing import paths
+from publishing.build import build
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_training_from_two_base_folders_to_a_repository_that_transcribes(demo_re
     processors = json.loads((demo_repo / "processor_config.json").read_text())
     (base / "preprocessor_config.json").write_text(json.dumps(processors["image_processor"]))
     (encoder / "preprocessor_config.json").write_text(json.dumps(processors["feature_extractor"]))
-    start = upload.build(base, encoder, tmp_path / "start")
+    start = build(base, encoder, tmp_path / "start")
 
     rows = write_transcripts(tmp_path / "clips.jsonl")
     given = {"model": start, "data": tmp_path / "clips.jsonl", "eval": tmp_path / "clips.jsonl"}
@@ -130,9 +130,9 @@ def test_training_from_two_base_folders_to_a_repository_that_transcribes(demo_re
     assert list((tmp_path / "run" / "runs").rglob("events.out.tfevents.*"))  # TensorBoard's
 
     projector = tmp_path / "run" / "audio_projector.safetensors"
-    built = upload.build(checkpoint=start, projector=projector, output=tmp_path / "trained")
+    built = build(checkpoint=start, projector=projector, output=tmp_path / "trained")
     processor, model = load(built)
     answers = [row["messages"][1]["content"] for row in rows]
     given = ask(processor, model, [row["messages"][0]["content"] for row in rows])
     assert sum(text == said for text, said in zip(given, answers, strict=True)) > 0.9 * len(rows)
-    upload.check(str(built))
+    checking.check(built)

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+import types
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -26,12 +28,14 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+import upload
 from demo.ask import EXAMPLES, read_examples, write_questions, write_transcripts
 from demo.world import WORLD
+from evaluation import card
 from evaluation import evaluate as evaluation
 from evaluation.scoring import AS_GIVEN, read_folder, read_predictions
-from publishing import card, paths
 from publishing import check as checking
+from publishing import paths
 from training.rows import describe_data
 
 
@@ -114,7 +118,7 @@ def test_predictions_say_what_they_are_of(results, questions, demo_repo):
     assert not [row for row in rows if str(EXAMPLES) in json.dumps(row)]  # no paths of this disk
     manifest = json.loads((results / "manifest.json").read_text())
     assert manifest["rows"] == len(rows) and manifest["failed"] == 0
-    assert manifest["model"]["weights"] == card.weights_of(demo_repo)
+    assert manifest["model"]["weights"] == paths.weights_of(demo_repo)
     assert [{**source, "sha256": "", "files": ""} for source in manifest["data"]] == [
         {"name": "questions.jsonl", "sha256": "", "files": ""}
     ]
@@ -417,7 +421,7 @@ def scored(demo_repo, results, tmp_path) -> Path:
 
 
 def test_the_card_has_the_scores(scored):
-    assert "predictions of these weights give" in checking.check_files(scored)["scores"]
+    assert "predictions of these weights give" in card.check_results(scored)
     results = ModelCard.load(scored / "README.md").data.eval_results
     shown = {(result.dataset_config, result.metric_type): result.metric_value for result in results}
     assert shown["question", "accuracy"] == 100 and shown["transcribe", "wer"] < 5 and shown[None, "wer"] < 5
@@ -435,7 +439,7 @@ def test_scores_that_the_predictions_do_not_give_are_refused(scored, results, tm
         path.write_text(kept.replace(old, new, 1))
         paths.write_checksums(scored, {})
         with pytest.raises(ValueError) as found:
-            checking.check_files(scored)
+            card.check_results(scored)
         path.write_text(kept)
         paths.write_checksums(scored, {})
         return str(found.value)
@@ -446,15 +450,33 @@ def test_scores_that_the_predictions_do_not_give_are_refused(scored, results, tm
     assert "scores.json says as given/all/" in edited and "but its predictions give" in edited
     figure = json.dumps(json.loads((results / "scores.json").read_text())["arms"]["silence"]["all"]["macro_wer"])
     assert "scores.json says silence/all/macro_wer = 0.5" in refusal("evaluation/scores.json", figure, "0.5")
-    weights = card.weights_of(scored)["model.safetensors"]
+    weights = paths.weights_of(scored)["model.safetensors"]
     assert "are of other weights" in refusal("evaluation/manifest.json", weights, "0" * 64)
     assert "table of scores in README.md" in refusal("README.md", "| as given | transcribe", "| as given | transcribed")
     assert "of an unfinished run" in refusal("evaluation/manifest.json", '"rows": ', '"rows": 0, "all": ')
-    checking.check_files(scored)
+    card.check_results(scored)
     shutil.rmtree(scored / "evaluation")
     paths.write_checksums(scored, {})
     with pytest.raises(ValueError, match="with the predictions they come from"):
         checking.check_files(scored)
+
+
+def test_upload_adds_and_checks_the_scores(demo_repo, results, tmp_path, monkeypatch, capsys):
+    """`push --results` and `check`, without loading the model or a Hub."""
+    folder = shutil.copytree(demo_repo, tmp_path / "repo")
+    monkeypatch.setattr("publishing.check.check", lambda folder, trust_code: ({"files": "checked"}, {}))
+    commit = types.SimpleNamespace(pr_url=None, commit_url="https://hub/commit/1", oid="1")
+    monkeypatch.setattr("publishing.hub.push", lambda folder, repo, loaded, **options: commit)
+    upload.main(["push", str(folder), "a/b", "--results", str(results)])
+    assert "## Scores" in (folder / "README.md").read_text() and (folder / "evaluation" / "scores.json").is_file()
+    upload.main(["check", str(folder)])
+    assert re.search(r"/commit/1\ncommit 1\nfiles +checked\nscores +\d+ predictions", capsys.readouterr().out)
+    card_text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card_text.replace("value: ", "value: 9", 1))
+    for command in (["check", str(folder)], ["push", str(folder), "a/b"]):
+        with pytest.raises(SystemExit, match="1"):
+            upload.main(command)
+        assert "metadata of README.md and the predictions" in capsys.readouterr().err
 
 
 def test_files_too_large_to_be_read_are_named(demo_repo, tmp_path):
@@ -463,7 +485,7 @@ def test_files_too_large_to_be_read_are_named(demo_repo, tmp_path):
     names = ["README.md", "config.json", "SHA256SUMS"]
     names += [f"evaluation/{name}" for name in ("manifest.json", "scores.json", "predictions-silence.jsonl")]
     for name in names:
-        path, limit = folder / name, card.LARGEST[Path(name).name.replace("-silence", "*")]
+        path, limit = folder / name, checking.LARGEST[Path(name).name.replace("-silence", "*")]
         content = path.read_bytes() if path.exists() else None
         with path.open("ab") as file:
             file.truncate(limit + 1)  # which takes no space on the disk

@@ -1,4 +1,4 @@
-"""From a built folder to the Hub and back over HTTP, with the real client, new processes and empty caches."""
+"""make test ONLY=tests/test_hub.py: a folder -> the Hub and back over HTTP, with the real client and empty caches."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import huggingface_hub
@@ -15,7 +14,6 @@ from helpers import answer, start_python
 from hub import LocalHub
 from huggingface_hub import ModelCard
 
-import upload
 from demo.world import WORLD
 from publishing import paths
 
@@ -47,11 +45,11 @@ class RealHub:
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
+def hub():
     if REAL:
         yield RealHub()
     else:
-        with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
+        with LocalHub() as hub:
             yield hub
 
 
@@ -61,59 +59,48 @@ def folder(demo_repo, tmp_path_factory):
     return Path(shutil.copytree(demo_repo, tmp_path_factory.mktemp("pushed") / "folder"))
 
 
-@pytest.fixture
-def upload_py(hub, tmp_path):
-    """Runs a command of upload.py as a user of the local Hub does."""
+@pytest.fixture(scope="module")
+def upload_py(hub, tmp_path_factory):
+    """Runs a command of upload.py as a user of the Hub does, whose token it never prints."""
+    environment = hub.environment(tmp_path_factory.mktemp("home"), hub.token)
 
-    def run(*arguments, token: str | None = hub.token) -> subprocess.CompletedProcess:
+    def run(*arguments) -> subprocess.CompletedProcess:
         command = [sys.executable, paths.ROOT / "upload.py", *map(str, arguments)]
-        environment = hub.environment(tmp_path / "home", token)
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert hub.token not in done.stdout + done.stderr
+        return done
 
     return run
 
 
 @pytest.fixture
 def load(hub, tmp_path):
-    """Starts a process with a cache of its own that loads from the local Hub."""
+    """Starts a process with a cache of its own that loads from the Hub."""
 
-    def start(*arguments, cache: str = "cache", token: str | None = hub.token) -> subprocess.Popen:
-        return start_python(LOAD, *arguments, env=hub.environment(tmp_path / cache, token), cwd=tmp_path)
+    def start(*arguments, cache: str = "cache") -> subprocess.Popen:
+        return start_python(LOAD, *arguments, env=hub.environment(tmp_path / cache, hub.token), cwd=tmp_path)
 
     return start
 
 
-def cut_a_push(hub: LocalHub, command: list, arguments: dict):
-    hub.cut_upload_after, hub.refuse_uploads = 10**6, True
-    cut = subprocess.run(command, **arguments)
-    hub.refuse_uploads = False
-    assert cut.returncode == 1 and hub.token not in cut.stdout + cut.stderr
-    assert [set(commit["files"]) for commit in hub.repository(ID).history()] == [{".gitattributes"}]
-
-
 @pytest.fixture(scope="module")
-def commit(hub, folder, tmp_path_factory):
+def commit(hub, folder, upload_py):
     """The first push, after one that ended in the middle of the weights."""
-    command = [sys.executable, paths.ROOT / "upload.py", "push", folder, ID]
-    arguments = {
-        "env": hub.environment(tmp_path_factory.mktemp("home"), hub.token),
-        "capture_output": True,
-        "text": True,
-    }
     if not REAL:
-        cut_a_push(hub, command, arguments)
-
-    done = subprocess.run(command, **arguments)
+        hub.cut_upload_after, hub.refuse_uploads = 10**6, True
+        assert upload_py("push", folder, ID).returncode == 1
+        hub.refuse_uploads = False
+        assert [set(commit["files"]) for commit in hub.repositories[ID].history()] == [{".gitattributes"}]
+    done = upload_py("push", folder, ID)
     assert done.returncode == 0, done.stderr
     url, commit = done.stdout.strip().splitlines()[-2:]
     assert url.endswith(f"/{ID}/commit/{commit.removeprefix('commit ')}")
-    assert hub.token not in done.stdout + done.stderr
     return commit.removeprefix("commit ")
 
 
 @local
 def test_push_makes_one_commit_of_all_files(hub, folder, commit):
-    repository = hub.repository(ID)
+    repository = hub.repositories[ID]
     pushed, first = repository.history()
     assert repository.private and pushed["id"] == commit and first["message"] == "initial commit"
     assert re.fullmatch(r"Upload qwen2-audio-vl: [0-9,]+ parameters in bfloat16", pushed["message"])
@@ -124,7 +111,7 @@ def test_push_makes_one_commit_of_all_files(hub, folder, commit):
 
 @local
 def test_the_card_shows_what_the_model_answered(hub, commit):
-    card = ModelCard(hub.repository(ID).read("README.md").decode())
+    card = ModelCard(hub.repositories[ID].read("README.md").decode())
     assert all(isinstance(widget["output"]["text"], str) for widget in card.data.widget)
     assert f'REPO = "{ID}"\nprocessor = ' in card.text
 
@@ -142,10 +129,7 @@ def test_new_process_with_an_empty_cache_loads_the_commit(load, commit, demo_rep
 
 
 def test_the_first_block_of_the_card_runs_as_pasted(hub, commit, demo_repo, tmp_path):
-    """
-    The line for the shell, then the lines for Python, in an empty folder with an empty cache; and the same lines with
-    the path of a folder.
-    """
+    """The line for the shell, then those for Python; in an empty folder with an empty cache, and in a built folder."""
     read = "import sys; from huggingface_hub import ModelCard; print(ModelCard.load(sys.argv[1]).content)"
     environment = hub.environment(tmp_path / "card", hub.token)
     command = [sys.executable, "-c", read, ID]  # in a process of its own, as the tests run offline
@@ -153,14 +137,14 @@ def test_the_first_block_of_the_card_runs_as_pasted(hub, commit, demo_repo, tmp_
     (install, code) = re.search(r"```\n(pip install [^\n]+)\n```\n```python\n(.*?)```", card, re.DOTALL).groups()
     environment = hub.environment(tmp_path / "cache", hub.token)
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PIP_NO_INDEX": "1"}
-    pasted = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
-    done = subprocess.run(install, shell=True, **pasted)
+    pasted = {"env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(install, shell=True, cwd=tmp_path, **pasted)
     assert done.returncode == 0, done.stderr
     number, *_ = WORLD["held_out"][1].split()  # the question is how many there are in the picture
-    pushed = f'REPO = "{ID}"\n'
-    assert pushed in code and code.replace(pushed, "") in (demo_repo / "README.md").read_text()
-    for lines in (code, code.replace(pushed, f"REPO = {str(demo_repo)!r}\n")):
-        done = subprocess.run([sys.executable, "-c", lines], **pasted)
+    built = code.replace(f'REPO = "{ID}"\n', 'REPO = "."\n')
+    assert built != code and built in (demo_repo / "README.md").read_text()
+    for lines, place in ((code, tmp_path), (built, demo_repo)):
+        done = subprocess.run([sys.executable, "-c", lines], cwd=place, **pasted)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == number
 
@@ -222,14 +206,14 @@ def test_a_changed_folder_is_pushed_to_branches_and_pull_requests(hub, folder, c
     shutil.copytree(folder, changed)
     with (changed / "processing_qwen2_audio_vl.py").open("a") as file:
         file.write('\nVERSION = "changed"\n')
-    with pytest.raises(ValueError, match="content of processing_qwen2_audio_vl.py is not what"):
-        upload.push(str(changed), ID)
-    assert hub.repository(ID).refs == {"main": commit}
+    refused = upload_py("push", changed, ID)
+    assert refused.returncode == 1 and "content of processing_qwen2_audio_vl.py is not what" in refused.stderr
+    assert hub.repositories[ID].refs == {"main": commit}
 
     paths.write_checksums(changed, {})
     branch = upload_py("push", changed, ID, "--revision", "next", "--trust-code")
     assert branch.returncode == 0, branch.stderr
-    repository = hub.repository(ID)
+    repository = hub.repositories[ID]
     newer = repository.refs["next"]
     assert repository.refs["main"] == commit and repository.history("next")[1]["id"] == commit
     pull = upload_py("push", changed, ID, "--pr", "--trust-code")
@@ -243,14 +227,9 @@ def test_a_changed_folder_is_pushed_to_branches_and_pull_requests(hub, folder, c
 @local
 def test_files_of_an_earlier_push_go(hub, folder, commit, upload_py):
     """Weights in other shards than before must not stay beside the new ones."""
-    repository = hub.repository(ID)
-    stale = {
-        "key": "lfsFile",
-        "value": {
-            "path": "model-00001-of-00002.safetensors",
-            "oid": repository.resolve("main")["files"]["model.safetensors"]["sha256"],
-        },
-    }
+    repository = hub.repositories[ID]
+    oid = repository.resolve("main")["files"]["model.safetensors"]["sha256"]
+    stale = {"key": "lfsFile", "value": {"path": "model-00001-of-00002.safetensors", "oid": oid}}
     kept = {"key": "file", "value": {"path": "notes.txt", "content": ""}}
     repository.commit("main", {"summary": "by hand"}, [stale, kept], create_pr=False)
     assert upload_py("push", folder, ID).returncode == 0
@@ -258,26 +237,23 @@ def test_files_of_an_earlier_push_go(hub, folder, commit, upload_py):
 
 
 @local
-def test_build_from_the_hub_names_its_commits(hub, bases, upload_py, tmp_path):
-    commits = []
-    for name in ("qwen2_vl", "whisper"):
-        code = """
-            import sys
-            from huggingface_hub import HfApi
-            HfApi().create_repo(sys.argv[1])
-            print(HfApi().upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2]).oid)
-        """
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code), f"someone/{name}", bases[name]],
-            env=hub.environment(tmp_path / "home", hub.token),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        commits.append(done.stdout.split()[-1])
+def test_build_from_the_hub_names_its_commits(hub, bases, repo, upload_py, tmp_path):
+    code = """
+        import sys
+        from huggingface_hub import HfApi
+        for repo, folder in zip(sys.argv[1::2], sys.argv[2::2]):
+            HfApi().create_repo(repo)
+            print("TOKENS", HfApi().upload_folder(repo_id=repo, folder_path=folder).oid)
+    """
+    folders = ["someone/qwen2_vl", bases["qwen2_vl"], "someone/whisper", bases["whisper"]]
+    output, errors = start_python(code, *folders, env=hub.environment(tmp_path, hub.token)).communicate(timeout=300)
+    commits = re.findall(r"^TOKENS (\w+)$", output, re.MULTILINE)
+    assert len(commits) == 2, errors
     base, encoder = f"someone/qwen2_vl@{commits[0]}", "someone/whisper"
     done = upload_py("build", "--base", base, "--audio-encoder", encoder, "--output", tmp_path / "built")
     assert done.returncode == 0, done.stderr
     card = ModelCard.load(tmp_path / "built" / "README.md")
     assert card.data.base_model == ["someone/qwen2_vl", "someone/whisper"]
+    assert card.data.base_model_relation == "merge"
+    assert (tmp_path / "built" / "model.safetensors").read_bytes() == (repo / "model.safetensors").read_bytes()
     assert all(f"at commit `{commit}`" in card.text for commit in commits)

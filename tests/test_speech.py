@@ -29,9 +29,9 @@ from transformers import (
 )
 
 import audio_utils
-import upload
 from demo.bases import ASSETS
 from publishing import paths
+from publishing.build import build
 from speech.ctranslate2 import read_ctranslate2
 from speech.parts import GGUF, HUB_SMOLLM2, HUB_WHISPER, make_parts, read_smollm2, read_whisper, write_whisper
 
@@ -97,7 +97,7 @@ def qwen(speech):
 @pytest.fixture(scope="module")
 def repo(speech, tmp_path_factory):
     folder = tmp_path_factory.mktemp("speech") / "repo"
-    return upload.build(speech / "smollm2", speech / "whisper", folder, audio_tokens="trimmed")
+    return build(speech / "smollm2", speech / "whisper", folder, audio_tokens="trimmed")
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_the_same_parts_come_from_the_hub(speech, tmp_path):
     published.load_state_dict(llama.state_dict())
     for part in (published, tokenizer):
         part.save_pretrained(tmp_path / "llama")
-    with LocalHub(tmp_path / "hub") as hub:
+    with LocalHub() as hub:
         hf, environment = Path(sys.executable).with_name("hf"), hub.environment(tmp_path / "home", hub.token)
         for command in (
             [hf, "upload", HUB_WHISPER, speech / "whisper"],

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
-import upload
 from publishing import check as checking
+from publishing.build import build
 from speech import run
 from training.train import LANGUAGE_MODEL
 
@@ -25,7 +25,7 @@ def parts(bases, tmp_path, monkeypatch):
 
 
 def test_the_adapter_is_in_the_folder_that_is_built(parts):
-    start = upload.build(parts / "smollm2", parts / "whisper", parts / "start", audio_tokens="trimmed")
+    start = build(parts / "smollm2", parts / "whisper", parts / "start", audio_tokens="trimmed")
     learned = LoraConfig(
         r=2, target_modules=LANGUAGE_MODEL, modules_to_save=["audio_projector"], init_lora_weights=False
     )

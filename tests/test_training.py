@@ -23,12 +23,12 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from transformers import AutoModel, AutoProcessor
 
-import upload
 from collator import BadRow
 from demo.make import make_bases
 from evaluation.scoring import normalize
 from publishing import check as checking
 from publishing import checkpoints, paths
+from publishing.build import build
 from training import train
 from training.rows import load_rows
 
@@ -40,7 +40,7 @@ TONES = {"low": 200, "middle": 600, "high": 1800}  # Hz
 def start(tmp_path_factory) -> Path:
     """A built folder of a small model with a small vocabulary, windows of 3 s, untrained."""
     folder = tmp_path_factory.mktemp("start")
-    return upload.build(*make_bases(folder), folder / "repo")
+    return build(*make_bases(folder), folder / "repo")
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_undecodable_audio_is_an_error_or_left_out_by_name(start, tones, tmp_pat
 
 
 def test_projector_stage_changes_the_projector_alone(start, tones, trained, tmp_path):
-    folder = upload.build(checkpoint=start, projector=trained / "audio_projector.safetensors", output=tmp_path / "a")
+    folder = build(checkpoint=start, projector=trained / "audio_projector.safetensors", output=tmp_path / "a")
     before, after = (load_file(path / "model.safetensors") for path in (start, folder))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"model.audio_projector.weight"}
@@ -212,7 +212,7 @@ def test_projector_stage_changes_the_projector_alone(start, tones, trained, tmp_
 
     run(start, tones, tmp_path / "markers", train_markers=True, max_steps=2, export=tmp_path / "exported")
     projected = tmp_path / "markers" / "audio_projector.safetensors"
-    built = upload.build(checkpoint=start, projector=projected, output=tmp_path / "b")
+    built = build(checkpoint=start, projector=projected, output=tmp_path / "b")
     after, exported = (load_file(path / "model.safetensors") for path in (built, tmp_path / "exported"))
     rows_changed = (before[checkpoints.EMBEDDINGS] != after[checkpoints.EMBEDDINGS]).any(1).nonzero().flatten().tolist()
     config = json.loads((start / "config.json").read_text())
@@ -229,7 +229,7 @@ def test_lora_touches_the_language_model_alone(start, tones, tmp_path):
     parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     assert adapted == {f"{layer}.{part}" for layer in layers for part in parts} | {"model.audio_projector.weight"}
 
-    exported = upload.build(checkpoint=tmp_path / "exported", output=tmp_path / "repo")
+    exported = build(checkpoint=tmp_path / "exported", output=tmp_path / "repo")
     before, after = (load_file(path / "model.safetensors") for path in (start, exported))
     changed = {name.removesuffix(".weight") for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name.removesuffix(".weight") for name in adapted}
@@ -535,7 +535,7 @@ def test_adapter_becomes_a_folder(start, tones, tmp_path):
     """`upload.py build` merges what `train.py` wrote into the model that it belongs to."""
     run(start, tones, tmp_path, stage="lora", lora_r=4, max_steps=3, train_markers=True, audio_tokens="trimmed")
     adapter = tmp_path / "adapter"
-    folder = upload.build(checkpoint=adapter, output=tmp_path / "repo")
+    folder = build(checkpoint=adapter, output=tmp_path / "repo")
     checking.check_files(folder)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     assert processor.audio_tokens == processor.trained_audio_tokens == "trimmed"
@@ -561,10 +561,10 @@ def test_adapter_becomes_a_folder(start, tones, tmp_path):
     ):
         (adapter / "adapter_config.json").write_text(json.dumps({**described, **change}))
         with pytest.raises(ValueError, match=message):
-            upload.build(checkpoint=adapter, output=tmp_path / "none")
+            build(checkpoint=adapter, output=tmp_path / "none")
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no adapter_model.safetensors"):
-        upload.build(checkpoint=adapter, output=tmp_path / "none")
+        build(checkpoint=adapter, output=tmp_path / "none")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -741,12 +741,10 @@ def test_kinds_of_audio_tokens(start, tones, tmp_path, sound):
     assert (exported.audio_tokens, exported.trained_audio_tokens) == ("fixed", "both")
     learned = tmp_path / "run" / "audio_projector.safetensors"
     assert checkpoints.read_audio_tokens(learned) == ("fixed", "both")
-    trimmed = upload.build(checkpoint=start, projector=learned, output=tmp_path / "trimmed", audio_tokens="trimmed")
+    trimmed = build(checkpoint=start, projector=learned, output=tmp_path / "trimmed", audio_tokens="trimmed")
     built = AutoProcessor.from_pretrained(trimmed, trust_remote_code=True)
     assert (built.audio_tokens, built.trained_audio_tokens) == ("trimmed", "both")
-    again = AutoProcessor.from_pretrained(
-        upload.build(checkpoint=trimmed, output=tmp_path / "again"), trust_remote_code=True
-    )
+    again = AutoProcessor.from_pretrained(build(checkpoint=trimmed, output=tmp_path / "again"), trust_remote_code=True)
     assert (again.audio_tokens, again.trained_audio_tokens) == ("trimmed", "both")
     with pytest.raises(ValueError, match="audio_tokens must be fixed, trimmed or both, got 'half'"):
         run(start, tones, tmp_path / "half", audio_tokens="half")

@@ -9,11 +9,11 @@ import torch
 from helpers import AUDIO, CHAT, TOKENS, assert_close, audio, join, step_logits, text, two_turns
 from transformers import AutoProcessor
 
-import upload
 from audio_utils import fetch_audio
 from configuration_qwen2_audio_vl import count_audio
 from demo.ask import EXAMPLES
 from handler import EndpointHandler, read_messages
+from publishing.build import build
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_where_the_choice_is_made(repo, processor, sound, tmp_path):
     assert count == [35 + 63, TOKENS + 2 * TOKENS]
     assert torch.equal(trimmed["input_features"], plain["input_features"])
     processor.save_pretrained(tmp_path / "saved")
-    built = upload.build(checkpoint=repo, output=tmp_path / "built", audio_tokens="trimmed")
+    built = build(checkpoint=repo, output=tmp_path / "built", audio_tokens="trimmed")
     for folder in (tmp_path / "saved", built):
         loaded = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         assert loaded.audio_tokens == "trimmed"
@@ -61,7 +61,7 @@ def test_where_the_choice_is_made(repo, processor, sound, tmp_path):
     assert fixed._get_num_multimodal_tokens([], audio_lengths=[1], audio_tokens="trimmed")["num_audio_tokens"] == [1]
     for make in (
         lambda: AutoProcessor.from_pretrained(repo, trust_remote_code=True, audio_tokens="half"),
-        lambda: upload.build(checkpoint=repo, output=tmp_path / "half", audio_tokens="half"),
+        lambda: build(checkpoint=repo, output=tmp_path / "half", audio_tokens="half"),
     ):
         with pytest.raises(ValueError, match="audio_tokens must be fixed or trimmed, got 'half'"):
             make()
@@ -89,7 +89,7 @@ def test_a_model_is_asked_as_it_was_trained_or_warns(repo, sound, tmp_path, monk
 
 
 def test_handler_does_what_the_folder_says(demo_repo, examples, tmp_path):
-    folder = upload.build(checkpoint=demo_repo, output=tmp_path / "repo", audio_tokens="trimmed")
+    folder = build(checkpoint=demo_repo, output=tmp_path / "repo", audio_tokens="trimmed")
     (name,) = next(example["audio"] for example in examples if example["skill"] == "transcribe")
     clip = (EXAMPLES / name).read_bytes()
     samples = len(fetch_audio(clip))

@@ -18,12 +18,12 @@ from huggingface_hub.errors import BadRequestError
 from sounds import encode
 from transformers import AutoModel, AutoProcessor
 
-import upload
 from audio_utils import fetch_audio
 from demo.ask import EXAMPLES, write_questions
 from demo.world import SKILLS
 from evaluation import evaluate as evaluation
 from evaluation.scoring import read_predictions
+from publishing.build import build
 
 
 pytestmark = pytest.mark.vllm
@@ -189,7 +189,7 @@ def test_rows_are_evaluated_as_by_generate(address, demo_repo, tmp_path):
 
 def test_trimmed_audio_tokens(repo_30s, tmp_path):
     """Windows of 30 s, random weights: clips of a part of a window, of one, and of some, alone and together."""
-    folder = upload.build(checkpoint=repo_30s, output=tmp_path / "trimmed", audio_tokens="trimmed")
+    folder = build(checkpoint=repo_30s, output=tmp_path / "trimmed", audio_tokens="trimmed")
     loaded, rng = load(folder), np.random.default_rng(0)
 
     def clip(seconds: float) -> dict:

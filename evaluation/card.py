@@ -1,0 +1,127 @@
+"""Scores in the card of a folder: written there from predictions, which are copied beside it, and checked by them."""
+
+import json
+import shutil
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard
+
+from evaluation.scoring import ALL, AS_GIVEN, read_folder, score_arms, table
+from publishing.card import EVALUATION, replace_section, save_card
+from publishing.check import check_sizes
+from publishing.paths import weights_of
+
+
+METRICS = {  # task and name that the Hub shows
+    "wer": ("automatic-speech-recognition", "WER"),
+    "cer": ("automatic-speech-recognition", "CER"),
+    "accuracy": ("any-to-any", "Accuracy"),
+}
+
+
+def list_results(scores: dict, manifest: dict) -> list[EvalResult]:
+    """The Hub's evaluation metadata, in percent: the accuracy of closed answers, or word and character error rates."""
+    sources = ", ".join(source["name"] for source in manifest["data"])
+    results = []
+    for group, score in scores["arms"][AS_GIVEN].items():
+        for metric in ("accuracy",) if "accuracy" in score else ("wer", "cer"):
+            rate = score[metric]["value"]
+            if rate is not None:
+                task, title = METRICS[metric]
+                config = None if group == ALL else group  # tells the groups of a set apart
+                dataset = {"dataset_type": sources, "dataset_name": sources, "dataset_config": config}
+                shown = {"metric_type": metric, "metric_name": title, "metric_value": round(100 * rate, 2)}
+                results.append(EvalResult(task_type=task, **dataset, **shown))
+    return results
+
+
+def write_section(scores: dict, manifest: dict) -> str:
+    """The scores as a section of the card."""
+    origin = f"{', '.join(source['name'] for source in manifest['data'])}, {manifest['date'][:10]}"
+    rule = f"{scores['rule']['normalizer']}, {scores['rule']['alignment']}"
+    details = f"On {origin}. Rule: {rule}; intervals are of 95%. The answers are in `{EVALUATION}/`."
+    return f"## Scores\n\n{table(scores)}\n{details}\n"
+
+
+def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
+    """
+    Reads predictions of the model in a folder, and scores them again.
+
+    Returns:
+        The manifest of the predictions, and their scores.
+
+    Raises:
+        ValueError: if the predictions are not all there or too large, are of other weights than those of the folder,
+            or give other scores than those beside them.
+    """
+    if missing := [name for name in ("manifest.json", "scores.json") if not (results / name).is_file()]:
+        raise ValueError(
+            f"{results} has no {' and no '.join(missing)}; `python -m evaluation predict` and `score` write them"
+        )
+    check_sizes(results)
+    manifest, stored = (json.loads((results / name).read_text()) for name in ("manifest.json", "scores.json"))
+    predicted, weights = manifest["model"]["weights"], weights_of(folder)
+    if predicted != weights:
+        raise ValueError(f"the predictions in {results} are of other weights: {predicted}, but {folder} has {weights}")
+    predictions = read_folder(results)
+    rows = len(predictions[AS_GIVEN])
+    if manifest["rows"] != rows:
+        whole = f"{manifest['rows']} rows" if manifest["rows"] else "an unfinished run"
+        raise ValueError(
+            f"{results} has {rows} predictions of {whole}; run `python -m evaluation predict` again, which goes on"
+        )
+    scores = json.loads(json.dumps(score_arms(predictions)))
+    if difference := first_difference(stored.get("arms"), scores["arms"]):
+        place, says, gives = difference
+        raise ValueError(f"{results / 'scores.json'} says {place} = {says}, but its predictions give {gives}")
+    return manifest, {**scores, "rule": stored["rule"]}
+
+
+def first_difference(one, other, place: str = "") -> tuple | None:
+    """The first place in which two trees of dicts differ, with both values; None if they are equal."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = dict.fromkeys([*one, *other])
+        differences = (first_difference(one.get(name), other.get(name), f"{place}/{name}") for name in names)
+        return next(filter(None, differences), None)
+    return None if one == other else (place.strip("/"), one, other)
+
+
+def add_results(folder: Path, results: Path):
+    """
+    Copies predictions into a folder, and writes their scores into its card.
+
+    Raises:
+        ValueError: as [`read_results`], before anything is written.
+    """
+    manifest, scores = read_results(folder, results)
+    shutil.rmtree(folder / EVALUATION, ignore_errors=True)
+    (folder / EVALUATION).mkdir()
+    for path in (*results.glob("predictions*.jsonl"), results / "manifest.json", results / "scores.json"):
+        shutil.copyfile(path, folder / EVALUATION / path.name)
+    card = ModelCard.load(folder / "README.md")
+    card.data.model_name = manifest["model"]["name"]
+    card.data.eval_results = list_results(scores, manifest)
+    card.text = replace_section(card.text, "results", write_section(scores, manifest))
+    save_card(folder, card)
+
+
+def check_results(folder: Path) -> str:
+    """
+    Scores the predictions of a folder again, and returns what was compared.
+
+    Raises:
+        ValueError: if the card's figures are not those that the predictions give, or as [`read_results`].
+    """
+    card = ModelCard.load(folder / "README.md")
+    manifest, scores = read_results(folder, folder / EVALUATION)
+    expected = list_results(scores, manifest)
+    in_card, right = (
+        {(result.dataset_config or "all rows", result.metric_type, result.metric_value) for result in results}
+        for results in (card.data.eval_results or [], expected)
+    )
+    if wrong := in_card ^ right:
+        figures = "; ".join(f"{metric} of {group}: {value}" for group, metric, value in sorted(wrong))
+        raise ValueError(f"the metadata of README.md and the predictions in {EVALUATION}/ differ: {figures}")
+    if replace_section(card.text, "results", write_section(scores, manifest)) != card.text:
+        raise ValueError(f"the table of scores in README.md is not what the predictions in {EVALUATION}/ give")
+    return f"{manifest['rows']} predictions of these weights give the {len(expected)} figures of the card"
