@@ -148,22 +148,6 @@ def rows_of(data: Data) -> Path:
     return BUILD / data.name / "rows.jsonl"
 
 
-def make_aligned(start: Path, data: Data) -> Path:
-    """The same repository with a projector in closed form, from some clips."""
-    output = BUILD / f"align-{data.name}"
-    run_train(
-        stage="align",
-        model=start,
-        aligner=BUILD / ENCODER,
-        align_rows=data.clips // 10,
-        data=rows_of(data),
-        output_dir=output,
-        audio_tokens="trimmed",
-    )
-    aligned = BUILD / f"aligned-{data.name}"
-    return build_once(aligned, checkpoint=str(start), projector=str(output / train.PROJECTOR_FILE))
-
-
 def last_loss(output: Path) -> float:
     """The mean loss of the last ten steps of a run."""
     state = json.loads((Path(train.newest_checkpoint(str(output))) / "trainer_state.json").read_text())
@@ -194,8 +178,6 @@ def main():
     adapter = {}
     for round_ in rounds:
         output, model = BUILD / f"run-{round_.name}", make_start(encoder=round_.encoder)
-        if not adapter:
-            model = make_aligned(model, round_.data[0])
         accumulated = 1 if ON_GPU else round_.accumulated
         settings = {
             **SETTINGS,

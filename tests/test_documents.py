@@ -34,7 +34,6 @@ EXAMPLE_FILES = {
     *(
         "audio_projector.safetensors",
         "run/audio_projector.safetensors",
-        "aligned/audio_projector.safetensors",
         "loss.png",
         "summary.json",
     ),

@@ -1,7 +1,6 @@
 """
 Trains the audio path of a folder that `upload.py build` made:
 
-    python -m training --stage align --aligner WHISPER --model DIR --data FILE --output_dir OUT    a start for it
     python -m training --stage projector --model DIR --data FILE --output_dir OUT    the projector alone
     python -m training --stage lora --model DIR --data FILE --output_dir OUT         LoRA on the language model as well
 
@@ -18,7 +17,7 @@ import sys
 import time
 import warnings
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from uuid import uuid4
@@ -62,7 +61,6 @@ from configuration_qwen2_audio_vl import (
     check_audio_tokens,
 )
 from evaluation.scoring import score
-from publishing.checkpoints import EMBEDDINGS, stored_tensors
 from publishing.paths import (
     CHECKSUMS,
     check_content,
@@ -72,7 +70,6 @@ from publishing.paths import (
     write_checksums,
     write_json,
 )
-from training.alignment import Aligner, fit_projector
 from training.rows import SkipBadRows, changed_data, columns_of, describe_data, load_rows, told_length
 
 
@@ -80,10 +77,9 @@ logger = logging.get_logger(__name__)
 
 # Attention and MLP of the language model; nothing of the vision tower or the audio encoder has such a path.
 LANGUAGE_MODEL = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-LEARNING_RATES = {"align": None, "projector": 1e-3, "lora": 2e-4}  # by stage
+LEARNING_RATES = {"projector": 1e-3, "lora": 2e-4}  # by stage
 PROJECTOR_FILE = "audio_projector.safetensors"
 SECONDS_FILE = "seconds.json"  # of a checkpoint
-FIRST_OF_ENCODER = "model.audio_encoder.conv1.weight"
 
 
 @dataclass
@@ -111,10 +107,6 @@ class Arguments(TrainingArguments):
         default=None,
         metadata={"help": "fixed, trimmed, or both, which draws one for each batch (default: the model's)"},
     )
-    aligner: str | None = field(
-        default=None, metadata={"help": "for --stage align: the complete Whisper whose encoder the model has"}
-    )
-    align_rows: int = field(default=1000, metadata={"help": "rows with speech that --stage align uses"})
     adapter: str | None = field(default=None, metadata={"help": "`adapter` of an earlier run to start from"})
     train_markers: bool = field(default=False, metadata={"help": "<|audio_bos|> and <|audio_eos|> learn as well"})
     lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})
@@ -151,8 +143,6 @@ class Arguments(TrainingArguments):
                 raise ValueError(f"--{name} is missing.")
         if self.stage not in LEARNING_RATES:
             raise ValueError(f"--stage is {self.stage!r}, expected one of {', '.join(LEARNING_RATES)}.")
-        if (self.stage == "align") != (self.aligner is not None):
-            raise ValueError("--stage align needs --aligner, a folder or Hub id of Whisper, and no other stage does.")
         if self.audio_tokens is not None:
             check_audio_tokens(self.audio_tokens, TRAINED_AUDIO_TOKENS)
         self.columns = columns_of(self.audio_column, self.text_column)
@@ -459,8 +449,8 @@ def newest_checkpoint(output_dir: str) -> str | None:
 def refuse_another_run(args: Arguments):
     """An interrupted run continues only with the arguments, and the content of the data, that it was started with."""
     own = ("model", "stage", "data", "audio_column", "text_column", "instruction", "audio_tokens", "train_markers")
-    own += ("aligner", "align_rows", "adapter")
-    own += ("lora_r", "lora_alpha", "learning_rate", "projector_learning_rate", "seed", "max_steps", "num_train_epochs")
+    own += ("adapter", "lora_r", "lora_alpha", "learning_rate", "projector_learning_rate", "seed", "max_steps")
+    own += ("num_train_epochs",)
     own = {name: getattr(args, name) for name in own}
     described = describe_data(args.data, args.columns)
     path = Path(args.output_dir) / "arguments.json"
@@ -517,49 +507,6 @@ def draw_losses(history: list[dict], path: Path):
     figure.savefig(path, dpi=120)
 
 
-def read_clips(processor, dataset, collator: ChatCollator, limit: int) -> Iterator[tuple[torch.Tensor, int, str]]:
-    """Window, rows and transcript of each row with one clip of one window whose answer says what is said in it."""
-    used = 0
-    for row in dataset:
-        text = answer_text(collator.messages(row)[-1]["content"])
-        inputs = collator.inputs(row, "trimmed") if text.strip() else {"input_features": ()}
-        if len(inputs["input_features"]) == 1:
-            yield inputs["input_features"], int((inputs["input_ids"] == processor.audio_token_id).sum()), text
-            used += 1
-        if used == limit:
-            return
-
-
-def align(args: Arguments, processor, dataset, collator: ChatCollator) -> dict:
-    """
-    Writes a projector in closed form to `args.output_dir`, and returns the summary. Of the model only the embeddings
-    are read.
-
-    Raises:
-        ValueError: if the model has another encoder than the aligner.
-    """
-    start, aligner = time.time(), Aligner(args.aligner)
-    tensors = {}
-    for tensor in stored_tensors(resolve(args.model).folder):
-        if tensor.name in (EMBEDDINGS, FIRST_OF_ENCODER):
-            with safe_open(tensor.path, "pt") as file:
-                tensors[tensor.name] = file.get_tensor(tensor.name)
-    embeddings, first = tensors[EMBEDDINGS], tensors[FIRST_OF_ENCODER]
-    own = aligner.model.model.encoder.conv1.weight
-    if first.shape != own.shape or not torch.allclose(first.float(), own.float(), atol=1e-2):
-        raise ValueError(f"--aligner {args.aligner} is not the Whisper whose encoder {args.model} has.")
-    clips = read_clips(processor, dataset, collator, args.align_rows)
-    weight, found = fit_projector(clips, aligner, embeddings, processor.tokenizer)
-    save_file(
-        {"audio_projector.weight": weight},
-        Path(args.output_dir) / PROJECTOR_FILE,
-        {"audio_tokens": processor.trained_audio_tokens},
-    )
-    summary = {"stage": args.stage, **found, "seconds": round(time.time() - start, 1)}
-    (Path(args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
-
-
 def train(args: Arguments) -> dict:
     """
     Trains, or goes on with a run that was interrupted, and writes what was learned to `args.output_dir`: `adapter`
@@ -589,8 +536,6 @@ def train(args: Arguments) -> dict:
     if eval_dataset is not None:
         eval_dataset = select_rows(eval_dataset, collator, args)
 
-    if args.stage == "align":
-        return align(args, processor, dataset, collator)
     output, start, checkpoint = Path(args.output_dir), time.time(), newest_checkpoint(args.output_dir)
     timed = checkpoint is not None and (Path(checkpoint) / SECONDS_FILE).is_file()
     seconds_before = json.loads((Path(checkpoint) / SECONDS_FILE).read_text()) if timed else 0
@@ -668,8 +613,6 @@ def main(arguments: list[str] | None = None):
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments)
         resolve(args.model, WHOLE_MODEL)  # a model that is not there is reported before the data is read
-        if args.aligner is not None:
-            resolve(args.aligner, ("config.json", "*.safetensors"))
         with only_run(args.output_dir, "--output_dir", args.process_index == 0):
             summary = train(args)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
