@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
 import upload
+from publishing.paths import only_run
 from speech import clips, parts, recordings
 from speech.recordings import BUILD
 from speech.run import ADAPTER
@@ -116,7 +117,7 @@ def run_train(processes: int = 1, **arguments) -> dict:
             subprocess.run([*launch, "--module", "training", *words], check=True, env=os.environ | threads)
         else:
             (args,) = HfArgumentParser(train.Arguments).parse_args_into_dataclasses(words)
-            with train.only_run(args.output_dir, "--output_dir"):
+            with only_run(args.output_dir, "--output-dir"):
                 train.train(args)
     return json.loads(summary.read_text())
 

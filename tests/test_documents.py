@@ -1,6 +1,5 @@
 """Documents: the files, commands, links and figures that they name are there, in the checkout and in a built folder."""
 
-import dataclasses
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from transformers import AutoConfig
 
 from configuration_qwen2_audio_vl import NEWEST_PROVED, count_audio
 from publishing.paths import ROOT
-from training import train
+from training.options import dashed, read_options
 
 
 DOCUMENTS = (
@@ -46,7 +45,7 @@ def read(name: str) -> str:
 
 
 UPLOAD_OPTIONS = set(re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / "upload.py").read_text()))
-TRAIN_OPTIONS = {f"--{field.name}" for field in dataclasses.fields(train.Arguments)}
+TRAIN_OPTIONS = {dashed(name) for fields in read_options() for name in fields}
 
 
 def code_of(text: str) -> list[str]:

@@ -2,31 +2,15 @@
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import datasets
-from transformers.utils import logging
 
-from collator import RECORDING, content_of, names_file, place_of, prefix_errors
-
-
-logger = logging.get_logger(__name__)
-
-
-def columns_of(audio_column: str | None, text_column: str | None) -> tuple[str, str] | None:
-    """
-    The `columns` of [`load_rows`] from the options of a command line.
-
-    Raises:
-        ValueError: if only one is given.
-    """
-    if (audio_column is None) != (text_column is None):
-        raise ValueError("--audio_column and --text_column must be given together, or neither of them.")
-    return None if audio_column is None else (audio_column, text_column)
+from collator import RECORDING, names_file
+from training.options import columns_of as columns_of
 
 
 def load_rows(
@@ -190,7 +174,7 @@ def load_dataset(source: str, streaming: bool, columns: tuple[str, str] | None, 
     if missing := [f"`{name}`" for name in (*needed, *keep) if name not in found]:
         raise ValueError(
             f"{source} has columns {', '.join(found)}; expected {' and '.join(missing)}."
-            + ("" if columns else " --audio_column and --text_column name recordings and transcripts.")
+            + ("" if columns else " --audio-column and --text-column name recordings and transcripts.")
         )
     rows = rows.select_columns(list(dict.fromkeys([*needed, *keep])))
     for name, feature in rows.features.items():
@@ -223,31 +207,3 @@ def without_decoding(feature):
     if isinstance(feature, datasets.List):
         return datasets.List(without_decoding(feature.feature))
     return feature
-
-
-def told_length(row: dict, name: str) -> float:
-    """
-    The length that a row tells under a name.
-
-    Raises:
-        BadRow: if that is no positive number.
-    """
-    with prefix_errors(place_of(row)):
-        length = content_of(row).get(name)
-        if isinstance(length, bool) or not isinstance(length, (int, float)) or not 0 < length < math.inf:
-            raise ValueError(f"the length `{name}` is {length!r}; expected a positive number")
-        return length
-
-
-class SkipBadRows:
-    """Tells whether a streamed row can be used; counts and names those that cannot."""
-
-    def __init__(self, measure: Callable[[dict], int | str]):
-        self.measure, self.skipped = measure, 0
-
-    def __call__(self, row: dict) -> bool:
-        found = self.measure(row)
-        if isinstance(found, str):
-            self.skipped += 1
-            logger.warning(f"Left out, {self.skipped} so far: {found}")
-        return not isinstance(found, str)
