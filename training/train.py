@@ -89,7 +89,7 @@ class AnswerTrainer(Trainer):
     """[`Trainer`] whose evaluation also generates answers, and compares them with those of the rows."""
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """As in [`Trainer`], with a learning rate of its own for the projector if one is given."""
+        """Gives the projector a learning rate of its own, if the arguments name one."""
         optimizer = super().create_optimizer(model)
         rate = self.args.projector_learning_rate
         if rate is not None:
@@ -103,7 +103,7 @@ class AnswerTrainer(Trainer):
         return optimizer
 
     def compute_loss(self, model, inputs: dict[str, torch.Tensor], *args, **kwargs):
-        """As in [`Trainer`]; what comes before the first label of all rows, the audio mostly, gets no logits."""
+        """Computes no logits before the first label of all rows, where most of the audio is."""
         is_label = (inputs["labels"] != IGNORED_LABEL).any(0)
         kept = min(len(is_label), len(is_label) - int(is_label.int().argmax()) + 1)
         inputs = {**inputs, "labels": inputs["labels"][:, -kept:], "logits_to_keep": kept}
@@ -115,14 +115,14 @@ class AnswerTrainer(Trainer):
         if self.is_fsdp_enabled:
             logger.warning("FSDP has no whole model to ask, so evaluation gives the loss alone.")
             return metrics
-        found = score(self.answer(self.eval_dataset if eval_dataset is None else eval_dataset))
-        found = {name: found[name]["value"] for name in ("wer", "cer")}  # None where no reference says anything
-        rates = {f"{metric_key_prefix}_{name}": rate for name, rate in found.items() if rate is not None}
+        scores = score(self.answer(self.eval_dataset if eval_dataset is None else eval_dataset))
+        rates = {f"{metric_key_prefix}_{name}": scores[name]["value"] for name in ("wer", "cer")}
+        rates = {name: rate for name, rate in rates.items() if rate is not None}  # as where no reference says anything
         self.log(rates)
         return {**metrics, **rates}
 
     def answer(self, dataset) -> list[dict]:
-        """The expected and the given last answer of every row, as `scoring.py` takes them."""
+        """Returns the last answer of every row and that of the model, as `evaluation.scoring` takes them."""
         model, collator = self.accelerator.unwrap_model(self.model), self.data_collator
         model.eval()
         mine, rows = range(self.args.process_index, len(dataset), self.args.world_size), []
@@ -132,13 +132,13 @@ class AnswerTrainer(Trainer):
             asked = [messages[:-1] for messages in conversations]
             with self.compute_loss_context_manager():
                 answers = collator.processor.answer(model, asked, self.args.max_new_tokens)
-            for messages, given in zip(conversations, answers, strict=True):
-                rows.append({"text": answer_text(messages[-1]["content"]), "pred_text": given})
+            for messages, answer in zip(conversations, answers, strict=True):
+                rows.append({"text": answer_text(messages[-1]["content"]), "pred_text": answer})
         return gather_object(rows)
 
 
 def mean_loss(history: list[dict]) -> float:
-    """The loss of all steps, from lines that each tell the mean since the line before."""
+    """The mean loss of all steps, from lines that each have the mean since the line before."""
     lines = [line for line in history if "loss" in line]
     steps = [line["step"] for line in lines]
     total = sum(line["loss"] * (step - last) for line, step, last in zip(lines, steps, [0, *steps], strict=False))
@@ -146,7 +146,7 @@ def mean_loss(history: list[dict]) -> float:
 
 
 def write_projector(adapter: Path, path: Path, audio_tokens: str):
-    """What `upload.py build --projector` reads: the projector and, if they learned, the rows of the two markers."""
+    """Writes what `upload.py build --projector` reads: the projector and, if they learned, the markers."""
     tensors = {}
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         if name.endswith("audio_projector.weight"):
