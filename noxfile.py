@@ -39,6 +39,7 @@ WORKERS = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile"
 PARTS = ["configuration", "conversations", "dialogues", "processing", "modeling", "trimmed", "ecosystem"]
 PARTS += ["remote_code", "serving", "accelerated"]
 CORE = [f"tests/test_{part}.py" for part in PARTS]
+TRAINING = ("tests/test_training.py", "tests/test_rows.py", "tests/test_options.py")
 MAIN = "git+https://github.com/huggingface/transformers"
 # What transformers works with: pip installs the newest release of each that all others take.
 COMPANIONS = ("huggingface_hub", "tokenizers", "safetensors", "accelerate", "peft", "datasets", "bitsandbytes")
@@ -70,7 +71,7 @@ def upcoming(session: nox.Session):
     kept = requirements_without("transformers", *COMPANIONS)
     session.install("--quiet", "--upgrade", *(session.posargs or [MAIN]), *COMPANIONS, *kept)
     session.run("python", "-m", "pip", "list", "--format", "freeze")
-    session.run("python", "-m", "pytest", *WORKERS, *CORE, "tests/test_training.py")
+    session.run("python", "-m", "pytest", *WORKERS, *CORE, *TRAINING)
 
 
 def requirements_without(*names: str) -> list[str]:

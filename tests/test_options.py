@@ -92,18 +92,8 @@ def test_options_have_two_spellings():
     dashes = "--output-dir=a_b --lora-r 4 --bf16 --no-dataloader-pin-memory --eval x y --warmup-steps 1 --tf32 no"
     parsed = options.parse([*needed, *dashes.split()])
     assert parsed == options.parse([*needed, *dashes.replace("-", "_").replace("__", "--").split()])
-    assert parsed == {
-        "model": "m",
-        "data": ["a", "b"],
-        "output_dir": "a_b",
-        "lora_r": 4,
-        "bf16": True,
-        "tf32": False,
-    } | {
-        "dataloader_pin_memory": False,
-        "eval": ["x", "y"],
-        "warmup_steps": 1.0,
-    }
+    expected = {"model": "m", "data": ["a", "b"], "output_dir": "a_b", "eval": ["x", "y"], "lora_r": 4, "bf16": True}
+    assert parsed == expected | {"dataloader_pin_memory": False, "tf32": False, "warmup_steps": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -9,7 +10,6 @@ import torch
 from helpers import audio, image, text, video
 from PIL import Image
 from runs import chat, write
-from transformers import AutoProcessor
 
 from collator import BadRow, ChatCollator
 from training.arguments import Arguments
@@ -98,23 +98,35 @@ def test_bad_rows_are_counted_and_named_before_training(run, start, tones, tmp_p
         run(tmp_path / "out", data=[write(tmp_path / "text.jsonl", [chat(text("hi"))])])
 
 
-def test_undecodable_audio_is_an_error_or_left_out_by_name(run, tones, tmp_path):
-    for file in tones.glob("train-*.wav"):
-        shutil.copyfile(file, tmp_path / file.name)
-    (tmp_path / "train-2.wav").write_bytes(b"this is no sound")
-    data = shutil.copyfile(tones / "train.jsonl", tmp_path / "train.jsonl")
+@pytest.fixture
+def copies(tones, tmp_path) -> Path:
+    """A copy of the rows and clips, to damage."""
+    return shutil.copytree(tones, tmp_path / "copies")
+
+
+def test_undecodable_audio_is_an_error_or_left_out_by_name(run, copies, tmp_path):
+    (copies / "train-2.wav").write_bytes(b"this is no sound")
+    data = [copies / "train.jsonl"]
     with pytest.raises(ValueError, match=r"train\.jsonl:3: .*train-2\.wav"):
-        run(tmp_path / "out", data=[data], max_steps=4)
-    assert run(tmp_path / "left-out", data=[data], max_steps=1, skip_bad_rows=True)["rows"] == 15
+        run(tmp_path / "out", data=data, max_steps=4)
+    assert run(tmp_path / "left-out", data=data, max_steps=1, skip_bad_rows=True)["rows"] == 15
 
 
-def test_streamed_rows_that_are_bad_are_left_out_by_name(run, tones, tmp_path):
-    for file in tones.glob("train-*.wav"):
-        shutil.copyfile(file, tmp_path / file.name)
-    data = write(tmp_path / "some.jsonl", ["not json", *(tones / "train.jsonl").read_text().splitlines()])
+def test_streamed_rows_that_are_bad_are_left_out_by_name(run, copies, tmp_path):
+    data = write(copies / "some.jsonl", ["not json", *(copies / "train.jsonl").read_text().splitlines()])
+    streamed = {"data": [data], "streaming": True, "max_steps": 1}
     with pytest.raises(ValueError, match=r"some\.jsonl:1: Expecting value"):
-        run(tmp_path / "out", data=[data], streaming=True, max_steps=1)
-    assert run(tmp_path / "out2", data=[data], streaming=True, skip_bad_rows=True, max_steps=1)["steps"] == 1
+        run(tmp_path / "out", **streamed)
+    assert run(tmp_path / "left-out", **streamed, skip_bad_rows=True)["steps"] == 1
+
+
+def save_chats(rows: list[dict], folder: Path):
+    """Saves rows of `messages` by `datasets`, which keeps audio and pictures as the bytes of their files."""
+    item = {"type": datasets.Value("string"), "text": datasets.Value("string")}
+    item |= {"audio": datasets.Audio(), "image": datasets.Image()}
+    message = {"role": datasets.Value("string"), "content": datasets.List(item)}
+    features = datasets.Features({"id": datasets.Value("int64"), "messages": datasets.List(message)})
+    datasets.Dataset.from_list([{"id": 1, **row} for row in rows], features=features).save_to_disk(folder)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -122,16 +134,10 @@ def test_pictures_that_no_decoder_reads_are_left_out_by_name(run, tones, photo, 
     """A flipped bit in the name of its second chunk of data makes Pillow raise SyntaxError for a PNG."""
     content = bytearray(photo.read_bytes())
     content[content.index(b"IDAT", content.index(b"IDAT") + 4)] ^= 0x80
-    item = {"type": datasets.Value("string"), "text": datasets.Value("string")}
-    item |= {"audio": datasets.Audio(decode=False), "image": datasets.Image(decode=False)}
-    message = {"role": datasets.Value("string"), "content": datasets.List(item)}
     clip = (tones / "train-0.wav").read_bytes()
-    chats = [
-        chat(audio({"bytes": clip}), image({"bytes": picture}), answer=[text("low")])
-        for picture in (photo.read_bytes(), bytes(content))
-    ]
-    features = datasets.Features({"messages": datasets.List(message)})
-    datasets.Dataset.from_list(chats, features=features).save_to_disk(tmp_path / "saved")
+    pictures = [image({"bytes": picture}) for picture in (photo.read_bytes(), bytes(content))]
+    chats = [chat(audio({"bytes": clip}), picture, answer=[text("low")]) for picture in pictures]
+    save_chats(chats, tmp_path / "saved")
     more = {"data": [tmp_path / "saved"], "streaming": streaming, "max_steps": 2, "per_device_train_batch_size": 1}
     with pytest.raises(ValueError, match="saved:2: SyntaxError: broken PNG file"):
         run(tmp_path / "out", **more)
@@ -148,11 +154,8 @@ def test_files_of_other_editors(rows, tmp_path, speech):
             (row,) = load_rows([str(path)], streaming)
             assert rows.messages(row)[-1]["content"] == "low"
             assert row["place"] == f"{path}:{2 if number == 1 else 1}"
-    for content, message in (
-        (b"", "is empty"),
-        (b" \n\n", "is empty"),
-        (line.encode("utf-16"), "must be JSON lines in UTF-8"),
-    ):
+    utf_16 = line.encode("utf-16")
+    for content, message in ((b"", "is empty"), (b" \n\n", "is empty"), (utf_16, "must be JSON lines in UTF-8")):
         (tmp_path / "bad.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_rows([str(tmp_path / "bad.jsonl")])
@@ -165,27 +168,19 @@ def test_files_of_other_editors(rows, tmp_path, speech):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_of_datasets(run, rows, tones, photo, tmp_path, streaming):
     """Arrow fills missing keys with None; sound and pictures come as the bytes of their files."""
-    item = {
-        "type": datasets.Value("string"),
-        "text": datasets.Value("string"),
-        "audio": datasets.Audio(),
-        "image": datasets.Image(),
-    }
-    message = {"role": datasets.Value("string"), "content": datasets.List(item)}
-    features = datasets.Features({"id": datasets.Value("int64"), "messages": datasets.List(message)})
     content = [audio(str(tones / "train-1.wav")), image(str(photo)), text("Which tone?")]
-    made = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": [text("middle")]}]}
-    datasets.Dataset.from_list([{"id": 1, **made}] * 4, features=features).save_to_disk(tmp_path / "saved")
+    row = chat(*content, answer=[text("middle")])
+    save_chats([row] * 4, tmp_path / "saved")
     (tmp_path / "parquet").mkdir()
     datasets.load_from_disk(tmp_path / "saved").to_parquet(tmp_path / "parquet" / "train.parquet")
 
-    expected = rows.inputs({**made, "place": "here:1"})
+    expected = rows.inputs({**row, "place": "here:1"})
     for source in (tmp_path / "saved", tmp_path / "parquet"):
         loaded = load_rows([str(source)], streaming)
         assert isinstance(loaded, datasets.IterableDataset) == streaming
-        row = next(iter(loaded))
-        assert row["place"] == f"{source}:1"
-        inputs = rows.inputs(row)
+        first = next(iter(loaded))
+        assert first["place"] == f"{source}:1"
+        inputs = rows.inputs(first)
         assert inputs.keys() == expected.keys()
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
     assert run(tmp_path / "out", data=[tmp_path / "parquet"], streaming=streaming, max_steps=2)["steps"] == 2
@@ -194,37 +189,35 @@ def test_rows_of_datasets(run, rows, tones, photo, tmp_path, streaming):
         load_rows([str(tmp_path / "other")])
 
 
-def test_rows_are_grouped_by_their_length(run, settings, start, tmp_path):
+def test_rows_are_grouped_by_their_length(run, settings, rows, tmp_path):
     args = Arguments(**settings(tmp_path, train_sampling_strategy="group_by_length"))
-    rows = ChatCollator(AutoProcessor.from_pretrained(start, trust_remote_code=True), needs_audio=True)
     dataset = select_rows(load_rows(args.data), rows, args)
     assert dataset["length"] == [rows.inputs(row)["input_ids"].shape[1] for row in dataset]
     assert len(set(dataset["length"])) > 3
     assert run(tmp_path, train_sampling_strategy="group_by_length", max_steps=2)["steps"] == 2
 
 
-def test_rows_tell_their_length(run, settings, start, tones, tmp_path, monkeypatch):
+def test_rows_have_their_length(run, settings, rows, tones, tmp_path, monkeypatch):
     grouped = {"train_sampling_strategy": "group_by_length", "length_column_name": "seconds"}
-    rows = [json.loads(line) for line in (tones / "train.jsonl").read_text().splitlines()]
-    for row, seconds in zip(rows, range(len(rows), 0, -1), strict=True):
-        row["seconds"] = seconds / 2
-    told = tones / "told.jsonl"  # beside the clips
-    told.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = Arguments(**settings(tmp_path, **grouped, data=[told]))
-    collator = ChatCollator(AutoProcessor.from_pretrained(start, trust_remote_code=True), needs_audio=True)
+    lines = [json.loads(line) for line in (tones / "train.jsonl").read_text().splitlines()]
+    for line, seconds in zip(lines, range(len(lines), 0, -1), strict=True):
+        line["seconds"] = seconds / 2
+    timed = Path(write(tones / "timed.jsonl", lines))  # beside the clips
+    args = Arguments(**settings(tmp_path, **grouped, data=[timed]))
+    collator = ChatCollator(rows.processor, needs_audio=True)
     with monkeypatch.context() as patched:
         patched.setattr(collator, "inputs", None)  # no file is opened
         dataset = select_rows(load_rows(args.data), collator, args)
-    assert dataset["seconds"] == [row["seconds"] for row in rows]
-    assert run(tmp_path / "out", **grouped, data=[told], max_steps=2)["steps"] == 2
+    assert dataset["seconds"] == [line["seconds"] for line in lines]
+    assert run(tmp_path / "out", **grouped, data=[timed], max_steps=2)["steps"] == 2
     recordings = {"audio": [str(tones / f"train-{number}.wav") for number in range(16)], "text": ["a tone"] * 16}
-    recordings["seconds"] = [row["seconds"] for row in rows]
+    recordings["seconds"] = [line["seconds"] for line in lines]
     datasets.Dataset.from_dict(recordings).save_to_disk(tmp_path / "recordings")
     columns = load_rows([str(tmp_path / "recordings")], columns=("audio", "text"), keep=("seconds",))
     assert select_rows(columns, collator, args)["seconds"] == dataset["seconds"]
     both = datasets.concatenate_datasets([load_rows(args.data), columns])
     assert select_rows(both, collator, args)["seconds"] == [*dataset["seconds"]] * 2
     for wrong in (None, True, -1, "long", float("nan")):
-        told.write_text(json.dumps(rows[0]) + "\n" + json.dumps({**rows[1], "seconds": wrong}) + "\n")
-        with pytest.raises(ValueError, match=r"1 of 2 rows.*\n.*told.jsonl:2: the length `seconds` is"):
+        write(timed, [lines[0], {**lines[1], "seconds": wrong}])
+        with pytest.raises(ValueError, match=r"1 of 2 rows.*\n.*timed.jsonl:2: the length `seconds` is"):
             select_rows(load_rows(args.data), collator, args)

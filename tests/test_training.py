@@ -143,9 +143,9 @@ def test_data_that_is_not_there_is_named(settings, tmp_path, option):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(settings, tones, trained, tmp_path):
-    launch = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    flags = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     more = {"per_device_train_batch_size": 2, "eval": [tones / "test.jsonl"], "max_new_tokens": 2}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "training"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "training"]
     command += words(settings(tmp_path, **more))
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -219,20 +219,12 @@ def test_damaged_entries_of_the_encoder_cache_are_encoded_again(start, tmp_path,
     for window in windows:  # one at a time, so that it is known whose file is new
         encoder(window[None])
         paths += {*encoder.folder.iterdir()} - {*paths}
-    contents = [path.read_bytes() for path in paths]
-    rows = load_file(paths[3])["last_hidden_state"]
-    for path, content in zip(
-        paths[:5],
-        (
-            contents[0][:-128],
-            contents[1][:-128] + bytes(128),
-            contents[2][:-4] + b"\xff" * 4,  # NaN
-            save({"last_hidden_state": rows.T.contiguous()}, {"sha256": "0" * 64}),
-            contents[5],  # of another window
-        ),
-        strict=True,
-    ):
-        path.write_bytes(content)
+    contents, transposed = [path.read_bytes() for path in paths], load_file(paths[3])["last_hidden_state"].T
+    paths[0].write_bytes(contents[0][:-128])
+    paths[1].write_bytes(contents[1][:-128] + bytes(128))
+    paths[2].write_bytes(contents[2][:-4] + b"\xff" * 4)  # NaN
+    paths[3].write_bytes(save({"last_hidden_state": transposed.contiguous()}, {"sha256": "0" * 64}))
+    paths[4].write_bytes(contents[5])  # of another window
     with caplog.at_level("WARNING"):
         encoded = encoder(windows).last_hidden_state
     torch.testing.assert_close(encoded, expected)
@@ -400,14 +392,15 @@ def test_kinds_of_audio_tokens(run, start, tmp_path, sound):
     processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
     rows = [{**row, "place": f"x:{number}"} for number, row in enumerate([chat(audio(sound(1)))] * 8)]
     lengths = {"fixed": 150, "trimmed": 50}
-    for kind, length in lengths.items():
-        batch = ChatCollator(processor, audio_tokens=kind)(rows[:2])
-        assert (batch["input_ids"] == processor.audio_token_id).sum(1).tolist() == [length] * 2
-    counts = [
-        (ChatCollator(processor, audio_tokens="both")([row])["input_ids"] == processor.audio_token_id).sum()
-        for row in rows + rows
-    ]
-    assert set(map(int, counts)) == set(lengths.values()) and counts[:8] == counts[8:]
+
+    def count(audio_tokens: str, *batch) -> list[int]:
+        ids = ChatCollator(processor, audio_tokens=audio_tokens)([*batch])["input_ids"]
+        return (ids == processor.audio_token_id).sum(1).tolist()
+
+    for audio_tokens, length in lengths.items():
+        assert count(audio_tokens, *rows[:2]) == [length] * 2
+    counts = [count("both", row)[0] for row in rows + rows]
+    assert {*counts} == {*lengths.values()} and counts[:8] == counts[8:]
 
     run(tmp_path / "run", audio_tokens="both", max_steps=2, export=tmp_path / "export")
     exported = AutoProcessor.from_pretrained(tmp_path / "export", trust_remote_code=True)
@@ -415,12 +408,9 @@ def test_kinds_of_audio_tokens(run, start, tmp_path, sound):
     learned = tmp_path / "run" / "audio_projector.safetensors"
     assert checkpoints.read_audio_tokens(learned) == ("fixed", "both")
     trimmed = upload.build(checkpoint=start, projector=learned, output=tmp_path / "trimmed", audio_tokens="trimmed")
-    built = AutoProcessor.from_pretrained(trimmed, trust_remote_code=True)
-    assert (built.audio_tokens, built.trained_audio_tokens) == ("trimmed", "both")
-    again = AutoProcessor.from_pretrained(
-        upload.build(checkpoint=trimmed, output=tmp_path / "again"), trust_remote_code=True
-    )
-    assert (again.audio_tokens, again.trained_audio_tokens) == ("trimmed", "both")
+    for folder in (trimmed, upload.build(checkpoint=trimmed, output=tmp_path / "again")):
+        built = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        assert (built.audio_tokens, built.trained_audio_tokens) == ("trimmed", "both")
 
 
 def test_other_content_under_the_same_name_is_another_run(settings, tones, trained, tmp_path):
