@@ -29,13 +29,10 @@ TORCHES = {
 }
 CI = ("5.16.1", "5.20.2")
 WORKERS = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile")
-CORE = [
-    f"tests/test_{name}.py"
-    for name in (
-        *("configuration", "conversations", "dialogues", "processing", "modeling", "trimmed", "ecosystem"),
-        *("remote_code", "serving", "accelerated"),
-    )
-]
+PARTS = ["configuration", "conversations", "dialogues", "processing", "modeling", "trimmed", "ecosystem"]
+PARTS += ["remote_code", "serving", "accelerated"]
+CORE = [f"tests/test_{part}.py" for part in PARTS]
+TRAINING = ("tests/test_training.py", "tests/test_rows.py", "tests/test_options.py")
 MAIN = "git+https://github.com/huggingface/transformers"
 # pip installs the newest releases of these that fit each other.
 COMPANIONS = (
@@ -69,7 +66,7 @@ def upcoming(session: nox.Session):
     packages = requirements_without("transformers", *COMPANIONS)
     session.install("--quiet", "--upgrade", *(session.posargs or [MAIN]), *COMPANIONS, *packages)
     session.run("python", "-m", "pip", "list", "--format", "freeze")
-    session.run("python", "-m", "pytest", *WORKERS, *CORE, "tests/test_training.py")
+    session.run("python", "-m", "pytest", *WORKERS, *CORE, *TRAINING)
 
 
 def requirements_without(*prefixes: str) -> list[str]:

@@ -6,6 +6,7 @@ Command lines import this file before they read their arguments, so it imports t
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,3 +121,8 @@ def only_run(folder: str | Path, option: str, is_main_process: bool = True):
             yield
     except Timeout as error:
         raise ValueError(f"{option} {folder} is in use by another run; name a new folder, or wait for it.") from error
+
+
+def silence_bitsandbytes():
+    """Is called before peft is imported, which imports bitsandbytes. On a CPU that warns about a needless kernel."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

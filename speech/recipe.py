@@ -4,7 +4,7 @@ Trains the speech adapter from the published parts, through every stage; each go
     python -m speech.recipe            all stages, hours; the adapter goes to speech/adapter
     python -m speech.recipe --short    ten minutes: 320 clips, and the loss has to fall below MAX_LOSS
 
-Everything lies in build/speech. The stages are upload.py's and train.py's own.
+Everything lies in build/speech. The stages are those of upload.py and of `python -m training`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
 from publishing.build import build
+from publishing.paths import only_run
 from speech import clips, parts, recordings
 from speech.recordings import BUILD
 from speech.run import ADAPTER
@@ -116,7 +117,7 @@ def run_train(processes: int = 1, **arguments) -> dict:
             subprocess.run([*launch, "--module", "training", *words], check=True, env=os.environ | threads)
         else:
             (args,) = HfArgumentParser(train.Arguments).parse_args_into_dataclasses(words)
-            with train.only_run(args.output_dir, "--output_dir"):
+            with only_run(args.output_dir, "--output-dir"):
                 train.train(args)
     return json.loads(summary.read_text())
 
@@ -146,22 +147,6 @@ def make_data(*wanted: Data) -> list[Path]:
 
 def rows_of(data: Data) -> Path:
     return BUILD / data.name / "rows.jsonl"
-
-
-def make_aligned(start: Path, data: Data) -> Path:
-    """The same repository with a projector in closed form, from some clips."""
-    output = BUILD / f"align-{data.name}"
-    run_train(
-        stage="align",
-        model=start,
-        aligner=BUILD / ENCODER,
-        align_rows=data.clips // 10,
-        data=rows_of(data),
-        output_dir=output,
-        audio_tokens="trimmed",
-    )
-    aligned = BUILD / f"aligned-{data.name}"
-    return build_once(aligned, checkpoint=str(start), projector=str(output / train.PROJECTOR_FILE))
 
 
 def last_loss(output: Path) -> float:
@@ -194,8 +179,6 @@ def main():
     adapter = {}
     for round_ in rounds:
         output, model = BUILD / f"run-{round_.name}", make_start(encoder=round_.encoder)
-        if not adapter:
-            model = make_aligned(model, round_.data[0])
         accumulated = 1 if ON_GPU else round_.accumulated
         settings = {
             **SETTINGS,

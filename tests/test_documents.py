@@ -1,6 +1,5 @@
 """make test ONLY=tests/test_documents.py: documents name files, commands, links and figures that are there."""
 
-import dataclasses
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from transformers import AutoConfig
 from configuration_qwen2_audio_vl import NEWEST_PROVED, count_audio
 from publishing.card import SECTIONS, name_repo, replace_section
 from publishing.paths import ROOT
-from training import train
+from training.options import dashed, read_options
 
 
 DOCUMENTS = (
@@ -44,8 +43,7 @@ def read(name: str) -> str:
 
 
 UPLOAD_OPTIONS = set(re.findall(r'"(--[a-z-]+)"', read("upload.py")))
-TRAIN_FIELDS = [field.name for field in dataclasses.fields(train.Arguments)]
-TRAIN_OPTIONS = {f"--{name}" for field in TRAIN_FIELDS for name in (field, field.replace("_", "-"))}
+TRAIN_OPTIONS = {dashed(name) for fields in read_options() for name in fields}
 
 
 def code_of(text: str) -> list[str]:

@@ -18,6 +18,7 @@ from configuration_qwen2_audio_vl import IGNORED_LABEL
 from demo.ask import EXAMPLES
 from publishing.paths import ROOT
 from training import train
+from training.arguments import LEARNING_RATES
 
 
 pytestmark = pytest.mark.trl
@@ -107,7 +108,7 @@ def test_what_the_document_shows(trl, demo_repo, processor, rows, tmp_path, monk
         now = model(**batch).loss
         with model.disable_adapter():
             assert now < model(**batch).loss - 0.1
-    assert set(train.LEARNING_RATES.values()) >= {trainer.args.learning_rate}
+    assert set(LEARNING_RATES.values()) >= {trainer.args.learning_rate}
     names = changed(start, copy_of(model.merge_and_unload()))
     assert "model.audio_projector.weight" in names
     rest = {name.removesuffix(".weight") for name in names} - {"model.audio_projector"}

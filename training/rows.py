@@ -2,40 +2,23 @@
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import datasets
-from transformers.utils import logging
 
 from audio_utils import normalize_conversations
-from collator import RECORDING, content_of, items_of, names_file, place_of, prefix_errors
-
-
-logger = logging.get_logger(__name__)
-
-
-def columns_of(audio_column: str | None, text_column: str | None) -> tuple[str, str] | None:
-    """
-    The `columns` of [`load_rows`] from the options of a command line.
-
-    Raises:
-        ValueError: if only one is given.
-    """
-    if (audio_column is None) != (text_column is None):
-        raise ValueError("--audio_column and --text_column must be given together, or neither of them.")
-    return None if audio_column is None else (audio_column, text_column)
+from collator import RECORDING, items_of, names_file
 
 
 def load_rows(
     sources: list[str], streaming: bool = False, columns: tuple[str, str] | None = None, keep: tuple[str, ...] = ()
 ):
     """
-    Rows of JSON lines files, of folders that `datasets` saved, and of datasets by their Hub id or folder, written
-    `NAME`, `NAME:SPLIT` or `NAME:CONFIGURATION:SPLIT`.
+    Loads JSON lines files, folders that `datasets` saved, and datasets by their Hub id or folder, written `NAME`,
+    `NAME:SPLIT` or `NAME:CONFIGURATION:SPLIT`.
 
     Args:
         columns: Names of a column of recordings (files as bytes or paths) and one of their transcripts, where there
@@ -47,35 +30,34 @@ def load_rows(
         and `text`, those to keep, and `place`, which names the row in messages.
 
     Raises:
-        ValueError: if a source has no such columns.
+        ValueError: if a source is not there, or has no such columns.
     """
-    loaded = []
+    parts = []
     for source in sources:
         is_lines = source.endswith((".jsonl", ".json"))
-        if is_lines:
-            check_lines(source)
-            # As text: Arrow would give every content item the keys of all others, filled with None.
-            rows = datasets.load_dataset("text", data_files=source, split="train", streaming=streaming)
-            rows = rows.rename_column("text", "line")
-            if columns and columns != RECORDING:
-                rows = rows.map(partial(rename_keys, columns=columns), input_columns="line")
-        else:
-            rows = load_dataset(source, streaming, columns, keep)
+        rows = load_lines(source, streaming, columns) if is_lines else load_dataset(source, streaming, columns, keep)
         if streaming:
             rows = rows.map(lambda _, index, source=source: {"place": f"{source}:{index + 1}"}, with_indices=True)
         else:
             rows = rows.add_column("place", [f"{source}:{index + 1}" for index in range(len(rows))])
         if is_lines:  # blank ones are left out here, where each row has the number of its line
             rows = rows.filter(lambda row: row["line"].strip("\ufeff \t"))
-        loaded.append(rows)
-    return datasets.concatenate_datasets(loaded)
+        parts.append(rows)
+    return datasets.concatenate_datasets(parts)
+
+
+def load_lines(source: str, streaming: bool, columns: tuple[str, str] | None):
+    check_lines(source)
+    # As text: Arrow would give every content item the keys of all others, filled with None.
+    rows = datasets.load_dataset("text", data_files=source, split="train", streaming=streaming)
+    rows = rows.rename_column("text", "line")
+    if columns and columns != RECORDING:
+        rows = rows.map(partial(rename_keys, columns=columns), input_columns="line")
+    return rows
 
 
 def check_lines(source: str):
-    """
-    Raises:
-        ValueError: if a local file of JSON lines is not there, empty or not UTF-8.
-    """
+    """Raises a ValueError if a local file of JSON lines is not there, empty or not UTF-8."""
     if not Path(source).is_file():
         if "://" in source:
             return
@@ -88,12 +70,59 @@ def check_lines(source: str):
         raise ValueError(f"{source} must be JSON lines in UTF-8; it holds zero bytes, as UTF-16 does.")
 
 
+def rename_keys(line: str, columns: tuple[str, str]) -> dict[str, str]:
+    """Puts the recording and the transcript of a line under the usual names; a line without them stays as it is."""
+    try:
+        row = json.loads(line.lstrip("\ufeff"))
+        return {"line": json.dumps({**row, **dict(zip(RECORDING, [row[name] for name in columns], strict=True))})}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {"line": line}
+
+
+def load_dataset(source: str, streaming: bool, columns: tuple[str, str] | None, keep: tuple[str, ...]):
+    if (Path(source) / "state.json").is_file():
+        rows = datasets.load_from_disk(source)
+        rows = rows.to_iterable_dataset() if streaming else rows
+    else:
+        name, *configuration, split = split_source(source)
+        rows = datasets.load_dataset(name, *configuration, split=split or "train", streaming=streaming)
+    features, needed = rows.features or {}, columns or ("messages",)
+    if missing := [f"`{name}`" for name in (*needed, *keep) if name not in features]:
+        raise ValueError(
+            f"{source} has columns {', '.join(features)}; expected {' and '.join(missing)}."
+            + ("" if columns else " --audio-column and --text-column name recordings and transcripts.")
+        )
+    rows = rows.select_columns(list(dict.fromkeys([*needed, *keep])))
+    for name, feature in rows.features.items():
+        if (stored := without_decoding(feature)) != feature:
+            rows = rows.cast_column(name, stored)
+    if columns and columns != RECORDING:
+        rows = rows.rename_columns(dict(zip(columns, RECORDING, strict=True)))
+    return rows
+
+
+def split_source(source: str) -> list[str]:
+    """The name, the configuration if any, and the split. Raises a ValueError if the name is a path to nothing."""
+    parts = source.split(":") if ":" in source else [source, "train"]
+    if parts[0].startswith((".", "/", "~")) and not Path(parts[0]).exists():
+        raise ValueError(f"There is no file or folder {parts[0]}.")
+    return parts
+
+
+def without_decoding(feature):
+    """The same feature with audio and pictures left as the bytes of their files, which the processor decodes."""
+    if isinstance(feature, (datasets.Audio, datasets.Image)):
+        return type(feature)(decode=False)
+    if isinstance(feature, dict):
+        return {name: without_decoding(part) for name, part in feature.items()}
+    if isinstance(feature, datasets.List):
+        return datasets.List(without_decoding(feature.feature))
+    return feature
+
+
 def describe_data(sources: list[str], columns: tuple[str, str] | None = None) -> list[dict[str, str]]:
     """
-    What tells the content of sources from other content under the same names. Files that rows name are not opened.
-
-    Args:
-        sources, columns: As in [`load_rows`].
+    Describes sources so that other content under the same names differs. Files that rows name are not opened.
 
     Returns:
         For each source its `name` without the folders above it, and what is known of it: `sha256` of a local file of
@@ -155,10 +184,7 @@ def checksum_of_files(folder: Path, names: Iterable[str]) -> str:
 
 
 def changed_data(then: list[dict], now: list[dict]) -> list[str]:
-    """
-    What differs between two descriptions by [`describe_data`], in words. What only one of them knows does not count, so
-    that a run whose description says less goes on.
-    """
+    """Compares two descriptions by [`describe_data`], in words. What only one of them knows does not count."""
     names = [[source["name"] for source in each] for each in (then, now)]
     if names[0] != names[1]:
         return [f"data was {', '.join(names[0])}, is {', '.join(names[1])}"]
@@ -168,86 +194,3 @@ def changed_data(then: list[dict], now: list[dict]) -> list[str]:
         for key in new
         if key in old and old[key] != new[key]
     ]
-
-
-def rename_keys(line: str, columns: tuple[str, str]) -> dict[str, str]:
-    """A line whose recording and transcript are under the usual names; one that has none stays as it is."""
-    try:
-        row = json.loads(line.lstrip("\ufeff"))
-        return {"line": json.dumps({**row, **dict(zip(RECORDING, [row[name] for name in columns], strict=True))})}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return {"line": line}
-
-
-def load_dataset(source: str, streaming: bool, columns: tuple[str, str] | None, keep: tuple[str, ...]):
-    if (Path(source) / "state.json").is_file():
-        rows = datasets.load_from_disk(source)
-        rows = rows.to_iterable_dataset() if streaming else rows
-    else:
-        name, *configuration, split = split_source(source)
-        rows = datasets.load_dataset(name, *configuration, split=split or "train", streaming=streaming)
-    found, needed = rows.features or {}, columns or ("messages",)
-    if missing := [f"`{name}`" for name in (*needed, *keep) if name not in found]:
-        raise ValueError(
-            f"{source} has columns {', '.join(found)}; expected {' and '.join(missing)}."
-            + ("" if columns else " --audio_column and --text_column name recordings and transcripts.")
-        )
-    rows = rows.select_columns(list(dict.fromkeys([*needed, *keep])))
-    for name, feature in rows.features.items():
-        if (stored := without_decoding(feature)) != feature:
-            rows = rows.cast_column(name, stored)
-    if columns and columns != RECORDING:
-        rows = rows.rename_columns(dict(zip(columns, RECORDING, strict=True)))
-    return rows
-
-
-def split_source(source: str) -> list[str]:
-    """
-    The name, perhaps the configuration, and the split of a dataset.
-
-    Raises:
-        ValueError: if the name is a path at which there is nothing.
-    """
-    parts = source.split(":") if ":" in source else [source, "train"]
-    if parts[0].startswith((".", "/", "~")) and not Path(parts[0]).exists():
-        raise ValueError(f"There is no file or folder {parts[0]}.")
-    return parts
-
-
-def without_decoding(feature):
-    """The same feature with audio and pictures left as the bytes of their files, which the processor decodes."""
-    if isinstance(feature, (datasets.Audio, datasets.Image)):
-        return type(feature)(decode=False)
-    if isinstance(feature, dict):
-        return {name: without_decoding(part) for name, part in feature.items()}
-    if isinstance(feature, datasets.List):
-        return datasets.List(without_decoding(feature.feature))
-    return feature
-
-
-def told_length(row: dict, name: str) -> float:
-    """
-    The length that a row tells under a name.
-
-    Raises:
-        BadRow: if that is no positive number.
-    """
-    with prefix_errors(place_of(row)):
-        length = content_of(row).get(name)
-        if isinstance(length, bool) or not isinstance(length, (int, float)) or not 0 < length < math.inf:
-            raise ValueError(f"the length `{name}` is {length!r}; expected a positive number")
-        return length
-
-
-class SkipBadRows:
-    """Tells whether a streamed row can be used; counts and names those that cannot."""
-
-    def __init__(self, measure: Callable[[dict], int | str]):
-        self.measure, self.skipped = measure, 0
-
-    def __call__(self, row: dict) -> bool:
-        found = self.measure(row)
-        if isinstance(found, str):
-            self.skipped += 1
-            logger.warning(f"Left out, {self.skipped} so far: {found}")
-        return not isinstance(found, str)
