@@ -15,7 +15,7 @@ import jiwer
 import numpy as np
 import pytest
 
-from evaluation import scoring
+from evaluation import leaderboard, scoring
 from evaluation.report import write_page
 from evaluation.scoring import align, is_closed, normalize, read_folder, read_predictions, score, score_arms, table
 
@@ -210,7 +210,7 @@ def test_align():
 def test_rule_names_its_sources():
     assert scoring.RULE["normalizer"] == "English of huggingface/open_asr_leaderboard at d1e99b2"
     assert scoring.RULE["alignment"].startswith("kaldialign ")
-    assert scoring.LEADERBOARD["source"]["licence"] == "Apache-2.0"
+    assert leaderboard.LEADERBOARD["source"]["licence"] == "Apache-2.0"
 
 
 def sentences(number: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -511,7 +511,7 @@ def test_unclosed_brackets_are_normalized_as_by_the_leaderboard():
     rng = np.random.default_rng(0)
     for _ in range(2_000):
         text = "".join(rng.choice(list("[]<>()()[ .'$1aum{"), size=rng.integers(20)))
-        assert normalize(text) == " ".join(scoring.NORMALIZER(text).split())
+        assert normalize(text) == " ".join(leaderboard.NORMALIZER(text).split())
 
 
 def peak_memory() -> int:
