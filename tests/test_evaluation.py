@@ -28,7 +28,7 @@ from starlette.routing import Route
 
 from demo.ask import EXAMPLES, read_examples, write_questions, write_transcripts
 from demo.world import WORLD
-from evaluation import evaluate as evaluation
+from evaluation import __main__ as evaluation
 from evaluation.scoring import AS_GIVEN, read_folder, read_predictions
 from publishing import card, paths
 from publishing import check as checking

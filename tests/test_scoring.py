@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from evaluation import leaderboard, scoring
-from evaluation.report import write_page
+from evaluation.report import score_folder
 from evaluation.scoring import align, is_closed, normalize, read_folder, read_predictions, score, score_arms, table
 
 
@@ -564,7 +564,8 @@ def odd_value(rng: random.Random, depth: int = 0):
 def test_odd_rows_are_refused_or_scored(tmp_path):
     """A ValueError that names the line or the group, or finite scores and a page."""
     rng, scored = random.Random(0), 0
-    (tmp_path / "manifest.json").write_text('{"model": {"name": "someone/a-model"}}')
+    manifest = {"model": {"name": "someone/a-model", "revision": None}, "data": [], "date": "2026-01-02"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     deep = "[" * 900 + "]" * 900
     start = time.process_time()
     for _ in range(150):
@@ -578,14 +579,13 @@ def test_odd_rows_are_refused_or_scored(tmp_path):
             lines.append(text.replace("{", f'{{"deep": {deep}, ', 1) if rng.random() < 0.05 else text)
         write(tmp_path / "predictions.jsonl", *lines)
         try:
-            predictions = read_folder(tmp_path)
-            scores = score_arms(predictions)
+            scores = score_folder(tmp_path)
         except ValueError as error:
             assert re.match(rf"{tmp_path}/predictions.jsonl:[12]: |A group of ", str(error))
             continue
         json.dumps(scores, allow_nan=False)
         table(scores)
-        page = write_page(tmp_path, predictions, scores).read_text(encoding="utf-8")
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
         assert page.endswith("</html>\n") and len(page) < 1_000_000
         scored += 1
     assert 30 < scored < 120 and time.process_time() - start < 20
