@@ -26,14 +26,11 @@ def load_processor(repo: str | Path, audio_tokens: str | None = None):
 
 def load(repo: str | Path, dtype: str | torch.dtype = "auto", audio_tokens: str | None = None) -> tuple:
     """
-    Loads a folder or a Hub id to answer with.
+    Loads a folder or a Hub id to answer with: `(processor, model)`, the model on the device of this process.
 
     Args:
         dtype: A torch dtype or its name, or "auto": the one in which the weights are stored.
         audio_tokens: "fixed" or "trimmed". The default is the model's.
-
-    Returns:
-        `(processor, model)`; the model is on the device of this process.
     """
     processor = load_processor(repo, audio_tokens)
     model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=dtype)
@@ -71,13 +68,8 @@ class LocalModel:
 
 class Server:
     """
-    Answers by a server with OpenAI's API, such as `vllm serve`.
-
-    Args:
-        batch_size: The number of requests at a time.
-
-    Raises:
-        ConnectionError: if the server does not answer, at the start or later.
+    Answers by a server with OpenAI's API, such as `vllm serve`, which is sent `batch_size` requests at a time. Raises
+    ConnectionError if it does not answer, at the start or later.
     """
 
     device, dtype = "of the server", "of the server"

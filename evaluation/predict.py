@@ -38,20 +38,13 @@ LASTING = ("model", "columns", "instruction", "group_column", "transcript_column
 
 def predict(repo: str | Path, data: list[str | Path], output: str | Path, **settings) -> Path:
     """
-    Asks a model about every row, and writes every answer down. Started again, it goes on.
+    Asks a model about every row of the data, and writes every answer into a folder. Started again, it goes on.
 
     Args:
-        repo: A folder of `upload.py build`, or a Hub id.
-        data: What `training.rows.load_rows` takes.
-        output: The folder of the results.
         settings: The other fields of [`Settings`].
 
-    Returns:
-        The folder of the results.
-
     Raises:
-        ValueError: if the settings exclude each other, the data cannot be read, or the folder holds the predictions of
-            another run, or is in use by one.
+        ValueError: if settings exclude each other, the data cannot be read, or the folder belongs to another run.
         ConnectionError: if the server does not answer.
     """
     settings = Settings(repo, data, output, **settings)
@@ -85,10 +78,7 @@ def predict_arms(settings: Settings):
 
 
 def load_data(settings: Settings):
-    """
-    Raises:
-        ValueError: if the data cannot be read, or the group of a row cannot be scored.
-    """
+    """Loads the rows that are asked; refuses groups that cannot be scored before a model is loaded."""
     keep = tuple(filter(None, (settings.group_column, settings.transcript_column)))
     rows = load_rows(settings.data, settings.streaming, columns_of(settings.audio_column, settings.text_column), keep)
     if settings.streaming:

@@ -58,14 +58,7 @@ class Question(NamedTuple):
 
 
 class Questions:
-    """
-    Reads rows of data as questions.
-
-    Args:
-        rows: What `training.rows.load_rows` returns.
-        collator: Checks the messages of a row.
-        group_column, transcript_column: Names of columns, or None.
-    """
+    """Reads the rows of `training.rows.load_rows` as questions; the columns are names or None."""
 
     def __init__(self, rows, collator: ChatCollator, group_column: str | None, transcript_column: str | None):
         self.rows, self.collator = rows, collator
@@ -93,12 +86,7 @@ class Questions:
 
     @refuse_unreadable()
     def open_messages(self, messages: list[dict]) -> list[dict]:
-        """
-        Opens audio and pictures.
-
-        Raises:
-            ValueError: if one of them cannot be read, whatever its decoder raises.
-        """
+        """Opens audio and pictures. Whatever a decoder raises becomes a ValueError."""
         (normalized,), _ = self.collator.processor.normalize_conversations(messages)
         return [
             {**message, "content": [*map(self.open_item, content)] if isinstance(content, list) else content}
@@ -149,10 +137,7 @@ class Questions:
 
 
 def read_group(content: dict, column: str | None) -> str | None:
-    """
-    Raises:
-        ValueError: if the group has the name of the scores over all rows.
-    """
+    """Returns the group of a row; raises ValueError if it has the name of the scores over all rows."""
     group = content.get(column)
     if str(group) == ALL:
         raise ValueError(f"the group is named {ALL!r}, as the scores over all rows are; rename it")
@@ -160,10 +145,7 @@ def read_group(content: dict, column: str | None) -> str | None:
 
 
 def check_groups(rows: datasets.Dataset, column: str):
-    """
-    Raises:
-        BadRow: if the group of a row has a name that cannot be scored. Other faults show when the row is asked.
-    """
+    """Raises [`BadRow`] if the group of a row cannot be scored. Other faults show when the row is asked."""
     for row in rows.select_columns([name for name in ("line", "place", column) if name in rows.column_names]):
         try:
             content = content_of(row)

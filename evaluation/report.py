@@ -26,6 +26,7 @@ ENVIRONMENT = jinja2.Environment(
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
+    keep_trailing_newline=True,
     undefined=jinja2.StrictUndefined,
 )
 SHADES = 8  # of a confusion table: the classes shade-1 to shade-8 of report.css
@@ -35,9 +36,6 @@ MEDIA_TYPES = {".mp3": "audio/mpeg", ".jpg": "image/jpeg"}
 def score_folder(folder: str | Path) -> dict:
     """
     Scores the predictions of a folder, and writes `scores.json` and `report.html` into it.
-
-    Returns:
-        What `scoring.summarize_arms` returns.
 
     Raises:
         ValueError: if the predictions are not as `scoring.read_folder` needs them.
@@ -58,9 +56,6 @@ def write_page(folder: Path, arms: dict[str, list[Comparison]], scores: dict, li
     Args:
         folder: Holds `manifest.json`, and the media that the predictions name.
         limit: The greatest number of rows, because each carries its media.
-
-    Returns:
-        The path of the page.
     """
     rows = sorted(arms[AS_GIVEN], key=lambda row: row.badness, reverse=True)  # stable: ties keep the order of the data
     others = {arm: {other.prediction["row"]: other for other in arms[arm]} for arm in arms if arm != AS_GIVEN}

@@ -36,20 +36,13 @@ CLOSED_CLASSES, CLOSED_WORDS, CLOSED_ROWS = 20, 3, 2
 AS_GIVEN = "as given"  # the arm of predictions.jsonl
 ALL = "all"  # the name of the scores over the rows of all groups
 
-FIELDS = {  # keys of a line of predictions.jsonl: their types, and how an error describes them
-    "row": ((int,), "an int from 0"),
-    "place": ((str,), "a string"),
-    "group": ((str, type(None)), "a string or null"),
-    "audio_filepath": ((str, type(None)), "a string or null"),
-    "duration": ((float, int, type(None)), "seconds or null"),
-    "time": ((float, int, type(None)), "seconds or null"),
-    "text": ((str,), "a string"),
-    "pred_text": ((str,), "a string"),
-    "error": ((str,), "a string"),
-    "prompt": ((str, type(None)), "a string or null"),
-    "media": ((list, type(None)), "a list of strings or null"),
-}
-OPTIONAL = ("prompt", "media")  # the report shows them; a line may lack them
+# Keys of a line of predictions.jsonl: their types, and how an error describes them.
+NONE = type(None)
+FIELDS = {"row": ((int,), "an int from 0"), "media": ((list, NONE), "a list of strings or null")}
+FIELDS |= dict.fromkeys(("place", "text", "pred_text", "error"), ((str,), "a string"))
+FIELDS |= dict.fromkeys(("group", "audio_filepath", "prompt"), ((str, NONE), "a string or null"))
+FIELDS |= dict.fromkeys(("duration", "time"), ((float, int, NONE), "seconds or null"))
+OPTIONAL = ("pred_text", "error", "prompt", "media")  # it has one of the first two; the report shows the others
 MAX_SECONDS = 10_000_000  # the greatest `duration` and `time`: four months
 
 
@@ -155,14 +148,7 @@ def is_closed(references: list[str]) -> bool:
 
 def score(rows: list[dict], seed: int = 0) -> dict:
     """
-    Scores the rows of one arm, or of one group of it.
-
-    Failed rows are counted, and left out of everything else. Rows whose reference is empty once normalized count in
-    `nothing_said`; like the leaderboard, the error rates leave them out, but `repeating` and `rtfx` do not. A rate of
-    no rows is None.
-
-    An answer or a reference of more than 10,000 characters or 2,000 words is not aligned: all words and characters of
-    the reference count as deleted. A reference that is too long itself counts as it is written, not normalized.
+    Scores the rows of one arm, or of one group of it. Failed rows are only counted. A rate of no rows is None.
 
     Args:
         rows: Lines of predictions.jsonl; see [`read_predictions`]. Only `text`, and `pred_text` or `error`, are needed.
@@ -176,8 +162,10 @@ def score(rows: list[dict], seed: int = 0) -> dict:
         `rtfx`: see [`speed`].
         `empty`: the share of answers that are empty once normalized, though something was said.
         `repeating`: the share of answers that repeat themselves.
-        `nothing_said`: `rows`, and how many of them are `answered` with a word.
-        `too_long`: how many rows are not aligned; missing if there are none.
+        `nothing_said`: how many `rows` have a reference that is empty once normalized, and how many of them are
+            `answered` with a word. Like the leaderboard, the rates leave these rows out, except `repeating` and `rtfx`.
+        `too_long`: how many rows have a text of more than 10,000 characters or 2,000 words, which is not aligned: all
+            words and characters of the reference count as deleted. Missing if there are none.
         If the references are classes (see [`is_closed`]), `accuracy` (`value`, `low` and `high`): the share of rows
         whose normalized answer is the reference; and `confusion`: `counts[i][j]` rows of `references[i]` have
         `answers[j]`, the last of which is "other".
@@ -232,10 +220,8 @@ def mean(values: list) -> float | None:
 
 def intervals(errors: list[tuple], lengths: list[tuple], seed: int) -> list[dict]:
     """
-    Divides sums of errors by sums of lengths, with the 95% interval of a percentile bootstrap over rows.
-
-    Args:
-        errors, lengths: (rows, 3), for three rates that share their resamples.
+    Divides sums of errors by sums of lengths, with the 95% interval of a percentile bootstrap over rows. Both are
+    (rows, 3), for three rates that share their resamples.
     """
     if not errors:
         return [{"value": None, "low": None, "high": None} for _ in range(3)]
@@ -263,22 +249,14 @@ def confuse(comparisons: list[Comparison]) -> dict:
 
 
 def score_arms(predictions: dict[str, list[dict]], seed: int = 0) -> dict:
-    """
-    Scores several arms, such as the same rows with other prompts; see [`summarize_arms`].
-
-    Args:
-        predictions: For each arm the lines of its file; see [`read_folder`].
-    """
+    """Scores what [`read_folder`] returns; see [`summarize_arms`]."""
     return summarize_arms({arm: [compare(row) for row in rows] for arm, rows in predictions.items()}, seed)
 
 
 def summarize_arms(arms: dict[str, list[Comparison]], seed: int = 0) -> dict:
     """
-    Returns:
-        `rule`: [`RULE`]. `arms`: for each arm its scores over "all" rows, and over those of each group, if it has any.
-
-    Raises:
-        ValueError: if a group is named "all".
+    Returns `rule`, and `arms`: for each arm its scores over "all" rows, and over those of each group, if it has any.
+    Raises ValueError if a group is named "all".
     """
     scores = {}
     for arm, comparisons in arms.items():
@@ -320,12 +298,7 @@ def read_predictions(path: str | Path) -> list[dict]:
 
 
 def read_prediction(line: bytes, place: str) -> dict:
-    """
-    Reads a line of a file of predictions; see [`read_predictions`].
-
-    Raises:
-        ValueError: if it is not as it has to be. The message begins with the place.
-    """
+    """Reads a line as [`read_predictions`] does; an error begins with the place."""
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -340,10 +313,9 @@ def check_prediction(row, place: str):
     if ("pred_text" in row) == ("error" in row):
         present = "both" if "error" in row else "neither"
         raise ValueError(f"{place}: expected `pred_text` or, if the row failed, `error`; there is {present}.")
-    optional = (*OPTIONAL, "pred_text" if "error" in row else "error")
     for name, (types, expected) in FIELDS.items():
         if name not in row:
-            if name in optional:
+            if name in OPTIONAL:
                 continue
             raise ValueError(f"{place}: there is no `{name}`.")
         value = row[name]

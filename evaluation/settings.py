@@ -1,7 +1,7 @@
 """The settings of a run, checked before anything slow is imported."""
 
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 
@@ -13,10 +13,15 @@ CHOICES = {
 }
 
 
+def setting(default, help: str, **more):
+    """A field that is an option of the command line as well; `more` is what `add_argument` takes."""
+    return field(default=default, metadata={"help": help, **more})
+
+
 @dataclass
 class Settings:
     """
-    What `python -m evaluation predict` takes; its `--help` describes each field.
+    What `python -m evaluation predict` takes: a model, data, the folder of the results, and options.
 
     Raises:
         ValueError: if settings are out of range or exclude each other.
@@ -25,31 +30,31 @@ class Settings:
     repo: str | Path
     data: list[str | Path]
     output: str | Path
-    audio_column: str | None = None
-    text_column: str | None = None
-    instruction: str | None = None  # the default is TRANSCRIBE
-    group_column: str | None = None
-    transcript_column: str | None = None
-    streaming: bool = False
-    limit: int | None = None
-    arms: tuple[str, ...] = ()
-    batch_size: int = 8
-    max_new_tokens: int = 256
-    audio_tokens: str | None = None
-    dtype: str = "auto"
-    seed: int = 0
-    backend: str = "transformers"
-    url: str | None = None
-    served_name: str | None = None
-    keep_media: bool = True
+    audio_column: str | None = setting(None, "name of a column of recordings that have transcripts")
+    text_column: str | None = setting(None, "name of the column of their transcripts")
+    instruction: str | None = setting(None, "what is asked about each of them (default: Transcribe the audio.)")
+    group_column: str | None = setting(None, "groups of rows that are scored for themselves as well")
+    transcript_column: str | None = setting(None, "what each clip of a row says, for the arms text and swapped")
+    streaming: bool = setting(False, "read the data as it is needed", action="store_true")
+    limit: int | None = setting(None, "ask only the first so many rows", type=int)
+    arms: tuple[str, ...] = setting((), f"ask again, without something: {', '.join(CHOICES['arms'])}", nargs="+")
+    batch_size: int = setting(8, "rows, or requests, at a time (default: 8)", type=int)
+    max_new_tokens: int = setting(256, "greatest length of an answer (default: 256)", type=int)
+    audio_tokens: str | None = setting(None, "fixed or trimmed (default: the model's; a server has its own)")
+    dtype: str = setting("auto", f"of the weights: {', '.join(CHOICES['dtype'])} (default: auto, as they are stored)")
+    seed: int = setting(0, "(default: 0)", type=int)
+    backend: str = setting("transformers", "transformers (default), or vllm: a server with OpenAI's API")
+    url: str | None = setting(None, "address of the server, up to and with /v1")
+    served_name: str | None = setting(None, "name of the model at the server (default: the first)")
+    keep_media: bool = setting(True, "keep no sound and pictures for the report", action="store_false")
 
     def __post_init__(self):
         self.repo, self.data = str(self.repo), [str(source) for source in self.data]
         self.output, self.arms = Path(self.output), tuple(self.arms)
         for name, known in CHOICES.items():
             value = getattr(self, name)
-            for choice in self.arms if name == "arms" else [value] if value is not None else []:
-                if choice not in known:
+            for choice in value if name == "arms" else [value]:
+                if choice not in (None, *known):
                     expected = f"{', '.join(known[:-1])} or {known[-1]}"
                     raise ValueError(f"{option_of(name)} must be {expected}, got {choice!r}.")
         if (self.audio_column is None) != (self.text_column is None):
@@ -66,12 +71,12 @@ class Settings:
     def command(self) -> str:
         """The command line that has these settings."""
         words = ["evaluation", "predict", self.repo]
-        for field in fields(self)[1:]:
-            value, option = getattr(self, field.name), option_of(field.name)
-            if isinstance(value, bool):
-                words += [option] if value != field.default else []
-            elif value != field.default:
-                words += [option, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        for option in fields(self)[1:]:
+            value = getattr(self, option.name)
+            if value != option.default:
+                words.append(option_of(option.name))
+                if not isinstance(value, bool):
+                    words += map(str, value if isinstance(value, (list, tuple)) else [value])
         return shlex.join(words)
 
 
