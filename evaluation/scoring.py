@@ -84,10 +84,6 @@ class Comparison:
     def failed(self) -> bool:
         return self.answer is None
 
-    @property
-    def correct(self) -> bool:
-        return self.answer == self.reference
-
     @cached_property
     def repeating(self) -> bool:
         return is_repeating(self.prediction["pred_text"])
@@ -178,7 +174,7 @@ def summarize(comparisons: list[Comparison], seed: int) -> dict:
     said = [row for row in answered if row.reference not in NOTHING_SAID]
     silent = [row for row in answered if row.reference in NOTHING_SAID]
     wer, cer, accuracy = intervals(
-        errors=[(row.word_errors, row.character_errors, row.correct) for row in said],
+        errors=[(row.word_errors, row.character_errors, row.answer == row.reference) for row in said],
         lengths=[(row.words, len(row.reference), 1) for row in said],
         seed=seed,
     )
@@ -303,11 +299,6 @@ def read_prediction(line: bytes, place: str) -> dict:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: expected a JSON object in UTF-8; {error}.") from error
-    check_prediction(row, place)
-    return row
-
-
-def check_prediction(row, place: str):
     if not isinstance(row, dict):
         raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}.")
     if ("pred_text" in row) == ("error" in row):
@@ -326,6 +317,7 @@ def check_prediction(row, place: str):
             raise ValueError(f"{place}: `{name}` must be {expected}, got {shown}.")
         if name in ("duration", "time") and is_number and value > MAX_SECONDS:
             raise ValueError(f"{place}: `{name}` must be at most {MAX_SECONDS:,} s, got {value!r:.200}.")
+    return row
 
 
 def file_of(arm: str) -> str:
