@@ -105,39 +105,23 @@ def load_backend(settings: Settings) -> tuple:
 
 
 def predict_arm(arm: str, questions: Questions, model: LocalModel | Server, settings: Settings):
-    """Asks what was not asked yet, and writes a line for each row as soon as it is answered."""
+    """Asks what was not asked yet, each process its share of the rows, and merges the answers."""
     state, folder = PartialState(), settings.output
     if state.is_main_process:
         merge(folder, arm)
     state.wait_for_everyone()
     done = rows_done(folder, arm)
     state.wait_for_everyone()  # before any of them writes
-    name = file_of(arm) + (f".rank-{state.process_index}" if state.process_index else "")
-    is_streamed = isinstance(questions.rows, datasets.IterableDataset)
-    total = settings.limit if is_streamed else len(questions.rows)
     rows = (
         (index, row)
         for index, row in enumerate(questions.rows)
         if index % state.num_processes == state.process_index and index not in done
     )
-    errors = words = same = 0
-    with (
-        (folder / name).open("a", encoding="utf-8", errors="backslashreplace") as file,
-        tqdm(desc=arm, total=total, initial=len(done), unit="row", disable=state.process_index > 0) as bar,
-    ):
-        for line in answer_rows(rows, arm, questions, model, settings):
-            bar.update()
-            if line is None:
-                same += 1
-                continue
-            if "error" in line:
-                logger.warning(f"{arm}: {line['error']}")
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            comparison = compare(line)
-            if not comparison.failed:
-                errors, words = errors + comparison.word_errors, words + comparison.words
-                bar.set_postfix_str(f"WER {errors / max(words, 1):.1%}", refresh=False)
+    name = file_of(arm) + (f".rank-{state.process_index}" if state.process_index else "")
+    is_streamed = isinstance(questions.rows, datasets.IterableDataset)
+    total = settings.limit if is_streamed else len(questions.rows)
+    with tqdm(desc=arm, total=total, initial=len(done), unit="row", disable=state.process_index > 0) as bar:
+        same = write_lines(folder / name, answer_rows(rows, arm, questions, model, settings), arm, bar)
     state.wait_for_everyone()
     if state.is_main_process:
         merge(folder, arm)
@@ -146,14 +130,34 @@ def predict_arm(arm: str, questions: Questions, model: LocalModel | Server, sett
         logger.warning(f"{arm}: {same} rows would be asked the same and are left out.")
 
 
+def write_lines(path: Path, lines: Iterable[dict | None], arm: str, bar: tqdm) -> int:
+    """Appends each line to a file as soon as it is there; returns how many rows have None instead of a line."""
+    errors = words = same = 0
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        for line in lines:
+            bar.update()
+            if line is None:
+                same += 1
+                continue
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            comparison = compare(line)
+            if comparison.failed:
+                logger.warning(f"{arm}: {line['error']}")
+            else:
+                errors, words = errors + comparison.word_errors, words + comparison.words
+                bar.set_postfix_str(f"WER {errors / max(words, 1):.1%}", refresh=False)
+    return same
+
+
 def answer_rows(
     rows: Iterable[tuple[int, dict]], arm: str, questions: Questions, model: LocalModel | Server, settings: Settings
 ) -> Iterator[dict | None]:
     """Yields the line of each row, in the order of the answers; None for a row that the arm would ask the same."""
     rows = iter(rows)
-    while batches := list(itertools.islice(rows, BUFFER * settings.batch_size)):
+    while buffered := list(itertools.islice(rows, BUFFER * settings.batch_size)):
         asked = []
-        for index, row in batches:
+        for index, row in buffered:
             question = questions.change(questions.read(index, row), arm)
             if question is None:
                 yield None
