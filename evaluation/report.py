@@ -13,14 +13,14 @@ from evaluation.scoring import (
     MAX_CHARACTERS,
     Comparison,
     compare,
-    kind_of,
+    edit_of,
     read_folder,
     summarize_arms,
 )
 from publishing.paths import replace_file, write_json
 
 
-STYLE, SCRIPT = (Path(__file__).with_name(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+STYLE, SCRIPT = (Path(__file__).with_name(f"report.{suffix}").read_text(encoding="utf-8") for suffix in ("css", "js"))
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -117,17 +117,16 @@ def facts_of(prediction: dict) -> str:
 
 
 def open_media(folder: Path, prediction: dict) -> list[dict]:
-    """Returns `name`, `kind`, `label` and `source` of what a row plays and shows; no source if the file is missing."""
+    """Returns `name`, `modality`, `label` and `source` of the media of a row; the source of a missing file is None."""
     media = []
     names = prediction.get("media") or list(filter(None, [prediction["audio_filepath"]]))
     for number, name in enumerate(names, start=1):
         media_type = MEDIA_TYPES.get(Path(name).suffix, "")
-        kind = media_type.partition("/")[0]
+        modality = media_type.partition("/")[0]
         content = read_media(folder, name) if media_type else None
         source = None if content is None else f"data:{media_type};base64,{base64.b64encode(content).decode()}"
-        media.append(
-            {"name": name, "kind": kind, "label": f"{kind} {number} of {prediction['place']}", "source": source}
-        )
+        label = f"{modality} {number} of {prediction['place']}"
+        media.append({"name": name, "modality": modality, "label": label, "source": source})
     return media
 
 
@@ -141,5 +140,5 @@ def read_media(folder: Path, name: str) -> bytes | None:
 
 
 # What the template calls and shows beside the variables of a page.
-ENVIRONMENT.globals |= {function.__name__: function for function in (zip, kind_of, lines_of, shade_of, facts_of)}
+ENVIRONMENT.globals |= {function.__name__: function for function in (zip, edit_of, lines_of, shade_of, facts_of)}
 ENVIRONMENT.globals |= {"style": STYLE, "script": SCRIPT, "max_characters": MAX_CHARACTERS}

@@ -62,7 +62,7 @@ def align(reference: str, answer: str) -> list[tuple[str, str]]:
     return kaldialign.align(reference.split(), answer.split(), "", merge_compounds=True)
 
 
-def kind_of(reference: str, answer: str) -> str:
+def edit_of(reference: str, answer: str) -> str:
     """Names what happened to the words of a pair of [`align`]: "equal", "inserted", "deleted" or "substituted"."""
     if reference.replace(" ", "") == answer.replace(" ", ""):
         return "equal"
@@ -94,13 +94,13 @@ class Comparison:
         return len(self.reference.split())
 
     @cached_property
-    def kinds(self) -> Counter:
-        """How many pairs there are of each of [`kind_of`]."""
-        return Counter(deleted=self.words) if self.too_long else Counter(kind_of(*pair) for pair in self.pairs)
+    def edits(self) -> Counter:
+        """How many pairs there are of each of [`edit_of`]."""
+        return Counter(deleted=self.words) if self.too_long else Counter(edit_of(*pair) for pair in self.pairs)
 
     @property
     def word_errors(self) -> int:
-        return self.kinds.total() - self.kinds["equal"]
+        return self.edits.total() - self.edits["equal"]
 
     @property
     def badness(self) -> tuple[bool, float, int]:
@@ -178,16 +178,16 @@ def summarize(comparisons: list[Comparison], seed: int) -> dict:
         lengths=[(row.words, len(row.reference), 1) for row in said],
         seed=seed,
     )
-    kinds = sum((row.kinds for row in said), Counter())
+    edits = sum((row.edits for row in said), Counter())
     scores = {
         "rows": len(comparisons),
         "failed": len(comparisons) - len(answered),
         "wer": wer,
         "cer": cer,
         "macro_wer": mean([row.word_errors / row.words for row in said]),
-        "insertions": kinds["inserted"],
-        "deletions": kinds["deleted"],
-        "substitutions": kinds["substituted"],
+        "insertions": edits["inserted"],
+        "deletions": edits["deleted"],
+        "substitutions": edits["substituted"],
         "words": sum(row.words for row in said),
         "rtfx": speed([row.prediction for row in answered]),
         "empty": mean([row.answer == "" for row in said]),

@@ -42,13 +42,7 @@ SCORES = {
 }
 MANIFEST = {
     "model": {"name": "someone/a-model", "revision": "0123456789abcdef"},
-    **{
-        "data": [{"name": "data.jsonl"}],
-        "date": "2026-01-02T03:04:05+00:00",
-        "device": "cpu",
-        "dtype": "bfloat16",
-        "seed": 0,
-    },
+    **{"data": [{"name": "data.jsonl"}], "date": "2026-01-02T03:04:05+00:00", "device": "cpu", "seed": 0},
     "versions": {"torch": "2.9.0"},
     "generation": {"max_new_tokens": 128, "do_sample": False},
     "command": "evaluation predict DIR --data data.jsonl",
