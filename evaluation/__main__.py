@@ -1,4 +1,55 @@
-from evaluation.evaluate import main
+"""
+Scores a model, in two steps that may be far apart in time and place:
+
+    python -m evaluation predict REPO --data DATA --output DIR    asks the model row by row; goes on where it stopped
+    python -m evaluation score DIR                                scores the answers; needs no model and no GPU
+
+DATA is what `python -m training` takes: chat messages, or with --audio-column and --text-column recordings with
+transcripts, from JSON lines or `datasets` (NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT). For several GPUs: `accelerate
+launch -m evaluation`.
+"""
+
+import argparse
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+from evaluation.settings import Settings, option_of
 
 
-main()
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    predictor = commands.add_parser("predict", help="ask a model")
+    predictor.add_argument("repo", metavar="REPO", help="folder of upload.py build, or a Hub id")
+    predictor.add_argument("--data", nargs="+", required=True, help="as for training")
+    predictor.add_argument("--output", required=True, metavar="DIR", help="folder of the results")
+    for option in fields(Settings)[3:]:
+        predictor.add_argument(option_of(option.name), dest=option.name, default=option.default, **option.metadata)
+    scorer = commands.add_parser("score", help="score the answers")
+    scorer.add_argument("folder", metavar="DIR", help="what predict wrote")
+    options = vars(parser.parse_args(arguments))
+    command = options.pop("command")
+    # transformers imports peft and so bitsandbytes, which on a CPU warns about a kernel that it can do without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        if command == "predict":
+            Settings(**options)  # refuses wrong options before the slow imports
+            from evaluation.predict import predict
+
+            predict(**options)
+        else:
+            folder = Path(options["folder"])
+            if not folder.is_dir():
+                raise ValueError(f"There is no folder {folder}; `python -m evaluation predict` makes one.")
+            from evaluation.report import score_folder
+            from evaluation.scoring import table
+
+            print(table(score_folder(folder)))
+            print(f"\n{folder / 'report.html'} has every answer.")
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"evaluation {command}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

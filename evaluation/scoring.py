@@ -1,204 +1,125 @@
 """
-Predictions -> scores: word and character error rates by the rule of the Open ASR Leaderboard
-(https://github.com/huggingface/open_asr_leaderboard), and accuracy where the answers are classes. Needs no model.
+Predictions -> scores: word and character error rates by the rule of the Open ASR Leaderboard, and accuracy where the
+answers are classes. Needs no model.
 """
 
 import json
 import math
-import re
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
 import kaldialign
 import numpy as np
-from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+from evaluation.leaderboard import LEADERBOARD, NOTHING_SAID, normalize
 
 
-LEADERBOARD = json.loads(Path(__file__).with_name("open_asr_leaderboard.json").read_text(encoding="utf-8"))
 RULE = {
     "normalizer": f"English of {LEADERBOARD['source']['repository']} at {LEADERBOARD['source']['commit'][:7]}",
     "alignment": f"kaldialign {metadata.version('kaldialign')}",
     "compounds": "words may be joined: white paper = whitepaper",
 }
 
-# References that the leaderboard does not score; the second one stands in the transcripts of TED-LIUM.
-NOTHING_SAID = ("", "ignore time segment in scoring")
-
 # The longest text that is aligned. Time and memory of an alignment grow with the square: these take a second and 80 MB.
 MAX_CHARACTERS, MAX_WORDS = 10_000, 2_000
-TOO_LONG = "(too long)"  # in the place of the answer then; no normalized text has brackets
+TOO_LONG = "(too long)"  # stands for an answer that is not aligned; no normalized text has brackets
 
 RESAMPLES = 1_000
 REPEATING = 2.4  # `compression_ratio_threshold` of openai/whisper's transcribe.py
-CLOSED_CLASSES, CLOSED_WORDS, CLOSED_ROWS = 20, 3, 2  # at most, at most in each, at least for each
+# Answers are classes if there are at most so many, each of at most so many words, and at least so many rows for each.
+CLOSED_CLASSES, CLOSED_WORDS, CLOSED_ROWS = 20, 3, 2
 
 AS_GIVEN = "as given"  # the arm of predictions.jsonl
-ALL = "all"  # the score of an arm over the rows of all groups
+ALL = "all"  # the name of the scores over the rows of all groups
 
-FIELDS = {  # of a line of predictions.jsonl: types, and what an error calls them
-    "row": ((int,), "an int from 0"),
-    "place": ((str,), "a string"),
-    "group": ((str, type(None)), "a string or null"),
-    "audio_filepath": ((str, type(None)), "a string or null"),
-    "duration": ((float, int, type(None)), "seconds or null"),
-    "time": ((float, int, type(None)), "seconds or null"),
-    "text": ((str,), "a string"),
-    "pred_text": ((str,), "a string"),
-    "error": ((str,), "a string"),
-    "prompt": ((str, type(None)), "a string or null"),
-    "media": ((list, type(None)), "a list of strings or null"),
-}
-OPTIONAL = ("prompt", "media")  # what the report shows of a row where it is there
-MAX_SECONDS = 10_000_000  # of `duration` and `time`: four months
-
-
-class LeaderboardNormalizer(EnglishTextNormalizer):
-    """
-    Whisper's normalizer with what the leaderboard changes: more hesitations; `'s` is "is" only after pronouns and the
-    like; compounds, names and acronyms have one spelling.
-    """
-
-    def __init__(self, rule: dict):
-        super().__init__(rule["spellings"])
-        self.ignore_patterns = rf"\b({'|'.join(rule['hesitations'])})\b"
-        # In the place of Whisper's rule for every 's: the order of the replacers matters.
-        is_rule = (rf"\b({'|'.join(rule['words_before_is'])})'s\b", r"\1 is")
-        self.replacers = dict(is_rule if pair[0] == r"'s\b" else pair for pair in self.replacers.items())
-        numbers, spellings = self.standardize_numbers, self.standardize_spellings
-
-        def standardize_numbers(text: str) -> str:
-            text = join_compounds(text, rule["compounds"])
-            try:
-                return numbers(text)
-            except ValueError:  # of over 4,300 digits in a row, which Python does not convert: the leaderboard raises
-                return text
-
-        self.standardize_numbers = standardize_numbers
-        self.standardize_spellings = lambda text: join_letters(replace_words(spellings(text), rule["names"]))
-
-
-def join_compounds(text: str, compounds: dict[str, str]) -> str:
-    for pattern, compound in compounds.items():
-        text = re.sub(pattern, compound, text)
-    return text
-
-
-def replace_words(text: str, mapping: dict[str, str]) -> str:
-    return " ".join(mapping.get(word, word) for word in text.split())
-
-
-def join_letters(text: str) -> str:
-    """Joins two or more single letters or digits in a row, three or more if "a" or "i", which are words, is there."""
-
-    def join(found: re.Match) -> str:
-        letters = found[0].split(" ")
-        return "".join(letters) if len(letters) >= (3 if {"a", "i"} & set(letters) else 2) else found[0]
-
-    return re.sub(r"(?<!\S)[^\W_](?: [^\W_])+(?!\S)", join, text)
-
-
-NORMALIZER = LeaderboardNormalizer(LEADERBOARD)
-
-
-def normalize(text: str) -> str:
-    """The words that are compared, with one space between them."""
-    text = text.encode("utf-8", errors="replace").decode()  # half of a surrogate pair, which JSON can hold
-    text = re.sub(r"[<\[][^>\]]*[>\]]", "", mask_unclosed(text, "<[", ">]"))  # as Whisper does, which it then need not
-    return " ".join(NORMALIZER(mask_unclosed(text, "(", ")")).split())
-
-
-def mask_unclosed(text: str, opening: str, closing: str) -> str:
-    """
-    Puts another symbol in the place of brackets that nothing closes: the normalizer makes either a space, but it
-    searches to the end of the text from each bracket.
-    """
-    end = 1 + max(text.rfind(bracket) for bracket in closing)
-    return text[:end] + text[end:].translate(dict.fromkeys(map(ord, opening), "{"))
+# Keys of a line of predictions.jsonl: their types, and how an error describes them.
+NONE = type(None)
+FIELDS = {"row": ((int,), "an int from 0"), "media": ((list, NONE), "a list of strings or null")}
+FIELDS |= dict.fromkeys(("place", "text", "pred_text", "error"), ((str,), "a string"))
+FIELDS |= dict.fromkeys(("group", "audio_filepath", "prompt"), ((str, NONE), "a string or null"))
+FIELDS |= dict.fromkeys(("duration", "time"), ((float, int, NONE), "seconds or null"))
+OPTIONAL = ("pred_text", "error", "prompt", "media")  # it has one of the first two; the report shows the others
+MAX_SECONDS = 10_000_000  # the greatest `duration` and `time`: four months
 
 
 def normalize_short(text: str) -> str | None:
-    """As [`normalize`]; None if the text is longer than 10,000 characters, or 2,000 words, before or after."""
+    """Normalizes a text; None if it is longer than 10,000 characters, or 2,000 words, before or after that."""
     if len(text) > MAX_CHARACTERS:
         return None
     normalized = normalize(text)  # it can be 18 times as long
     return normalized if len(normalized) <= MAX_CHARACTERS and normalized.count(" ") < MAX_WORDS else None
 
 
-def align(reference: str, given: str) -> list[tuple[str, str]]:
+def align(reference: str, answer: str) -> list[tuple[str, str]]:
     """
     The words of two normalized texts in pairs, "" where a word is inserted or deleted. Words that are equal once they
     are joined are one pair without an error, such as ("white paper", "whitepaper").
     """
-    return kaldialign.align(reference.split(), given.split(), "", merge_compounds=True)
+    return kaldialign.align(reference.split(), answer.split(), "", merge_compounds=True)
+
+
+def edit_of(reference: str, answer: str) -> str:
+    """Names what happened to the words of a pair of [`align`]: "equal", "inserted", "deleted" or "substituted"."""
+    if reference.replace(" ", "") == answer.replace(" ", ""):
+        return "equal"
+    return "substituted" if reference and answer else "deleted" if reference else "inserted"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row: its reference and answer, and how far they are apart."""
+    """A prediction beside its reference, and how far they are apart."""
 
-    reference: str  # normalized, unless it is too long
+    prediction: dict  # a line of predictions.jsonl
+    reference: str  # normalized; as it is written if it is too long
     answer: str | None  # normalized; None if the row failed, TOO_LONG if it is not aligned
-    repeating: bool = False
-    too_long: bool = False  # to be aligned; no word counts as right
-    duration: float | None = None  # seconds
-    time: float | None = None  # seconds
-    insertions: int = 0  # words
-    deletions: int = 0
-    substitutions: int = 0
-    words: int = 0  # of the reference
+    pairs: list[tuple[str, str]] = field(default_factory=list)  # see [`align`]; empty if the row is not aligned
     character_errors: int = 0
-    characters: int = 0  # of the reference, spaces included
+    too_long: bool = False  # to be aligned: all words of the reference count as deleted
+
+    @property
+    def failed(self) -> bool:
+        return self.answer is None
+
+    @cached_property
+    def repeating(self) -> bool:
+        return is_repeating(self.prediction["pred_text"])
+
+    @cached_property
+    def words(self) -> int:
+        """The number of words of the reference."""
+        return len(self.reference.split())
+
+    @cached_property
+    def edits(self) -> Counter:
+        """How many pairs there are of each of [`edit_of`]."""
+        return Counter(deleted=self.words) if self.too_long else Counter(edit_of(*pair) for pair in self.pairs)
 
     @property
     def word_errors(self) -> int:
-        return self.insertions + self.deletions + self.substitutions
+        return self.edits.total() - self.edits["equal"]
 
     @property
-    def correct(self) -> bool:
-        return self.answer == self.reference
+    def badness(self) -> tuple[bool, float, int]:
+        """Sorts predictions: failed ones are the worst, then those with the most errors per word of the reference."""
+        return self.failed, self.word_errors / max(self.words, 1), self.word_errors
 
 
-def compare(row: dict) -> Comparison:
-    """One line of predictions.jsonl; see [`read_predictions`]."""
-    reference = normalize_short(row["text"])
-    too_long = reference is None
-    if too_long:
-        reference = " ".join(row["text"].split())
-    if "error" in row:
-        return Comparison(reference, None)
-    answer = normalize_short(row["pred_text"])
-    facts = {
-        "repeating": is_repeating(row["pred_text"]),
-        "duration": row.get("duration"),
-        "time": row.get("time"),
-    }
-    if too_long or answer is None:
-        words, characters = len(reference.split()), len(reference)
-        return Comparison(
-            reference,
-            "" if answer == "" else TOO_LONG,
-            too_long=True,
-            deletions=words,
-            words=words,
-            character_errors=characters,
-            characters=characters,
-            **facts,
-        )
-    words = kaldialign.edit_distance(reference.split(), answer.split(), merge_compounds=True)
-    characters = kaldialign.edit_distance(reference, answer)
-    return Comparison(
-        reference,
-        answer,
-        insertions=words["ins"],
-        deletions=words["del"],
-        substitutions=words["sub"],
-        words=words["ref_len"],
-        character_errors=characters["total"],
-        characters=characters["ref_len"],
-        **facts,
-    )
+def compare(prediction: dict) -> Comparison:
+    """Compares the answer and the reference of a line of predictions.jsonl; see [`read_predictions`]."""
+    normalized = normalize_short(prediction["text"])
+    reference = " ".join(prediction["text"].split()) if normalized is None else normalized
+    if "error" in prediction:
+        return Comparison(prediction, reference, None)
+    answer = normalize_short(prediction["pred_text"])
+    if normalized is None or answer is None:
+        shown = "" if answer == "" else TOO_LONG
+        return Comparison(prediction, reference, shown, character_errors=len(reference), too_long=True)
+    errors = kaldialign.edit_distance(reference, answer)["total"]
+    return Comparison(prediction, reference, answer, align(reference, answer), errors)
 
 
 def is_repeating(answer: str) -> bool:
@@ -223,29 +144,24 @@ def is_closed(references: list[str]) -> bool:
 
 def score(rows: list[dict], seed: int = 0) -> dict:
     """
-    Scores of the rows of one arm, or of one group of it.
-
-    Failed rows are counted, and left out of all the rest. Rows whose reference is empty once normalized, where nothing
-    was said, are counted in `nothing_said`; like the leaderboard, the error rates leave them out. Only `repeating` and
-    `rtfx` take them in. A rate of no rows is None.
-
-    An answer or a reference of more than 10,000 characters or 2,000 words is not aligned: all words and characters of
-    the reference count as deleted. A reference that is too long itself counts as it is written, not normalized.
+    Scores the rows of one arm, or of one group of it. Failed rows are only counted. A rate of no rows is None.
 
     Args:
-        rows: Lines of predictions.jsonl; see [`read_predictions`].
-        seed: Of the bootstrap: the same rows and seed give the same intervals.
+        rows: Lines of predictions.jsonl; see [`read_predictions`]. Only `text`, and `pred_text` or `error`, are needed.
+        seed: Seed of the bootstrap: the same rows and seed give the same intervals.
 
     Returns:
         `rows`, `failed`, `words` (of the references), `insertions`, `deletions` and `substitutions` (words): counts.
         `wer` and `cer`: errors divided by the length of the references in words and in characters with spaces;
             `value`, and `low` and `high`, the 95% interval of a percentile bootstrap over rows.
         `macro_wer`: the mean of the rows' own WER.
-        `rtfx`: seconds of audio per second of time; None if a row lacks one of them, or if it is not finite.
+        `rtfx`: see [`speed`].
         `empty`: the share of answers that are empty once normalized, though something was said.
         `repeating`: the share of answers that repeat themselves.
-        `nothing_said`: `rows`, and how many of them are `answered` with a word.
-        `too_long`: rows that are not aligned; not there if there are none.
+        `nothing_said`: how many `rows` have a reference that is empty once normalized, and how many of them are
+            `answered` with a word. Like the leaderboard, the rates leave these rows out, except `repeating` and `rtfx`.
+        `too_long`: how many rows have a text of more than 10,000 characters or 2,000 words, which is not aligned: all
+            words and characters of the reference count as deleted. Missing if there are none.
         If the references are classes (see [`is_closed`]), `accuracy` (`value`, `low` and `high`): the share of rows
         whose normalized answer is the reference; and `confusion`: `counts[i][j]` rows of `references[i]` have
         `answers[j]`, the last of which is "other".
@@ -254,37 +170,44 @@ def score(rows: list[dict], seed: int = 0) -> dict:
 
 
 def summarize(comparisons: list[Comparison], seed: int) -> dict:
-    answered = [row for row in comparisons if row.answer is not None]
+    answered = [row for row in comparisons if not row.failed]
     said = [row for row in answered if row.reference not in NOTHING_SAID]
     silent = [row for row in answered if row.reference in NOTHING_SAID]
     wer, cer, accuracy = intervals(
-        errors=[(row.word_errors, row.character_errors, row.correct) for row in said],
-        lengths=[(row.words, row.characters, 1) for row in said],
+        errors=[(row.word_errors, row.character_errors, row.answer == row.reference) for row in said],
+        lengths=[(row.words, len(row.reference), 1) for row in said],
         seed=seed,
     )
-    times = [(row.duration, row.time) for row in answered]
-    timed = bool(times) and all(duration and time for duration, time in times)
-    speed = sum(duration for duration, _ in times) / sum(time for _, time in times) if timed else math.inf
+    edits = sum((row.edits for row in said), Counter())
     scores = {
         "rows": len(comparisons),
         "failed": len(comparisons) - len(answered),
         "wer": wer,
         "cer": cer,
         "macro_wer": mean([row.word_errors / row.words for row in said]),
-        "insertions": sum(row.insertions for row in said),
-        "deletions": sum(row.deletions for row in said),
-        "substitutions": sum(row.substitutions for row in said),
+        "insertions": edits["inserted"],
+        "deletions": edits["deleted"],
+        "substitutions": edits["substituted"],
         "words": sum(row.words for row in said),
-        "rtfx": speed if speed < math.inf else None,
+        "rtfx": speed([row.prediction for row in answered]),
         "empty": mean([row.answer == "" for row in said]),
         "repeating": mean([row.repeating for row in answered]),
         "nothing_said": {"rows": len(silent), "answered": sum(row.answer != "" for row in silent)},
     }
     if too_long := sum(row.too_long for row in answered):
         scores["too_long"] = too_long
-    if is_closed([row.reference for row in comparisons]):  # failed ones too: the same for all arms
+    if is_closed([row.reference for row in comparisons]):  # with those that failed, so that it is equal for all arms
         scores |= {"accuracy": accuracy, "confusion": confuse(comparisons)}
     return scores
+
+
+def speed(predictions: list[dict]) -> float | None:
+    """Seconds of audio per second of time; None if a prediction lacks one of them, or if it is not finite."""
+    times = [(prediction.get("duration"), prediction.get("time")) for prediction in predictions]
+    if not times or not all(duration and time for duration, time in times):
+        return None
+    ratio = sum(duration for duration, _ in times) / sum(time for _, time in times)
+    return ratio if ratio < math.inf else None
 
 
 def mean(values: list) -> float | None:
@@ -293,10 +216,8 @@ def mean(values: list) -> float | None:
 
 def intervals(errors: list[tuple], lengths: list[tuple], seed: int) -> list[dict]:
     """
-    Sums of errors divided by sums of lengths, with the 95% interval of a percentile bootstrap over rows.
-
-    Args:
-        errors, lengths: (rows, 3), for three rates that share their resamples.
+    Divides sums of errors by sums of lengths, with the 95% interval of a percentile bootstrap over rows. Both are
+    (rows, 3), for three rates that share their resamples.
     """
     if not errors:
         return [{"value": None, "low": None, "high": None} for _ in range(3)]
@@ -308,8 +229,8 @@ def intervals(errors: list[tuple], lengths: list[tuple], seed: int) -> list[dict
     value, *rates = sums[:, :3] / sums[:, 3:]
     low, high = np.quantile(rates, [0.025, 0.975], axis=0)  # (3,) each
     return [
-        {"value": float(of_all), "low": float(least), "high": float(most)}
-        for of_all, least, most in zip(value, low, high, strict=True)
+        dict(zip(("value", "low", "high"), map(float, rate), strict=True))
+        for rate in zip(value, low, high, strict=True)
     ]
 
 
@@ -318,39 +239,39 @@ def confuse(comparisons: list[Comparison]) -> dict:
     index = {name: position for position, name in enumerate(classes)}
     counts = [[0] * (len(classes) + 1) for _ in classes]
     for row in comparisons:
-        if row.answer is not None and row.reference in index:
+        if not row.failed and row.reference in index:
             counts[index[row.reference]][index.get(row.answer, len(classes))] += 1
     return {"references": classes, "answers": [*classes, "other"], "counts": counts}
 
 
 def score_arms(predictions: dict[str, list[dict]], seed: int = 0) -> dict:
-    """
-    Scores of several arms, such as the same rows with other prompts.
+    """Scores what [`read_folder`] returns; see [`summarize_arms`]."""
+    return summarize_arms({arm: [compare(row) for row in rows] for arm, rows in predictions.items()}, seed)
 
-    Returns:
-        `rule`: [`RULE`]. `arms`: for each arm its scores over "all" rows, and over those of each group, if it has any.
 
-    Raises:
-        ValueError: if a group is named "all".
+def summarize_arms(arms: dict[str, list[Comparison]], seed: int = 0) -> dict:
     """
-    arms = {}
-    for arm, rows in predictions.items():
-        comparisons = [compare(row) for row in rows]
-        arms[arm] = {ALL: summarize(comparisons, seed)}
-        groups = [row.get("group") for row in rows]
-        if ALL in groups:
-            raise ValueError(f"A group of {arm!r} is named {ALL!r}, as the scores over all rows are; rename it.")
-        for group in dict.fromkeys(group for group in groups if group is not None):
-            members = [row for row, name in zip(comparisons, groups, strict=True) if name == group]
-            arms[arm][group] = summarize(members, seed)
-    return {"rule": RULE, "arms": arms}
+    Returns `rule`, and `arms`: for each arm its scores over "all" rows, and over those of each group, if it has any.
+    Raises ValueError if a group is named "all".
+    """
+    scores = {}
+    for arm, comparisons in arms.items():
+        groups = {ALL: comparisons}
+        for row in comparisons:
+            group = row.prediction["group"]
+            if group == ALL:
+                raise ValueError(f"A group of {arm!r} is named {ALL!r}, as the scores over all rows are; rename it.")
+            if group is not None:
+                groups.setdefault(group, []).append(row)
+        scores[arm] = {group: summarize(members, seed) for group, members in groups.items()}
+    return {"rule": RULE, "arms": scores}
 
 
 def read_predictions(path: str | Path) -> list[dict]:
     """
-    The lines of a file of predictions: `row` (its number, from 0), `place` (its file and line), `group`,
+    Reads a file of predictions. A line has `row` (its number, from 0), `place` (its file and line), `group`,
     `audio_filepath`, `duration` and `time` (seconds, at most 10,000,000), `text` (the reference), and `pred_text` (the
-    answer) or, if it failed, `error`. A line may have `prompt` and `media`, the names of files, which the report shows.
+    answer) or, if it failed, `error`. It may have `prompt` and `media`, the names of files, which the report shows.
 
     Raises:
         ValueError: if a line is no JSON object, lacks one of the other keys, has another type there, or has the `row`
@@ -359,7 +280,7 @@ def read_predictions(path: str | Path) -> list[dict]:
     rows, seen = [], {}
     lines = Path(path).read_bytes().split(b"\n")
     if not lines[-1]:
-        lines.pop()  # what follows the last newline
+        lines.pop()  # nothing follows the last newline
     for number, line in enumerate(lines, start=1):
         row = read_prediction(line, f"{path}:{number}")
         if row["row"] in seen:
@@ -373,30 +294,19 @@ def read_predictions(path: str | Path) -> list[dict]:
 
 
 def read_prediction(line: bytes, place: str) -> dict:
-    """
-    A line of a file of predictions; see [`read_predictions`].
-
-    Raises:
-        ValueError: if it is not as it has to be; the message begins with the place.
-    """
+    """Reads a line as [`read_predictions`] does; an error begins with the place."""
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: expected a JSON object in UTF-8; {error}.") from error
-    check_prediction(row, place)
-    return row
-
-
-def check_prediction(row, place: str):
     if not isinstance(row, dict):
         raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}.")
     if ("pred_text" in row) == ("error" in row):
-        found = "both" if "error" in row else "neither"
-        raise ValueError(f"{place}: expected `pred_text` or, if the row failed, `error`; there is {found}.")
-    optional = (*OPTIONAL, "pred_text" if "error" in row else "error")
+        present = "both" if "error" in row else "neither"
+        raise ValueError(f"{place}: expected `pred_text` or, if the row failed, `error`; there is {present}.")
     for name, (types, expected) in FIELDS.items():
         if name not in row:
-            if name in optional:
+            if name in OPTIONAL:
                 continue
             raise ValueError(f"{place}: there is no `{name}`.")
         value = row[name]
@@ -407,6 +317,7 @@ def check_prediction(row, place: str):
             raise ValueError(f"{place}: `{name}` must be {expected}, got {shown}.")
         if name in ("duration", "time") and is_number and value > MAX_SECONDS:
             raise ValueError(f"{place}: `{name}` must be at most {MAX_SECONDS:,} s, got {value!r:.200}.")
+    return row
 
 
 def file_of(arm: str) -> str:
@@ -416,7 +327,7 @@ def file_of(arm: str) -> str:
 
 def read_folder(folder: str | Path) -> dict[str, list[dict]]:
     """
-    The predictions of all arms in a folder: predictions.jsonl is the arm "as given", `predictions-NAME.jsonl` is NAME.
+    Reads the predictions of all arms in a folder: predictions.jsonl is "as given", `predictions-NAME.jsonl` is NAME.
 
     Raises:
         ValueError: if there is no predictions.jsonl, or a file is not as [`read_predictions`] needs it.
@@ -430,27 +341,19 @@ def read_folder(folder: str | Path) -> dict[str, list[dict]]:
     }
 
 
-COLUMNS = {  # of the table: head -> what a cell says of a score
-    "rows": lambda scored: f"{scored['rows']}",
-    "failed": lambda scored: f"{scored['failed']}",
-    "too long": lambda scored: str(scored.get("too_long", "")),
-    "WER %": lambda scored: percent(scored["wer"]),
-    "macro WER %": lambda scored: percent(scored["macro_wer"]),
-    "CER %": lambda scored: percent(scored["cer"]),
-    "ins/del/sub": lambda scored: "/".join(str(scored[name]) for name in ("insertions", "deletions", "substitutions")),
-    "accuracy %": lambda scored: percent(scored.get("accuracy")),
-    "empty %": lambda scored: percent(scored["empty"]),
-    "repeating %": lambda scored: percent(scored["repeating"]),
-    "nothing said": lambda scored: answered_nothing(scored["nothing_said"]),
-    "RTFx": lambda scored: "" if scored["rtfx"] is None else f"{scored['rtfx']:.1f}",
-}
-
-
 def table(scores: dict) -> str:
-    """What [`score_arms`] returns, as a Markdown table: one line for each arm and group; no empty columns."""
-    lines = [("arm", "group", *COLUMNS)]
+    """Shows what [`score_arms`] returns as a Markdown table: one line for each arm and group, no empty columns."""
+    heads = ("rows", "failed", "too long", "WER %", "macro WER %", "CER %", "ins/del/sub", "accuracy %")
+    lines = [("arm", "group", *heads, "empty %", "repeating %", "nothing said", "RTFx")]
     for arm, groups in scores["arms"].items():
-        lines += [(arm, group, *(cell(score) for cell in COLUMNS.values())) for group, score in groups.items()]
+        for group, score in groups.items():
+            silent, rtfx = score["nothing_said"], score["rtfx"]
+            line = [arm, group, score["rows"], score["failed"], score.get("too_long", "")]
+            line += [percent(score[name]) for name in ("wer", "macro_wer", "cer")]
+            line.append("/".join(str(score[name]) for name in ("insertions", "deletions", "substitutions")))
+            line += [percent(score.get("accuracy")), percent(score["empty"]), percent(score["repeating"])]
+            line.append(f"{silent['answered']} of {silent['rows']} answered" if silent["rows"] else "")
+            lines.append([*map(str, line), "" if rtfx is None else f"{rtfx:.1f}"])
     columns = []
     for head, *cells in zip(*lines, strict=True):
         if any(cells):
@@ -462,12 +365,8 @@ def table(scores: dict) -> str:
 
 
 def percent(rate: float | dict | None) -> str:
-    """A rate, with its interval if it has one; empty for one of no rows."""
+    """Shows a rate, with its interval if it has one; a rate of no rows is empty."""
     if isinstance(rate, dict):
         low, high = percent(rate["low"]), percent(rate["high"])
         return "" if rate["value"] is None else f"{percent(rate['value'])} [{low}, {high}]"
     return "" if rate is None else f"{100 * rate:.2f}"
-
-
-def answered_nothing(counts: dict) -> str:
-    return f"{counts['answered']} of {counts['rows']} answered" if counts["rows"] else ""

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import time
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -28,9 +27,10 @@ from transformers.utils import logging
 
 from audio_utils import fetch_audio
 from benchmarks.report import fill
-from evaluation import evaluate as evaluation
+from evaluation.predict import merge, predict
+from evaluation.report import score_folder
 from evaluation.scoring import AS_GIVEN, align, normalize, percent, read_folder, score, score_arms
-from publishing.paths import ROOT
+from publishing.paths import ROOT, write_json
 from speech.recordings import BUILD, read_rows
 from speech.run import DTYPE, INSTRUCTION, MAX_NEW_TOKENS, REPO
 
@@ -52,13 +52,22 @@ def ask_model(
 ) -> dict[str, list[dict]]:
     """Predictions of each arm, by eval.py; it keeps them in a folder of the output."""
     output = options.output / "-".join([folder, audio_tokens, *arms])
-    words = ["predict", options.repo, "--data", BUILD / folder / "rows.jsonl", "--output", output]
-    words += ["--audio-column", "audio", "--text-column", "text", "--group-column", SETS[folder][1]]
-    words += ["--instruction", INSTRUCTION, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", BATCH]
-    words += ["--audio-tokens", audio_tokens, "--dtype", str(DTYPE).removeprefix("torch.")]
-    words += [*(["--arms", *arms] if arms else []), *(["--limit", limit] if limit else [])]
-    evaluation.main([str(word) for word in words])
-    evaluation.score(Namespace(folder=output))
+    predict(
+        options.repo,
+        [BUILD / folder / "rows.jsonl"],
+        output,
+        audio_column="audio",
+        text_column="text",
+        group_column=SETS[folder][1],
+        instruction=INSTRUCTION,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=BATCH,
+        audio_tokens=audio_tokens,
+        dtype=str(DTYPE).removeprefix("torch."),
+        arms=arms,
+        limit=limit,
+    )
+    score_folder(output)
     return {arm: rows[:limit] for arm, rows in read_folder(output).items()}
 
 
@@ -67,7 +76,7 @@ def ask_whisper(options, folder: str, limit: int | None) -> list[dict]:
     rows, output = read_rows(BUILD / folder)[:limit], options.output / f"{folder}-whisper"
     path = output / "predictions.jsonl"
     if path.is_file():
-        evaluation.merge(output, AS_GIVEN)  # without a line that a kill has left unfinished
+        merge(output, AS_GIVEN)  # without a line that a kill has left unfinished
     done = len(read_folder(output)[AS_GIVEN]) if path.is_file() else 0
     if done < len(rows):
         output.mkdir(parents=True, exist_ok=True)
@@ -196,7 +205,7 @@ def measure(options) -> str:
     tables.append(markdown(("language model", f"perplexity of {len(texts)} sentences of WordNet and fortunes"), *rows))
     if options.limit:
         tables.append(f"The first {options.limit} clips of each set (`--limit {options.limit}`).\n")
-    evaluation.write_json(options.output / "figures.json", figures)
+    write_json(options.output / "figures.json", figures)
     return "\n".join(tables)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from evaluation.evaluate import write_sound
+from evaluation.generate import write_sound
 from publishing.paths import ROOT
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: rows -> predictions -> scores -> card, by the demo checkpoint: arms, kills, bad rows, recordings."""
+"""make test ONLY=tests/test_evaluation.py: the demo checkpoint is asked, scored and shown in its card."""
 
 import json
 import os
@@ -31,15 +31,16 @@ from starlette.routing import Route
 import upload
 from demo.ask import EXAMPLES, read_examples, write_questions, write_transcripts
 from demo.world import WORLD
+from evaluation import __main__ as evaluation
 from evaluation import card
-from evaluation import evaluate as evaluation
 from evaluation.scoring import AS_GIVEN, read_folder, read_predictions
+from evaluation.settings import Settings
 from publishing import check as checking
 from publishing import paths
 from training.rows import describe_data
 
 
-TOLD = ("row", "group", "audio_filepath", "duration", "prompt", "text", "pred_text")
+LASTING = ("row", "group", "audio_filepath", "duration", "prompt", "text", "pred_text")
 SHORT = ("--max-new-tokens", "12", "--dtype", "float32")  # float32: many CPUs have no products of bfloat16
 
 
@@ -50,9 +51,16 @@ def predict(repo, data, output, *more) -> list[dict]:
     return read_predictions(Path(output) / "predictions.jsonl")
 
 
-def told(rows: list[dict]) -> list[dict]:
-    """What does not depend on the clock or on where the data lie."""
-    return [{name: row.get(name) for name in TOLD} for row in rows]
+def refusal(capsys, *arguments) -> str:
+    """The error, on one line, with which a prediction is refused."""
+    with pytest.raises(SystemExit):
+        predict(*arguments)
+    return " ".join(capsys.readouterr().err.split())
+
+
+def lasting(rows: list[dict]) -> list[dict]:
+    """Keeps what does not depend on the clock or on where the data lie."""
+    return [{name: row.get(name) for name in LASTING} for row in rows]
 
 
 def write_lines(path: Path, rows: list) -> Path:
@@ -133,13 +141,12 @@ def test_run_that_was_killed_goes_on(demo_repo, recordings, results_of_recording
     whole = path.read_bytes()
     path.write_bytes(whole[: random.Random(seed).randrange(len(whole))])
     again = predict(demo_repo, recordings, tmp_path / "results", *RECORDINGS)
-    assert told(again) == told(read_predictions(results_of_recordings / "predictions.jsonl"))
+    assert lasting(again) == lasting(read_predictions(results_of_recordings / "predictions.jsonl"))
 
 
 def test_one_run_at_a_time_writes_into_a_folder(demo_repo, recordings, results_of_recordings, tmp_path, capsys):
-    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit):
-        predict(demo_repo, recordings, tmp_path, *RECORDINGS)
-    assert "is in use by another run" in capsys.readouterr().err
+    with FileLock(tmp_path / ".lock"):
+        assert "is in use by another run" in refusal(capsys, demo_repo, recordings, tmp_path, *RECORDINGS)
     assert not (tmp_path / "predictions.jsonl").exists()
 
 
@@ -153,7 +160,7 @@ def test_what_two_runs_at_a_time_left_is_mended(demo_repo, recordings, results_o
     write_lines(folder / "predictions.jsonl.rank-1", [third, {**other, "pred_text": "of the other process"}, "{"])
     again = predict(demo_repo, recordings, folder, *RECORDINGS)
     assert again[:3] == [first, second, third]
-    assert told(again) == told(read_predictions(results_of_recordings / "predictions.jsonl"))
+    assert lasting(again) == lasting(read_predictions(results_of_recordings / "predictions.jsonl"))
     assert not list(folder.glob("*.rank-*"))
 
 
@@ -188,7 +195,7 @@ def test_sets_of_recordings(demo_repo, recordings, results_of_recordings, tmp_pa
     more = [*RECORDINGS, "--no-media", *["--streaming"] * streaming]
     found = predict(demo_repo, tmp_path / "parquet", tmp_path / "results", *more)
     expected = read_predictions(results_of_recordings / "predictions.jsonl")
-    assert told(found) == [{**row, "audio_filepath": None} for row in told(expected)]
+    assert lasting(found) == [{**row, "audio_filepath": None} for row in lasting(expected)]
     assert expected[0]["prompt"] == "Transcribe the audio." and expected[0]["pred_text"] == expected[0]["text"]
 
 
@@ -299,14 +306,41 @@ def test_a_server_is_not_sent_what_no_decoder_reads(demo_repo, broken, tmp_path,
         (("--batch-size", "0"), "--batch-size must be 1 or more, got 0"),
         (("--streaming", "--arms", "swapped"), "which --streaming cannot reach"),
         (("--audio-tokens", "half"), "must be fixed or trimmed, got 'half'"),
+        (("--arms", "text", "words"), "must be silence, swapped, no-image or text, got 'words'"),
+        (("--dtype", "int8"), "must be auto, float32, bfloat16 or float16, got 'int8'"),
+        (("--backend", "server"), "must be transformers or vllm, got 'server'"),
         (("--backend", "vllm"), "needs --url"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(demo_repo, questions, results, capsys, more, message):
-    with pytest.raises(SystemExit):
-        grouped = ("--group-column", "skill", "--transcript-column", "said")
-        predict(demo_repo, questions, results, *grouped, *more)
-    assert message in " ".join(capsys.readouterr().err.split())
+    grouped = ("--group-column", "skill", "--transcript-column", "said")
+    assert message in refusal(capsys, demo_repo, questions, results, *grouped, *more)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--help", "python -m evaluation score DIR"),
+        ("predict --help", "--served-name"),
+        ("predict REPO", "required: --data, --output"),
+        ("predict REPO --data FILE --output DIR --batch-size 0", "--batch-size must be 1 or more"),
+        ("score nowhere", "There is no folder nowhere"),
+    ],
+)
+def test_the_command_line_answers_before_slow_imports(words, message):
+    code = "import sys\nfrom evaluation.__main__ import main\ntry:\n    main()\nfinally:\n    print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, cwd=paths.ROOT)
+    assert message in run.stdout + run.stderr
+    loaded = set(run.stdout.splitlines()[-1].split())
+    assert "evaluation.settings" in loaded
+    assert not loaded & {"torch", "transformers", "datasets", "numpy", "huggingface_hub"}
+
+
+def test_the_manifest_has_a_command_that_gives_the_same_settings():
+    settings = Settings("a repo", ["a.jsonl", "b:test"], "out", limit=0, arms=["text"], batch_size=8, keep_media=False)
+    assert settings.command == (
+        "evaluation predict 'a repo' --data a.jsonl b:test --output out --limit 0 --arms text --no-media"
+    )
 
 
 def write_set(folder: Path, form: str, recordings: Path, text: str) -> Path:
@@ -331,15 +365,12 @@ def write_set(folder: Path, form: str, recordings: Path, text: str) -> Path:
 def test_other_data_under_the_same_name_are_refused(demo_repo, recordings, tmp_path, capsys, form, streaming):
     data = write_set(tmp_path / "data", form, recordings, "one")
     more = [*RECORDINGS, "--no-media", *["--streaming"] * streaming]
-    assert predict(demo_repo, data, tmp_path / "results", *more) == predict(
-        demo_repo, data, tmp_path / "results", *more
-    )
+    arguments = (demo_repo, data, tmp_path / "results", *more)
+    assert predict(*arguments) == predict(*arguments)
     shutil.rmtree(tmp_path / "data")
     write_set(tmp_path / "data", form, recordings, "three red stars")
-    with pytest.raises(SystemExit):
-        predict(demo_repo, data, tmp_path / "results", *more)
     changed = {"lines": "sha256 of data.jsonl", "saved": "fingerprint of data", "parquet": "files of data"}
-    error = capsys.readouterr().err
+    error = refusal(capsys, *arguments)
     assert "holds the predictions of another run" in error and f"{changed[form]} was " in error
 
 
@@ -347,10 +378,8 @@ def test_a_clip_that_changed_is_refused(demo_repo, recordings, tmp_path, capsys)
     data = write_set(tmp_path / "data", "lines", recordings, "one")
     predict(demo_repo, data, tmp_path / "results", *RECORDINGS)
     os.utime(data.parent / "clip.wav", (0, 0))
-    with pytest.raises(SystemExit):
-        predict(demo_repo, data, tmp_path / "results", *RECORDINGS)
-    assert "files of data.jsonl was " in capsys.readouterr().err
-    # A run of before that was written down goes on, and writes it down.
+    assert "files of data.jsonl was " in refusal(capsys, demo_repo, data, tmp_path / "results", *RECORDINGS)
+    # A run of a release that did not write the files down goes on, and writes them down.
     manifest = json.loads((tmp_path / "results" / "manifest.json").read_text())
     described = manifest["data"][0]
     manifest["data"] = [{"name": described["name"], "sha256": described["sha256"]}]
@@ -394,9 +423,8 @@ def test_a_group_named_all_is_refused_before_the_model_is_loaded(tmp_path, capsy
     (tmp_path / "no-model").mkdir()
     for name in ("config.json", "processor_config.json", "tokenizer.json", "model.safetensors"):
         (tmp_path / "no-model" / name).touch()  # an error once they are loaded
-    with pytest.raises(SystemExit):
-        predict(tmp_path / "no-model", data, tmp_path / "results", "--group-column", "voice", *RECORDINGS)
-    assert f"{data}:2: the group is named 'all', as the scores over all rows are" in capsys.readouterr().err
+    error = refusal(capsys, tmp_path / "no-model", data, tmp_path / "results", "--group-column", "voice", *RECORDINGS)
+    assert f"{data}:2: the group is named 'all', as the scores over all rows are" in error
 
 
 def test_a_streamed_group_named_all_is_an_error_of_its_row(demo_repo, recordings, tmp_path):
@@ -407,9 +435,9 @@ def test_a_streamed_group_named_all_is_an_error_of_its_row(demo_repo, recordings
 
 
 def test_a_server_that_is_not_there(demo_repo, recordings, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        predict(demo_repo, recordings, tmp_path, *RECORDINGS, "--backend", "vllm", "--url", "http://127.0.0.1:9/v1")
-    assert "http://127.0.0.1:9/v1 does not answer as a server" in capsys.readouterr().err
+    address = "http://127.0.0.1:9/v1"
+    error = refusal(capsys, demo_repo, recordings, tmp_path, *RECORDINGS, "--backend", "vllm", "--url", address)
+    assert f"{address} does not answer as a server" in error
 
 
 @pytest.fixture
@@ -518,7 +546,7 @@ def test_ten_kills(demo_repo, questions, tmp_path):
         process.wait()
     assert start(demo_repo, questions, output).wait() == 0
     whole = predict(demo_repo, questions, tmp_path / "whole", "--batch-size", 1)
-    assert told(read_predictions(output / "predictions.jsonl")) == told(whole)
+    assert lasting(read_predictions(output / "predictions.jsonl")) == lasting(whole)
 
 
 @pytest.mark.endurance
@@ -527,5 +555,5 @@ def test_two_processes_ask_the_same(demo_repo, recordings, results_of_recordings
     process = start(demo_repo, recordings, tmp_path / "results", *RECORDINGS, launcher=launcher)
     assert process.wait() == 0
     found, expected = (folder / "predictions.jsonl" for folder in (tmp_path / "results", results_of_recordings))
-    assert told(read_predictions(found)) == told(read_predictions(expected))
+    assert lasting(read_predictions(found)) == lasting(read_predictions(expected))
     assert not list((tmp_path / "results").glob("*.rank-*"))

@@ -1,6 +1,6 @@
 """
-Predictions -> scores. The normalized texts below are those of the leaderboard's own normalizer, at the commit that
-open_asr_leaderboard.json names.
+make test ONLY=tests/test_scoring.py: predictions -> scores. The texts in normalized.json are those of the leaderboard's
+own normalizer, at the commit that open_asr_leaderboard.json names.
 """
 
 import itertools
@@ -15,138 +15,13 @@ import jiwer
 import numpy as np
 import pytest
 
-from evaluation import scoring
-from evaluation.report import write_page
+from evaluation import leaderboard, scoring
+from evaluation.report import score_folder
 from evaluation.scoring import align, is_closed, normalize, read_folder, read_predictions, score, score_arms, table
 
 
-NORMALIZED = {
-    "numbers": [
-        ("one", "one"),
-        ("twenty one", "21"),
-        ("two hundred and five", "205"),
-        ("one thousand two hundred thirty four", "1234"),
-        ("three point one four", "3.14"),
-        ("nineteen eighty four", "1984"),
-        ("one oh one", "101"),
-        ("double seven", "77"),
-        ("triple zero", "000"),
-        ("the twenty first of may", "the 21st of may"),
-        ("the nineteen sixties", "the 1960s"),
-        ("two and a half million", "2500000"),
-        ("1,000,000 people", "1000000 people"),
-        ("minus five degrees", "-5 degrees"),
-        ("one two three", "123"),
-        ("10-20", "10 20"),
-        ("192.168.0.1", "192.168.0 one"),
-        ("the ones", "the ones"),
-        ("seconds", "seconds"),
-    ],
-    "currencies": [
-        ("$20 million", "$20000000"),
-        ("twenty dollars", "$20"),
-        ("£3.50", "£3.50"),
-        ("five euros and ten cents", "€5.10"),
-        ("fifty percent", "50%"),
-        ("fifty per cent", "50%"),
-        ("99.5 %", "99.5"),
-        ("dollars", "dollars"),
-        ("a $ sign", "a sign"),
-    ],
-    "contractions": [
-        ("I won't go", "i will not go"),
-        ("You can't", "you can not"),
-        ("y'all gonna wanna", "you all going to want to"),
-        ("I'ma shoulda", "i am going to should have"),
-        ("they'd been gone", "they had been gone"),
-        ("she's been here", "she has been here"),
-        ("he's got it", "he has got it"),
-        ("it's what's there", "it is what is there"),
-        ("let's go", "let us go"),
-        ("that 's it", "that is it"),
-        ("John's dog's bone", "john s dog s bone"),
-        ("we're sure they'll say I've", "we are sure they will say i have"),
-        ("don\u2019t", "don t"),
-        ("ain't", "aint"),
-        ("ma'am", "madam"),
-    ],
-    "titles": [
-        ("Mr. Smith and Mrs. Jones", "mister smith and missus jones"),
-        ("Dr. King lives on St. James St.", "doctor king lives on saint james saint"),
-        ("Prof. Lt. Col. Brown Jr.", "professor lieutenant colonel brown junior"),
-        ("Gov. Sen. Rep.", "governor senator representative"),
-    ],
-    "spellings": [
-        ("The colour of the aeroplane", "the color of the airplane"),
-        ("We organised a theatre programme", "we organized a theater program"),
-        ("Ok", "okay"),
-        ("etcetera", "etc"),
-        ("favourite neighbours", "favorite neighbors"),
-    ],
-    "names": [
-        ("Stephen and Geoffrey", "steven and jeffrey"),
-        ("Muhammad MacDonald", "mohammed mcdonald"),
-        ("Katherine met Jon and Sara", "catherine met john and sarah"),
-        ("Phillip's", "philip s"),
-    ],
-    "acronyms": [
-        ("the B B C", "the bbc"),
-        ("U.S.A.", "usa"),
-        ("U.S.", "us"),
-        ("a 5 G phone", "a5g phone"),
-        ("5 G", "5g"),
-        ("an A I model", "an a i model"),
-        ("a big cat", "a big cat"),
-        ("I a m", "i am"),
-        ("F B I agents", "fbi agents"),
-        ("plan b", "plan b"),
-    ],
-    "compounds": [
-        ("wi-fi", "wifi"),
-        ("Wi Fi and Hi-Fi", "wifi and hifi"),
-        ("an e-mail", "an email"),
-        ("all right", "alright"),
-        ("how ever", "however"),
-        ("at 5 p.m.", "at 5 pm"),
-        ("the X-ray of a T-shirt", "the xray of a tshirt"),
-        ("O.K.", "okay"),
-        ("et cetera", "etc"),
-    ],
-    "hesitations": [
-        ("Um, I, uh, think", "i think"),
-        ("Hmm. Mhm.", ""),
-        ("Aha! Huh? Eh.", ""),
-        ("uh-huh", ""),
-        ("oh no", "0 no"),
-        ("umbrella", "umbrella"),
-        ("ahem er", "ahem er"),
-    ],
-    "punctuation and brackets": [
-        ("Hello, world!", "hello world"),
-        ("well-known -- really?", "well known really"),
-        ("[noise] yes (laughs) <unk>", "yes"),
-        ("(A) or (B)", "or"),
-        ("( unclosed [ both", "unclosed both"),
-        ("rock'n'roll", "rock n roll"),
-        ("  two\tspaces\n", "2 spaces"),
-        ("#1 & *2*", "one 2"),
-        ("www.example.com", "www example com"),
-    ],
-    "unicode": [
-        ("Café naïve", "cafe naive"),
-        ("Straße Œuvre Ærø", "strasse oeuvre aero"),
-        ("Łódź", "lodz"),
-        ("日本語", "日本語"),
-        ("Привет, мир", "привет мир"),
-        ("ﬁne ½", "fine one 2"),
-        ("🙂", ""),
-        ("“quoted” … text", "quoted . text"),
-        ("e\u0301te\u0301", "ete"),
-    ],
-    "nothing": [("", ""), ("   ", ""), (".", ""), ("[music]", ""), ("...", ".")],
-}
-
-PAIRS = [pytest.param(*pair, id=pair[0] or "nothing at all") for pairs in NORMALIZED.values() for pair in pairs]
+NORMALIZED = json.loads(Path(__file__).with_name("normalized.json").read_text(encoding="utf-8"))
+PAIRS = [pytest.param(*pair, id=pair[0] or "nothing") for pairs in NORMALIZED.values() for pair in pairs.items()]
 
 # reference, answer, and its (insertions, deletions, substitutions)
 ERRORS = [
@@ -210,7 +85,7 @@ def test_align():
 def test_rule_names_its_sources():
     assert scoring.RULE["normalizer"] == "English of huggingface/open_asr_leaderboard at d1e99b2"
     assert scoring.RULE["alignment"].startswith("kaldialign ")
-    assert scoring.LEADERBOARD["source"]["licence"] == "Apache-2.0"
+    assert leaderboard.LEADERBOARD["source"]["licence"] == "Apache-2.0"
 
 
 def sentences(number: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -413,49 +288,45 @@ def test_read_folder(tmp_path):
 
 
 WHOLE = json.dumps(row("a", "b", number=1))
+DEEP = "[" * 500 + "]" * 500
+WRONG_VALUES = [  # of a key, as JSON, and how an error shows them
+    *(("row", value, "an int from 0", shown) for value, shown in (("true", "True"), ("1.0", "1.0"), ("-1", "-1"))),
+    *(("duration", value, "seconds or null", shown) for value, shown in (('"10"', "'10'"), ("NaN", "nan"))),
+    *(("duration", value, "at most 10,000,000 s", "1") for value in ("1e308", "1e12", "10000001", "1" + "0" * 400)),
+    ("time", "1e8", "at most 10,000,000 s", "100000000.0"),
+    ("time", "1e999", "seconds or null", "inf"),
+    ("media", '"a.mp3"', "a list of strings or null", "'a.mp3'"),
+    ("media", "[1]", "a list of strings or null", "list"),
+    ("prompt", "[]", "a string or null", "list"),
+    ("place", DEEP, "a string", "list"),
+    ("pred_text", "null", "a string", "None"),
+    ("error", "3", "a string", "3"),
+    ("group", "3", "a string or null", "3"),
+]
+
+
+def wrong_line(name: str, value: str) -> str:
+    """A line of predictions with another value, as JSON, under a key."""
+    line = {key: part for key, part in json.loads(WHOLE).items() if key != ("pred_text" if name == "error" else name)}
+    return f'{json.dumps(line)[:-1]}, "{name}": {value}}}'
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "expected a JSON object in UTF-8"),
-        ("", "expected a JSON object in UTF-8"),
+        *((line, "expected a JSON object in UTF-8") for line in ("{", "", b"\xff\n", "[" * 100_000)),
         (WHOLE[:-5].encode(), "expected a JSON object in UTF-8"),  # cut short, without a newline
-        (b"\xff\n", "expected a JSON object in UTF-8"),
-        ("[" * 100_000, "expected a JSON object in UTF-8"),
         ("[1]", "expected a JSON object, got list"),
-        (
-            WHOLE.replace("pred_text", "prediction"),
-            "expected `pred_text` or, if the row failed, `error`; there is neither",
-        ),
+        (WHOLE.replace("pred_text", "answer"), "`pred_text` or, if the row failed, `error`; there is neither"),
         (WHOLE.replace("{", '{"error": "", '), "there is both"),
-        (WHOLE.replace('"row"', '"line"'), "there is no `row`"),
-        (WHOLE.replace('"text"', '"reference"'), "there is no `text`"),
-        (WHOLE.replace('"group"', '"groups"'), "there is no `group`"),
-        (WHOLE.replace('"row": 1', '"row": true'), "`row` must be an int from 0, got True"),
-        (WHOLE.replace('"row": 1', '"row": 1.0'), "`row` must be an int from 0, got 1.0"),
-        (WHOLE.replace('"row": 1', '"row": -1'), "`row` must be an int from 0, got -1"),
-        (WHOLE.replace('"duration": 10.0', '"duration": "10"'), "`duration` must be seconds or null, got '10'"),
-        (WHOLE.replace('"duration": 10.0', '"duration": NaN'), "`duration` must be seconds or null, got nan"),
         *(
-            (
-                WHOLE.replace('"duration": 10.0', f'"duration": {seconds}'),
-                "`duration` must be at most 10,000,000 s, got 1",
-            )
-            for seconds in ("1e308", "1e12", "10000001", 10**400)
+            (WHOLE.replace(f'"{name}"', '"other"'), f"there is no `{name}`")
+            for name in ("row", "text", "group", "time")
         ),
-        (WHOLE.replace('"time": 0.5', '"time": 1e8'), "`time` must be at most 10,000,000 s, got 100000000.0"),
-        (WHOLE.replace("{", '{"media": "a.mp3", '), "`media` must be a list of strings or null, got 'a.mp3'"),
-        (WHOLE.replace("{", '{"media": [1], '), "`media` must be a list of strings or null, got list"),
-        (WHOLE.replace("{", '{"prompt": [], '), "`prompt` must be a string or null, got list"),
-        (
-            WHOLE.replace('"place": ', '"place": ' + "[" * 500 + "]" * 500 + ', "was": '),
-            "`place` must be a string, got list",
+        *(
+            (wrong_line(name, value), f"`{name}` must be {need}, got {shown}")
+            for name, value, need, shown in WRONG_VALUES
         ),
-        (WHOLE.replace('"time": 0.5', '"time": 1e999'), "`time` must be seconds or null, got inf"),
-        (WHOLE.replace('"pred_text": "b"', '"pred_text": null'), "`pred_text` must be a string, got None"),
-        (WHOLE.replace('"pred_text": "b"', '"error": 3'), "`error` must be a string, got 3"),
-        (WHOLE.replace('"group": null', '"group": 3'), "`group` must be a string or null, got 3"),
         (WHOLE.replace('"row": 1', '"row": 0'), "row 0 is in line 1 too; expected each row once"),
     ],
 )
@@ -511,7 +382,7 @@ def test_unclosed_brackets_are_normalized_as_by_the_leaderboard():
     rng = np.random.default_rng(0)
     for _ in range(2_000):
         text = "".join(rng.choice(list("[]<>()()[ .'$1aum{"), size=rng.integers(20)))
-        assert normalize(text) == " ".join(scoring.NORMALIZER(text).split())
+        assert normalize(text) == " ".join(leaderboard.NORMALIZER(text).split())
 
 
 def peak_memory() -> int:
@@ -564,7 +435,8 @@ def odd_value(rng: random.Random, depth: int = 0):
 def test_odd_rows_are_refused_or_scored(tmp_path):
     """A ValueError that names the line or the group, or finite scores and a page."""
     rng, scored = random.Random(0), 0
-    (tmp_path / "manifest.json").write_text('{"model": {"name": "someone/a-model"}}')
+    manifest = {"model": {"name": "someone/a-model", "revision": None}, "data": [], "date": "2026-01-02"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     deep = "[" * 900 + "]" * 900
     start = time.process_time()
     for _ in range(150):
@@ -578,14 +450,13 @@ def test_odd_rows_are_refused_or_scored(tmp_path):
             lines.append(text.replace("{", f'{{"deep": {deep}, ', 1) if rng.random() < 0.05 else text)
         write(tmp_path / "predictions.jsonl", *lines)
         try:
-            predictions = read_folder(tmp_path)
-            scores = score_arms(predictions)
+            scores = score_folder(tmp_path)
         except ValueError as error:
             assert re.match(rf"{tmp_path}/predictions.jsonl:[12]: |A group of ", str(error))
             continue
         json.dumps(scores, allow_nan=False)
         table(scores)
-        page = write_page(tmp_path, predictions, scores).read_text(encoding="utf-8")
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
         assert page.endswith("</html>\n") and len(page) < 1_000_000
         scored += 1
     assert 30 < scored < 120 and time.process_time() - start < 20

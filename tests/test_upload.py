@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer, Qwen2VLForConditionalGenerati
 import upload
 from configuration_qwen2_audio_vl import EXAMPLES, SHIPPED_FILES
 from demo.bases import make_qwen2_vl, make_whisper
-from evaluation import evaluate as evaluation
+from evaluation import __main__ as evaluation
 from publishing import check as checking
 from publishing import checkpoints, paths
 from publishing.build import build, build_tokenizer

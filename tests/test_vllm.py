@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoProcessor
 from audio_utils import fetch_audio
 from demo.ask import EXAMPLES, write_questions
 from demo.world import SKILLS
-from evaluation import evaluate as evaluation
+from evaluation import __main__ as evaluation
 from evaluation.scoring import read_predictions
 from publishing.build import build
 

@@ -1,0 +1,136 @@
+"""Conversations -> answers, by a model in this process or by a server with OpenAI's API."""
+
+import base64
+import io
+import os
+import platform
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import AutoModel, AutoProcessor
+
+from audio_utils import SAMPLING_RATE
+from collator import refuse_unreadable
+
+
+def load_processor(repo: str | Path, audio_tokens: str | None = None):
+    changes = {} if audio_tokens is None else {"audio_tokens": audio_tokens}
+    return AutoProcessor.from_pretrained(repo, trust_remote_code=True, **changes)
+
+
+def load(repo: str | Path, dtype: str | torch.dtype = "auto", audio_tokens: str | None = None) -> tuple:
+    """
+    Loads a folder or a Hub id to answer with: `(processor, model)`, the model on the device of this process.
+
+    Args:
+        dtype: A torch dtype or its name, or "auto": the one in which the weights are stored.
+        audio_tokens: "fixed" or "trimmed". The default is the model's.
+    """
+    processor = load_processor(repo, audio_tokens)
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=dtype)
+    return processor, model.to(PartialState().device).eval()
+
+
+class LocalModel:
+    """Answers by a model in this process, a batch at a time."""
+
+    def __init__(self, processor, model, batch_size: int, max_new_tokens: int):
+        self.processor, self.model = processor, model
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+        self.dtype = str(model.dtype).removeprefix("torch.")
+
+    def __call__(self, conversations: list[list[dict]]) -> Iterator[tuple[int, str | Exception, float]]:
+        """Yields for each conversation its index, the answer or why there is none, and the seconds it took."""
+        for start in range(0, len(conversations), self.batch_size):
+            batch = conversations[start : start + self.batch_size]
+            for index, (answer, seconds) in enumerate(self.answer(batch), start):
+                yield index, answer, seconds
+
+    def answer(self, batch: list[list[dict]]) -> list[tuple[str | Exception, float]]:
+        start = time.perf_counter()
+        try:
+            with refuse_unreadable():  # videos are opened here
+                answers = self.processor.answer(self.model, batch, self.max_new_tokens)
+        except ValueError as error:
+            if len(batch) > 1:  # one of them cannot be asked, the others can
+                return [result for conversation in batch for result in self.answer([conversation])]
+            answers = [error]
+        seconds = (time.perf_counter() - start) / len(batch)
+        return [(answer, seconds) for answer in answers]
+
+
+class Server:
+    """
+    Answers by a server with OpenAI's API, such as `vllm serve`, which is sent `batch_size` requests at a time. Raises
+    ConnectionError if it does not answer, at the start or later.
+    """
+
+    device, dtype = "of the server", "of the server"
+
+    def __init__(self, url: str, name: str | None, batch_size: int, max_new_tokens: int):
+        from openai import OpenAI, OpenAIError  # only this backend needs it
+
+        self.url, self.batch_size, self.max_new_tokens, self.error = url, batch_size, max_new_tokens, OpenAIError
+        self.client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+        try:
+            served = [model.id for model in self.client.models.list()]
+        except OpenAIError as error:
+            raise ConnectionError(f"{url} does not answer as a server with OpenAI's API: {error}") from error
+        if name not in (None, *served):
+            raise ValueError(f"{url} serves {', '.join(served)}, not {name}.")
+        self.name = name or served[0]
+
+    def __call__(self, conversations: list[list[dict]]) -> Iterator[tuple[int, str | Exception, float]]:
+        """Yields what [`LocalModel`] does; seconds since the last answer, so that their sum is the time of all."""
+        with ThreadPoolExecutor(self.batch_size) as pool:
+            last = time.perf_counter()
+            futures = {pool.submit(self.answer, messages): index for index, messages in enumerate(conversations)}
+            for future in as_completed(futures):
+                now = time.perf_counter()
+                yield futures[future], future.result(), now - last
+                last = now
+
+    def answer(self, messages: list[dict]) -> str | Exception:
+        sent = [{**message, "content": openai_content(message["content"])} for message in messages]
+        settings = {"temperature": 0, "max_tokens": self.max_new_tokens}
+        try:
+            reply = self.client.chat.completions.create(model=self.name, messages=sent, **settings)
+        except self.error as error:
+            if getattr(error, "status_code", 500) >= 500:  # the server's fault, not the row's
+                raise ConnectionError(f"{self.url} failed: {error}. Run the command again to go on.") from error
+            return error
+        return reply.choices[0].message.content or ""
+
+
+def openai_content(content):
+    """The content of a message as OpenAI's API takes it: audio as WAV, pictures as PNG."""
+    return [openai_item(item) for item in content] if isinstance(content, list) else content
+
+
+def openai_item(item: dict) -> dict:
+    file = io.BytesIO()
+    if item["type"] == "audio":
+        write_sound(item["audio"], file, "wav", "pcm_f32le")
+        data = base64.b64encode(file.getvalue()).decode()
+        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    if item["type"] == "image":
+        item["image"].save(file, "PNG")
+        data = base64.b64encode(file.getvalue()).decode()
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    return item
+
+
+def write_sound(samples: np.ndarray, file, container: str, codec: str):
+    """Writes float32 samples [samples] at 16 kHz to a path or a binary file."""
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=SAMPLING_RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
+        frame.sample_rate = SAMPLING_RATE
+        output.mux([*stream.encode(frame), *stream.encode(None)])

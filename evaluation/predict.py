@@ -1,0 +1,285 @@
+"""
+Data -> questions -> predictions. A folder of results has `predictions.jsonl`, `predictions-ARM.jsonl` for each arm,
+`manifest.json` with everything that they depend on, and what the report plays and shows, `media/`.
+"""
+
+import importlib.metadata
+import itertools
+import json
+import platform
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import datasets
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers import set_seed
+from transformers.utils import logging
+
+from collator import ChatCollator
+from configuration_qwen2_audio_vl import TRANSCRIBE, WHOLE_MODEL
+from evaluation.generate import LocalModel, Server, load, load_processor, write_sound
+from evaluation.questions import Question, Questions, check_groups
+from evaluation.scoring import AS_GIVEN, compare, file_of, read_prediction
+from evaluation.settings import Settings
+from publishing.paths import only_run, replace_file, resolve, sha256, write_json
+from training.rows import changed_data, columns_of, describe_data, load_rows
+
+
+logger = logging.get_logger(__name__)
+
+BUFFER = 16  # batches that are sorted by length together
+THUMBNAIL = 320  # pixels a side of the pictures that the report shows
+VERSIONS = ("torch", "transformers", "accelerate", "datasets", "av", "numpy", "kaldialign")
+# What a run that goes on must have in common with the one that was stopped, beside the data.
+LASTING = ("model", "columns", "instruction", "group_column", "transcript_column", "backend", "generation")
+
+
+def predict(repo: str | Path, data: list[str | Path], output: str | Path, **settings) -> Path:
+    """
+    Asks a model about every row of the data, and writes every answer into a folder. Started again, it goes on.
+
+    Args:
+        settings: The other fields of [`Settings`].
+
+    Raises:
+        ValueError: if settings exclude each other, the data cannot be read, or the folder belongs to another run.
+        ConnectionError: if the server does not answer.
+    """
+    settings = Settings(repo, data, output, **settings)
+    resolve(settings.repo, WHOLE_MODEL)  # a model that is not there is reported before the data is read
+    with only_run(settings.output, "--output", PartialState().is_main_process):
+        predict_arms(settings)
+    return settings.output
+
+
+def predict_arms(settings: Settings):
+    set_seed(settings.seed)
+    state, folder = PartialState(), settings.output
+    rows = load_data(settings)
+    if state.is_main_process:
+        manifest = make_manifest(settings)
+        refuse_another_run(folder, manifest)
+    processor, model = load_backend(settings)
+    collator = ChatCollator(processor, instruction=instruction_of(settings))
+    questions = Questions(rows, collator, settings.group_column, settings.transcript_column)
+    if state.is_main_process:
+        (folder / "media").mkdir(exist_ok=True)
+        manifest |= {"device": model.device, "dtype": model.dtype}
+        write_json(folder / "manifest.json", manifest)
+    state.wait_for_everyone()
+    for arm in (AS_GIVEN, *settings.arms):
+        predict_arm(arm, questions, model, settings)
+    if state.is_main_process:
+        done = rows_done(folder, AS_GIVEN)
+        failed = sum("error" in row for row in done.values())
+        write_json(folder / "manifest.json", {**manifest, "rows": len(done), "failed": failed})
+
+
+def load_data(settings: Settings):
+    """Loads the rows that are asked; refuses groups that cannot be scored before a model is loaded."""
+    keep = tuple(filter(None, (settings.group_column, settings.transcript_column)))
+    rows = load_rows(settings.data, settings.streaming, columns_of(settings.audio_column, settings.text_column), keep)
+    if settings.streaming:
+        return rows if settings.limit is None else rows.take(settings.limit)
+    if settings.limit is not None:
+        rows = rows.select(range(min(settings.limit, len(rows))))
+    if settings.group_column is not None:
+        check_groups(rows, settings.group_column)
+    return rows
+
+
+def instruction_of(settings: Settings) -> str:
+    return TRANSCRIBE if settings.instruction is None else settings.instruction
+
+
+def load_backend(settings: Settings) -> tuple:
+    """Returns the processor and what answers conversations, a [`LocalModel`] or a [`Server`]."""
+    limits = {"batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens}
+    if settings.backend == "vllm":
+        processor = load_processor(settings.repo, settings.audio_tokens)
+        return processor, Server(settings.url, settings.served_name, **limits)
+    processor, model = load(settings.repo, settings.dtype, settings.audio_tokens)
+    return processor, LocalModel(processor, model, **limits)
+
+
+def predict_arm(arm: str, questions: Questions, model: LocalModel | Server, settings: Settings):
+    """Asks what was not asked yet, each process its share of the rows, and merges the answers."""
+    state, folder = PartialState(), settings.output
+    if state.is_main_process:
+        merge(folder, arm)
+    state.wait_for_everyone()
+    done = rows_done(folder, arm)
+    state.wait_for_everyone()  # before any of them writes
+    rows = (
+        (index, row)
+        for index, row in enumerate(questions.rows)
+        if index % state.num_processes == state.process_index and index not in done
+    )
+    name = file_of(arm) + (f".rank-{state.process_index}" if state.process_index else "")
+    is_streamed = isinstance(questions.rows, datasets.IterableDataset)
+    total = settings.limit if is_streamed else len(questions.rows)
+    with tqdm(desc=arm, total=total, initial=len(done), unit="row", disable=state.process_index > 0) as bar:
+        same = write_lines(folder / name, answer_rows(rows, arm, questions, model, settings), arm, bar)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        merge(folder, arm)
+    state.wait_for_everyone()
+    if same:
+        logger.warning(f"{arm}: {same} rows would be asked the same and are left out.")
+
+
+def write_lines(path: Path, lines: Iterable[dict | None], arm: str, bar: tqdm) -> int:
+    """Appends each line to a file as soon as it is there; returns how many rows have None instead of a line."""
+    errors = words = same = 0
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        for line in lines:
+            bar.update()
+            if line is None:
+                same += 1
+                continue
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            comparison = compare(line)
+            if comparison.failed:
+                logger.warning(f"{arm}: {line['error']}")
+            else:
+                errors, words = errors + comparison.word_errors, words + comparison.words
+                bar.set_postfix_str(f"WER {errors / max(words, 1):.1%}", refresh=False)
+    return same
+
+
+def answer_rows(
+    rows: Iterable[tuple[int, dict]], arm: str, questions: Questions, model: LocalModel | Server, settings: Settings
+) -> Iterator[dict | None]:
+    """Yields the line of each row, in the order of the answers; None for a row that the arm would ask the same."""
+    rows = iter(rows)
+    while buffered := list(itertools.islice(rows, BUFFER * settings.batch_size)):
+        asked = []
+        for index, row in buffered:
+            question = questions.change(questions.read(index, row), arm)
+            if question is None:
+                yield None
+            elif question.error:
+                yield {**line_of(question), "error": question.error}
+            else:
+                asked.append(question)
+        asked.sort(key=lambda question: question.duration, reverse=True)  # memory would run out at the start
+        for index, answer, seconds in model([question.messages for question in asked]):
+            question = asked[index]
+            media = write_media(question, settings.output) if arm == AS_GIVEN and settings.keep_media else []
+            line = line_of(question, media, round(question.duration, 3), round(seconds, 4))
+            failed = isinstance(answer, Exception)
+            yield line | ({"error": f"{question.place}: {answer}"} if failed else {"pred_text": answer.strip()})
+
+
+def line_of(
+    question: Question, media: list[str] = (), duration: float | None = None, time: float | None = None
+) -> dict:
+    """The line of predictions.jsonl about a question, without its answer or error."""
+    return {
+        "row": question.row,
+        "place": question.place,
+        "group": question.group,
+        "audio_filepath": next((name for name in media if name.endswith(".mp3")), None),
+        "media": list(media),
+        "duration": duration,
+        "time": time,
+        "prompt": question.prompt,
+        "text": question.text,
+    }
+
+
+def write_media(question: Question, folder: Path) -> list[str]:
+    """Writes what the report plays and shows of a row; returns the names of the files."""
+    names = []
+    for number, clip in enumerate(question.clips, 1):
+        names.append(f"media/{question.row:06}-{number}.mp3")
+        write_sound(clip, str(folder / names[-1]), "mp3", "mp3")
+    for number, item in enumerate(question.items("image"), 1):
+        names.append(f"media/{question.row:06}-{number}.jpg")
+        picture = item["image"].copy()
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        picture.save(folder / names[-1], quality=85)
+    return names
+
+
+def rank_files(folder: Path, arm: str) -> list[Path]:
+    """What the other processes of a run on several devices wrote; the first one writes into the file itself."""
+    return sorted(folder.glob(f"{file_of(arm)}.rank-*"))
+
+
+def rows_done(folder: Path, arm: str) -> dict[int, dict]:
+    """
+    Reads the predictions of an arm by their row. Of two lines with the same row the first one counts. Lines that a kill
+    cut short, or into which two runs wrote at a time, do not count.
+    """
+    done = {}
+    for path in (folder / file_of(arm), *rank_files(folder, arm)):
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = read_prediction(line, f"{path}:{number}")
+            except ValueError as error:
+                logger.warning(f"Left out, its row is asked again: {error}")
+                continue
+            done.setdefault(row["row"], row)
+    return done
+
+
+def merge(folder: Path, arm: str):
+    """Replaces the files of an arm by one that has each row once, in the order of the data."""
+    done = rows_done(folder, arm)
+    with replace_file(folder / file_of(arm)) as file:
+        file.writelines(json.dumps(done[row], ensure_ascii=False) + "\n" for row in sorted(done))
+    for part in rank_files(folder, arm):
+        part.unlink()
+
+
+def make_manifest(settings: Settings) -> dict:
+    """Describes everything that the predictions depend on, as far as it is known."""
+    origin = resolve(settings.repo)
+    patterns = ("*.safetensors", "*.py")
+    weights, code = ({file.name: sha256(file) for file in sorted(origin.folder.glob(each))} for each in patterns)
+    columns = columns_of(settings.audio_column, settings.text_column)
+    return {
+        "model": {"name": origin.name, "revision": origin.commit, "weights": weights, "code": code},
+        "data": describe_data(settings.data, columns),
+        "columns": columns,
+        "instruction": instruction_of(settings),
+        "group_column": settings.group_column,
+        "transcript_column": settings.transcript_column,
+        "arms": [AS_GIVEN, *settings.arms],
+        "limit": settings.limit,
+        "backend": settings.backend,
+        "generation": {
+            "max_new_tokens": settings.max_new_tokens,
+            "do_sample": False,
+            "audio_tokens": settings.audio_tokens,
+            "batch_size": settings.batch_size,
+        },
+        "seed": settings.seed,
+        "processes": PartialState().num_processes,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "command": settings.command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rows": None,
+    }
+
+
+def refuse_another_run(folder: Path, manifest: dict):
+    """
+    Raises:
+        ValueError: if the folder holds the predictions of other weights, data or settings.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        if (folder / file_of(AS_GIVEN)).is_file():
+            raise ValueError(f"{folder} holds predictions but no manifest.json; name a new --output.")
+        return
+    then, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(manifest))
+    differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in LASTING if then.get(name) != now[name]]
+    if differing := [*differing, *changed_data(then["data"], now["data"])]:
+        raise ValueError(f"{folder} holds the predictions of another run; name a new --output. {'; '.join(differing)}")
