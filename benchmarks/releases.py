@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import upload
 from benchmarks.report import report
-from demo.ask import DEMO, content_of, load, prepare, read_examples
+from demo.ask import DEMO, content_of, load, read_examples
 from publishing import paths
 
 
@@ -27,7 +27,7 @@ def record() -> str:
         processor, model = load(upload.build(checkpoint=DEMO, output=Path(folder) / "demo"))
         model, found = model.float(), {}
         for number, example in enumerate(read_examples()):
-            inputs = prepare(processor, [{"role": "user", "content": content_of(example)}])
+            inputs = processor.make_inputs([{"role": "user", "content": content_of(example)}])
             with torch.no_grad():
                 found[f"{number:02}.logits"] = model(**inputs).logits[0].contiguous()
             found[f"{number:02}.tokens"] = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]

@@ -23,7 +23,7 @@ import upload
 from benchmarks.measure import Clock, where
 from benchmarks.report import report
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
-from demo.ask import DEMO, load, prepare, read_examples
+from demo.ask import DEMO, load, read_examples
 from handler import EndpointHandler
 from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, short_form
 
@@ -60,7 +60,7 @@ def time_requests(send, examples: list[dict], clients: tuple[int, ...] = (1, CLI
 def by_generate(processor, model):
     def send(example):
         begin, clock = time.perf_counter(), Clock()
-        inputs = prepare(processor, openai_form(example))
+        inputs = processor.make_inputs(openai_form(example))
         output = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, stopping_criteria=[clock])
         text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return text, clock.times[0] - begin

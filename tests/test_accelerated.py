@@ -6,7 +6,7 @@ from helpers import audio, text
 from torch import nn
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, CompileConfig, DynamicCache, TorchAoConfig
 
-from demo.ask import EXAMPLES, content_of, prepare
+from demo.ask import EXAMPLES, content_of
 from demo.world import SKILLS
 
 
@@ -37,7 +37,9 @@ def plain(load):
 def prompts(processor, examples):
     """Two examples of every skill, as model inputs."""
     chosen = [[example for example in examples if example["skill"] == skill][:2] for skill in SKILLS]
-    return [(prepare(processor, user(*content_of(example))), example["answer"]) for pair in chosen for example in pair]
+    return [
+        (processor.make_inputs(user(*content_of(example))), example["answer"]) for pair in chosen for example in pair
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +146,7 @@ def test_cache_kept_over_turns(plain, processor, examples):
     for number, example in enumerate(clips):
         content = content_of(example) if number == 0 else content_of(example)[1:]  # the picture once
         messages += user(*content)
-        inputs = prepare(processor, messages)
+        inputs = processor.make_inputs(messages)
         fresh = generate(plain, inputs)
         lengths.clear()
         continued = dict(inputs)
@@ -159,7 +161,7 @@ def test_cache_kept_over_turns(plain, processor, examples):
 
 def test_clip_asked_about_many_times_is_encoded_once(plain, processor, examples):
     clip = audio(str(EXAMPLES / examples[0]["audio"][0]))
-    asked = [prepare(processor, user(clip, text(spec["instruction"]))) for spec in SKILLS.values()]
+    asked = [processor.make_inputs(user(clip, text(spec["instruction"]))) for spec in SKILLS.values()]
     fresh = [generate(plain, inputs) for inputs in asked]
     calls = []
     hook = plain.model.audio_encoder.register_forward_hook(lambda *_: calls.append(1))

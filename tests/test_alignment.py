@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, WhisperConfig, Whisper
 
 import upload
 from demo.bases import ASSETS, sharpen, write_feature_extractor
-from demo.make import make_bases
+from demo.untrained import make_bases
 from training import alignment, train
 
 

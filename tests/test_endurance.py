@@ -15,7 +15,7 @@ from PIL import Image
 from serving import openai_form, short_form
 from test_serving import BAD
 
-from demo.ask import EXAMPLES, prepare
+from demo.ask import EXAMPLES
 from handler import EndpointHandler
 
 
@@ -60,7 +60,7 @@ def make_jobs(handler, examples) -> list:
 
         def call():
             content = [video(frames), audio(str(EXAMPLES / clip)), text("What is in the photo?")]
-            inputs = prepare(handler.processor, [{"role": "user", "content": content}])
+            inputs = handler.processor.make_inputs([{"role": "user", "content": content}])
             return handler.model.generate(**inputs, **SETTINGS, do_sample=False).tolist()
 
         return call

@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoProcessor
 
 import upload
 from collator import BadRow
-from demo.make import make_bases
+from demo.untrained import make_bases
 from evaluation.scoring import normalize
 from publishing import check as checking
 from publishing import checkpoints, paths
