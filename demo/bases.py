@@ -22,20 +22,25 @@ def sharpen(model: torch.nn.Module, std: float) -> torch.nn.Module:
     return model
 
 
+def text_config(width: int, ffn: int, layers: int, heads: int, groups: int, positions: int, words: int, rope_theta):
+    """The settings of a small language model; `groups` are its heads of keys and values."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": positions,
+        "vocab_size": words,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, "mrope_section": [4, 6, 6]},
+    }
+
+
 def make_qwen2_vl(folder: Path, dtype: torch.dtype = torch.float32, tie_word_embeddings: bool = False) -> Path:
     """Writes a Qwen2-VL checkpoint of 2 layers; its tokenizer and its 152,064 embeddings are of full size."""
     torch.manual_seed(0)
     config = Qwen2VLConfig(
-        text_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 32768,
-            "vocab_size": 152064,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
-        },
+        text_config=text_config(64, 128, layers=2, heads=2, groups=1, positions=32768, words=152064, rope_theta=1e6),
         vision_config={"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64},
         tie_word_embeddings=tie_word_embeddings,
     )

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGene
 
 import upload
 from demo.ask import load
-from demo.bases import ASSETS, small_whisper, write_feature_extractor
+from demo.bases import ASSETS, small_whisper, text_config, write_feature_extractor
 from demo.clips import BUILD, WINDOW
 from demo.world import PHRASES, QUESTIONS, SKILLS, WORLD
 
@@ -32,20 +32,11 @@ def make_bases(folder: Path) -> tuple[Path, Path]:
         return tokenizer.convert_tokens_to_ids(f"<|{name}|>")
 
     torch.manual_seed(0)
+    words = 64 * math.ceil((len(tokenizer) + 3) / 64)
+    sizes = text_config(128, 384, layers=4, heads=4, groups=2, positions=4096, words=words, rope_theta=10_000.0)
+    ends = {"bos_token_id": token_id("endoftext"), "eos_token_id": token_id("im_end")}
     config = Qwen2VLConfig(
-        text_config={
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "vocab_size": 64 * math.ceil((len(tokenizer) + 3) / 64),
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-            "initializer_range": STD,
-            "bos_token_id": token_id("endoftext"),
-            "eos_token_id": token_id("im_end"),
-        },
+        text_config={**sizes, **ends, "initializer_range": STD},
         vision_config={"depth": 4, "embed_dim": 128, "num_heads": 4, "hidden_size": 128, "mlp_ratio": 2},
         tie_word_embeddings=False,
         initializer_range=STD,
@@ -53,8 +44,8 @@ def make_bases(folder: Path) -> tuple[Path, Path]:
         **{f"vision_{name}_token_id": token_id(f"vision_{name}") for name in ("start", "end")},
     )
     Qwen2VLForConditionalGeneration(config).save_pretrained(base)
-    ends = [token_id("im_end"), token_id("endoftext")]
-    generation = {"eos_token_id": ends, "pad_token_id": ends[1], "do_sample": False}
+    end, pad = ends["eos_token_id"], ends["bos_token_id"]
+    generation = {"eos_token_id": [end, pad], "pad_token_id": pad, "do_sample": False}
     (base / "generation_config.json").write_text(json.dumps(generation))
     pixels = json.loads((ASSETS / "qwen2-vl-7b" / "preprocessor_config.json").read_text())
     pixels |= {"min_pixels": PICTURE**2, "max_pixels": PICTURE**2}

@@ -24,7 +24,6 @@ from speech import clips, parts, recordings
 from speech.recordings import BUILD
 from speech.run import ADAPTER
 from training import train
-from training.train import Arguments
 
 
 # Windows of 10 s cost a quarter of Whisper's own 30 s, and the projector learns no less.
@@ -116,7 +115,7 @@ def run_train(processes: int = 1, **arguments) -> dict:
         return json.loads(summary.read_text())
     if processes == 1:
         with only_run(settings["output_dir"], "--output-dir"):
-            return train.train(Arguments(**settings))
+            return train.train(train.Arguments(**settings))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["--module", "training"]
     for name, value in settings.items():
