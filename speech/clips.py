@@ -44,7 +44,7 @@ from demo.world import (
     write_speech,
 )
 from evaluation.evaluate import write_sound
-from speech.sentences import MIXES, RARE, Text, deal, read_excluded
+from speech.sentences import MIXES, Text, deal, read_excluded
 from speech.sounds import SOUNDS, make_sound
 
 
@@ -117,7 +117,7 @@ def augment(clips: list[torch.Tensor], rng: random.Random) -> list[torch.Tensor]
 
 
 def make_clips(
-    texts: list[Text], seed: str, held_out: bool = False, longest: float = RARE.seconds
+    texts: list[Text], seed: str, held_out: bool = False, longest: float = 10.0
 ) -> list[tuple[np.ndarray, dict] | None]:
     """
     Makes a clip for each text, and its row without `audio`. Held-out clips have other voices, and all have speech.
@@ -170,7 +170,7 @@ def rows_of(folder: Path, number: int, size: int) -> Path:
 
 
 def write_clips(
-    folder: Path, count: int, seed: int, held_out: bool, exclude: Path | None, workers: int, mix: str = "rare"
+    folder: Path, count: int, seed: int, held_out: bool = False, exclude: Path | None = None, mix: str = "rare"
 ):
     """
     Writes clips and rows.jsonl into a folder, in chunks, and prints a line after each.
@@ -191,11 +191,11 @@ def write_clips(
             "Give another folder."
         )
     path.write_text(json.dumps(settings))
-    texts = deal(count, seed, held_out, read_excluded(exclude) if exclude else (), MIXES[mix])
+    texts = deal(count, seed, held_out, read_excluded(exclude) if exclude else (), mix)
     chunks = {number: texts[number * CHUNK : (number + 1) * CHUNK] for number in range(-(-count // CHUNK))}
     start, written = time.monotonic(), 0
     # Processes are spawned, because threads of torch do not survive a fork.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         jobs = {
             number: pool.submit(write_chunk, folder, number, chunk, seed, held_out, MIXES[mix].seconds)
             for number, chunk in chunks.items()
@@ -217,9 +217,8 @@ def main():
     parser.add_argument("--mix", choices=MIXES, default="rare", help="rare words, plain texts, or longer ones")
     parser.add_argument("--held-out", action="store_true", help="texts and voices that training never has")
     parser.add_argument("--exclude", type=Path, help="file of texts that are never said, one a line")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
-    write_clips(args.output, args.count, args.seed, args.held_out, args.exclude, args.workers, args.mix)
+    write_clips(args.output, args.count, args.seed, args.held_out, args.exclude, args.mix)
 
 
 if __name__ == "__main__":

@@ -142,8 +142,7 @@ def make_data(*folders: Data) -> list[Path]:
     exclude = recordings.fetch_packages(BUILD / "debian") / recordings.TEXTS
     for data in folders:
         if not rows_of(data).is_file():
-            is_held_out = data == HELD_OUT
-            clips.write_clips(BUILD / data.name, data.clips, data.seed, is_held_out, exclude, os.cpu_count(), data.mix)
+            clips.write_clips(BUILD / data.name, data.clips, data.seed, data == HELD_OUT, exclude, data.mix)
     return [rows_of(data) for data in folders]
 
 

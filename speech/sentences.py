@@ -1,6 +1,7 @@
 """Chooses the English texts of clips: from WordNet, fortunes and templates, and strings of common words."""
 
 import gzip
+import json
 import math
 import random
 import re
@@ -14,8 +15,9 @@ from evaluation.scoring import normalize
 from speech.sources import read_sources, words_of
 
 
-SHORT, MIDDLE, LONG, LONGER = (1, 15), (16, 74), (75, 145), (146, 290)  # characters; a voice says 15 a second
-NUM_JOINED = {LONG: 2, LONGER: 5}  # sentences that make a text of this length
+LENGTHS = {"short": (1, 15), "middle": (16, 74), "long": (75, 145), "longer": (146, 290)}  # characters; 15 are a second
+NUM_JOINED = {"long": 2, "longer": 5}  # sentences that make a text of this length
+NUM_COMMON_WORDS = {"short": (2, 2), "middle": (3, 7), "long": (8, 12)}  # the least and the most in a string of words
 
 
 class Mix(NamedTuple):
@@ -26,52 +28,20 @@ class Mix(NamedTuple):
         seconds: Length of the longest clip.
         candidates: How many texts are drawn at a time; the one with the rarest words so far is kept.
         joined: Sources of the sentences that are joined to long texts.
-        lengths: How often a text has a length, given as its least and most characters.
+        lengths: How often a text has one of the `LENGTHS`.
         shares: How often a text of that length comes from each source.
     """
 
     seconds: float
     candidates: int
-    joined: tuple[str, ...]
-    lengths: dict[tuple[int, int], float]
-    shares: dict[tuple[int, int], dict[str, int]]
+    joined: list[str]
+    lengths: dict[str, float]
+    shares: dict[str, dict[str, int]]
 
 
-RARE = Mix(
-    seconds=10.0,
-    candidates=5,
-    joined=("wordnet", "wordnet", "definition"),
-    lengths={SHORT: 0.33, MIDDLE: 0.39, LONG: 0.28},
-    shares={
-        SHORT: {"word": 30, "phrase": 22, "wordnet": 16, "number": 18, "strings": 8, "letters": 2, "statement": 4},
-        MIDDLE: {
-            **{"wordnet": 42, "definition": 16, "strings": 14, "fortune": 4, "instruction": 6, "question": 6},
-            **{"statement": 6, "number": 5, "letters": 1},
-        },
-        LONG: {"wordnet": 22, "definition": 16, "strings": 6, "fortune": 10, "joined": 54},
-    },
-)
-PLAIN = Mix(
-    seconds=10.0,
-    candidates=1,
-    joined=("wordnet", "wordnet", "wordnet", "fortune"),
-    lengths={SHORT: 0.2, MIDDLE: 0.55, LONG: 0.25},
-    shares={
-        SHORT: {"wordnet": 40, "phrase": 20, "number": 15, "word": 10, "statement": 10, "letters": 5},
-        MIDDLE: {
-            **{"wordnet": 60, "fortune": 8, "instruction": 8, "question": 8, "statement": 8, "number": 5},
-            **{"definition": 2, "letters": 1},
-        },
-        LONG: {"joined": 70, "fortune": 15, "wordnet": 10, "definition": 5},
-    },
-)
-LENGTHY = PLAIN._replace(
-    seconds=20.0,
-    lengths={SHORT: 0.2, MIDDLE: 0.4, LONG: 0.15, LONGER: 0.25},
-    shares=PLAIN.shares | {LONGER: {"joined": 100}},
-)
-LENGTHIER = LENGTHY._replace(lengths={SHORT: 0.1, MIDDLE: 0.2, LONG: 0.2, LONGER: 0.5})
-MIXES = {"rare": RARE, "plain": PLAIN, "lengthy": LENGTHY, "lengthier": LENGTHIER}
+MIXES = {
+    name: Mix(**mix) for name, mix in json.loads(Path(__file__).with_name("mixes.json").read_text("utf-8")).items()
+}
 HELD_OUT_SHARES = {"wordnet": 0.8, "fortune": 0.2}
 HELD_OUT_PART = 20  # one of 20 texts is held out
 
@@ -79,6 +49,10 @@ HELD_OUT_PART = 20  # one of 20 texts is held out
 class Text(NamedTuple):
     text: str
     source: str
+
+
+def has_length(text: str, length: str) -> bool:
+    return LENGTHS[length][0] <= len(text) <= LENGTHS[length][1]
 
 
 def is_held_out(normalized: str) -> bool:
@@ -97,15 +71,15 @@ def read_excluded(path: str | Path) -> set[str]:
     return excluded - {""}
 
 
-def deal(count: int, seed: int, held_out: bool = False, exclude: Iterable[str] = (), mix: Mix = RARE) -> list[Text]:
+def deal(count: int, seed: int, held_out: bool = False, exclude: Iterable[str] = (), mix: str = "rare") -> list[Text]:
     """
     Chooses the texts of `count` clips; the first ones do not depend on `count`.
 
     Args:
         exclude: Normalized texts that are never chosen.
-        mix: The texts for training. Held-out texts do not depend on it.
+        mix: One of `MIXES`, for training. Held-out texts do not depend on it.
     """
-    dealer = Dealer(seed, held_out, frozenset(exclude), mix)
+    dealer = Dealer(seed, held_out, frozenset(exclude), MIXES[mix])
     return [dealer.deal() for _ in range(count)]
 
 
@@ -115,7 +89,7 @@ class Dealer:
         self.excluded, self.dealt = excluded, set()
         self.times = dict.fromkeys(self.sources.common, 0)  # how often each common word was chosen
         self.by_length = {
-            (name, length): [text for text in texts if length[0] <= len(text) <= length[1]]
+            (name, length): [text for text in texts if has_length(text, length)]
             for name, texts in self.sources.texts.items()
             for length in mix.shares
         }
@@ -163,22 +137,22 @@ class Dealer:
         words = words_of(text)
         return sum(1 / (1 + self.times[word]) for word in words if word in self.times) / math.sqrt(len(words))
 
-    def draw(self, source: str, length: tuple[int, int]) -> str:
+    def draw(self, source: str, length: str) -> str:
         """Draws a text of a source and a length for training; "" where joined sentences have another length."""
         if source in self.sources.texts:
             return self.rng.choice(self.by_length[source, length])
         if source == "joined":
-            parts = [self.draw(self.rng.choice(self.mix.joined), MIDDLE) for _ in range(NUM_JOINED[length])]
+            parts = [self.draw(self.rng.choice(self.mix.joined), "middle") for _ in range(NUM_JOINED[length])]
             text = " ".join(part[0].upper() + part[1:] + ("" if part[-1] in ".!?" else ".") for part in parts)
-            fits = length[0] <= len(text) <= length[1] and all(self.is_permitted(normalize(part)) for part in parts)
+            fits = has_length(text, length) and all(self.is_permitted(normalize(part)) for part in parts)
             return text if fits else ""
         while True:
             text = self.string(length) if source == "strings" else self.sources.templates.make(source, self.rng)
-            if length[0] <= len(text) <= length[1]:
+            if has_length(text, length):
                 return text
 
-    def string(self, length: tuple[int, int]) -> str:
+    def string(self, length: str) -> str:
         """Joins some common words: a third of those that are drawn, the rarest so far."""
-        size = self.rng.randint(*{SHORT: (2, 2), MIDDLE: (3, 7), LONG: (8, 12)}[length])
+        size = self.rng.randint(*NUM_COMMON_WORDS[length])
         words = self.rng.sample(self.sources.texts["word"], 3 * size)
         return " ".join(sorted(words, key=self.times.get)[:size])

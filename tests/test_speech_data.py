@@ -72,10 +72,10 @@ def test_excluded_texts_are_not_said(tmp_path):
 @needs_texts
 @pytest.mark.parametrize("name", sentences.MIXES)
 def test_lengths_of_a_mix(name):
-    mix = sentences.MIXES[name]
-    texts = [text for text, _ in sentences.deal(300, seed=3, mix=mix)]
+    texts = [text for text, _ in sentences.deal(300, seed=3, mix=name)]
     assert len(set(texts)) == 300
-    for (low, high), share in mix.lengths.items():
+    for length, share in sentences.MIXES[name].lengths.items():
+        low, high = sentences.LENGTHS[length]
         assert sum(low <= len(text) <= high for text in texts) / len(texts) == pytest.approx(share, abs=0.1)
 
 
@@ -174,8 +174,8 @@ def test_a_run_goes_on_where_it_ended(small_chunks, monkeypatch, tmp_path, capsy
     monkeypatch.setattr(clips, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(1))
     monkeypatch.setattr(clips, "write_chunk", write_chunk)
     for count in (20, 36):
-        clips.write_clips(tmp_path, count, 10, False, None, 2)
+        clips.write_clips(tmp_path, count, 10)
     assert numbers == [0, 1, 1, 2] and "chunk 3 of 3: 24 clips" in capsys.readouterr().out
     assert len(read_rows(tmp_path / "rows.jsonl")) == 3
     with pytest.raises(ValueError, match="Give another folder"):
-        clips.write_clips(tmp_path, 24, 11, False, None, 2)
+        clips.write_clips(tmp_path, 24, 11)
