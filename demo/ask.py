@@ -39,7 +39,7 @@ def write_rows(path: Path, rows: list[dict]) -> list[dict]:
 
 
 def user(items: list[dict]) -> list[dict]:
-    """A conversation of one message that holds some content items."""
+    """Returns a conversation of one message with these content items."""
     return [{"role": "user", "content": items}]
 
 
@@ -54,7 +54,7 @@ def read_examples() -> list[dict]:
 
 
 def content_of(example: dict) -> list[dict]:
-    """The content of a user's message that asks what the example asks, with paths of files."""
+    """Returns the content of a message that asks what the example asks, with paths of files."""
     picture = example["image"] and str(EXAMPLES / example["image"])
     return content(example["skill"], [str(EXAMPLES / name) for name in example["audio"]], picture)
 
@@ -64,12 +64,12 @@ def ask_example(processor, model, example: dict) -> str:
 
 
 def row_of(example: dict) -> dict:
-    """A row of training data: the example's question and answer as messages."""
+    """Returns a row of training data: the example's question and answer as messages."""
     return {"messages": [*user(content_of(example)), {"role": "assistant", "content": example["answer"]}]}
 
 
 def transcription_examples() -> list[dict]:
-    """An example of the skill `transcribe` for each recording of an example."""
+    """Returns an example of the skill `transcribe` for each recording of an example."""
     return [
         {"skill": "transcribe", "audio": [name], "said": [text], "image": None, "answer": text}
         for example in read_examples()

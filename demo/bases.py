@@ -23,7 +23,7 @@ def sharpen(model: torch.nn.Module, std: float) -> torch.nn.Module:
 
 
 def text_config(width: int, ffn: int, layers: int, heads: int, groups: int, positions: int, words: int, rope_theta):
-    """The settings of a small language model; `groups` are its heads of keys and values."""
+    """Returns the settings of a small language model; `groups` is its number of key and value heads."""
     return {
         "hidden_size": width,
         "intermediate_size": ffn,
@@ -51,7 +51,7 @@ def make_qwen2_vl(folder: Path, dtype: torch.dtype = torch.float32, tie_word_emb
 
 
 def small_whisper(window_seconds: int, width: int, heads: int, ffn: int, layers: dict[str, int], **settings):
-    """A Whisper model with random weights, and so many layers of "encoder" and "decoder"."""
+    """Returns a Whisper model with random weights; `layers` has the numbers for "encoder" and "decoder"."""
     sizes = {"d_model": width, "num_mel_bins": 128, "max_source_positions": 50 * window_seconds, "vocab_size": 64}
     for half, number in layers.items():
         sizes |= {f"{half}_layers": number, f"{half}_attention_heads": heads, f"{half}_ffn_dim": ffn}

@@ -1,4 +1,4 @@
-"""The small world of the demo checkpoint, `world.json`, spoken by synthesizers and drawn as pictures."""
+"""Speaks and draws the small world of the demo checkpoint, `world.json`, by synthesizers and as pictures."""
 
 import functools
 import itertools
@@ -80,7 +80,7 @@ def espeak_variants(held_out: bool) -> list[str]:
 
 
 def cast(texts: list[str], count: int, rng: random.Random, held_out: bool = False) -> list[Speech]:
-    """`count` utterances of `texts`, by the voices and at the paces of training, or by those that it never uses."""
+    """Chooses a voice and a pace for `count` utterances of `texts`: those of training, or those that it never uses."""
     variants = espeak_variants(held_out)
     accents = (*ACCENTS, HELD_OUT_ACCENT) if held_out else ACCENTS
     speeches = []
@@ -266,7 +266,7 @@ class Examples:
 
 
 def content(skill: str, sounds: list, picture) -> list[dict]:
-    """The content of a user's message that asks for a skill, with clips and a picture as the processor takes them."""
+    """Returns the content of a message that asks for a skill, with clips and a picture as the processor takes them."""
     sources = iter(sounds)
     items = [
         {"type": modality, modality: picture if modality == "image" else next(sources)}

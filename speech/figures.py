@@ -125,7 +125,7 @@ def recall(rows: list[dict], training: Counter) -> dict[str, dict[str, int]]:
 
 @torch.no_grad()
 def perplexity(folder: Path, texts: list[str]) -> float:
-    """The perplexity per token of a folder's language model on texts; the first token of each is not predicted."""
+    """Returns the perplexity per token of a folder's language model on texts; the first tokens are not predicted."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     loader = AutoModelForImageTextToText if config.model_type == "qwen2_vl" else AutoModel
@@ -144,7 +144,7 @@ def markdown(head: tuple, *rows: tuple) -> str:
 
 
 def rates_table(scores: dict) -> str:
-    """Word error rates of each set and group, and of Whisper."""
+    """Lists the word error rates of the model and of Whisper for each set and group."""
     rows = []
     for folder in SPOKEN:
         whisper = scores[f"{folder}-whisper"]["arms"][AS_GIVEN]
@@ -156,7 +156,7 @@ def rates_table(scores: dict) -> str:
 
 
 def again_table(again: dict[str, dict[str, dict]]) -> str:
-    """Word error rates of the first rows of each set, by what was asked."""
+    """Lists the word error rates of the first rows of each set for each arm."""
     arms = list(again[SPOKEN[0]])
     rows = [
         (f"the first {scores[arms[0]]['rows']} of {SETS[folder][0]}", *(percent(scores[arm]["wer"]) for arm in arms))
@@ -166,7 +166,7 @@ def again_table(again: dict[str, dict[str, dict]]) -> str:
 
 
 def silences_table(scores: dict) -> str:
-    """How many clips without speech the model and Whisper answered with words."""
+    """Counts the clips without speech that the model and Whisper answered with words."""
     own, whisper = (scores[name]["arms"][AS_GIVEN] for name in ("silences", "silences-whisper"))
     counts = {group: [arm[group]["nothing_said"] for arm in (own, whisper)] for group in own}
     rows = [(group, both[0]["rows"], *(each["answered"] for each in both)) for group, both in counts.items()]

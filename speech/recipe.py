@@ -167,7 +167,7 @@ def make_aligned(start: Path, data: Data) -> Path:
 
 
 def last_loss(output: Path) -> float:
-    """The mean loss of the last ten steps of a run."""
+    """Reads the mean loss of the last ten steps of a run."""
     state = json.loads((Path(train.newest_checkpoint(str(output))) / "trainer_state.json").read_text())
     return [line["loss"] for line in state["log_history"] if "loss" in line][-1]
 

@@ -69,7 +69,7 @@ def transcribe(processor, model, recording: Path) -> str:
 
 
 def known_recordings() -> dict[Path, str]:
-    """Recordings and their texts: those of this repository and, where apt-get can download them, some prompts."""
+    """Returns recordings and their texts: those of this repository and, if apt-get can download them, some prompts."""
     folder = BUILD / "recordings"
     try:
         if not (folder / "rows.jsonl").is_file():

@@ -1,4 +1,4 @@
-"""Sounds in which nothing is said: silence, noise, hum, tones, beeps and music."""
+"""Makes sounds without speech: silence, noise, hum, tones, beeps and music."""
 
 import numpy as np
 
@@ -53,7 +53,7 @@ def beeps(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def music(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Chords of decaying notes with overtones, in one key."""
+    """Makes chords of decaying notes with overtones, in one key."""
     samples, start = np.zeros(size), 0
     key = 110 * 2 ** (rng.uniform(0, 12) / 12)  # Hz
     beat, decay = round(rng.uniform(0.15, 0.6) * SAMPLING_RATE), rng.uniform(1, 8)
