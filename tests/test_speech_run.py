@@ -60,6 +60,6 @@ def test_prompts_are_left_out_where_they_cannot_be_downloaded(parts, monkeypatch
     assert "Without the telephone prompts: there is no apt-get here" in capsys.readouterr().out
 
 
-def test_a_transcript_is_one_line(parts, processor, model, speech, monkeypatch):
+def test_a_transcript_is_one_line(processor, speech, monkeypatch):
     monkeypatch.setattr(type(processor), "answer", lambda *_: ["And so\n my fellow "])
-    assert run.transcribe(processor, model, speech) == "And so my fellow"
+    assert run.transcribe(processor, None, speech) == "And so my fellow"
