@@ -17,7 +17,6 @@ from benchmarks.report import report, table
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
 from demo.ask import DEMO, ask, load
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SKILLS, Examples, cast, content, draw, say
-from publishing.build import build
 
 
 # The share that the best constant answer gets: one in ten clips to transcribe is a question.

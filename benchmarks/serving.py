@@ -27,7 +27,6 @@ from benchmarks.report import report, table
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
 from demo.ask import load, read_examples
 from handler import EndpointHandler
-from publishing.build import build
 from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, short_form
 
 

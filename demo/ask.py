@@ -1,7 +1,7 @@
 """
-Loads the demo checkpoint, asks it, and lists the examples that it is asked about: `demo/examples`.
+Loads the demo checkpoint, asks it, and lists the examples in `demo/examples` that it is asked about.
 
-    python -m demo.ask FILE    writes rows for eval.py: more questions about the same recordings and pictures
+    python -m demo.ask FILE    writes rows for `evaluation`: more questions about the same recordings and pictures
 """
 
 import itertools
@@ -11,51 +11,50 @@ from pathlib import Path
 
 from transformers import AutoModel, AutoProcessor
 
-from demo.world import KINDS, QUESTIONS, WORLD, content
-from publishing.paths import ROOT
+from demo.world import KINDS, WORLD, content
+from publishing.paths import ROOT, replace_file
 
 
 DEMO = ROOT / "demo"
 EXAMPLES = DEMO / "examples"
-BATCH = 50  # questions answered together
+MAX_NEW_TOKENS = 12  # of the longest answer
 
 
-def load(folder: Path):
-    """The processor and the model of a built folder."""
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    return processor, AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+def load(repo: str | Path, dtype="auto"):
+    """Loads `(processor, model)` of a built folder."""
+    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+    return processor, AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=dtype).eval()
 
 
-def prepare(processor, messages: list):
-    """Model inputs for the answer to a conversation, or to each of several."""
-    return processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-    )
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict]) -> list[dict]:
+    """Writes rows as JSON lines, and returns them. The file is there when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows
+
+
+def user(items: list[dict]) -> list[dict]:
+    """Returns a conversation of one message with these content items."""
+    return [{"role": "user", "content": items}]
 
 
 def ask(processor, model, contents: list[list[dict]]) -> list[str]:
-    """The greedy answers to messages of a user."""
-    answers = []
-    for start in range(0, len(contents), BATCH):
-        batch = contents[start : start + BATCH]
-        inputs = prepare(processor, [[{"role": "user", "content": items}] for items in batch])
-        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
+    """Answers each content of a user's message greedily; all are one batch."""
+    return processor.answer(model, [user(items) for items in contents], MAX_NEW_TOKENS)
 
 
 def read_examples() -> list[dict]:
-    """Of every example `skill`, `audio` (names of files), what is `said`, `image` (a file or None) and `answer`."""
+    """Each example has `skill`, `audio` (names of files), `said` (their texts), `image` (a file or None), `answer`."""
     return json.loads((EXAMPLES / "examples.json").read_text())
 
 
 def content_of(example: dict) -> list[dict]:
-    """The content of a user's message that asks what the example asks, by paths."""
+    """Returns the content of a message that asks what the example asks, with paths of files."""
     picture = example["image"] and str(EXAMPLES / example["image"])
     return content(example["skill"], [str(EXAMPLES / name) for name in example["audio"]], picture)
 
@@ -64,41 +63,40 @@ def ask_example(processor, model, example: dict) -> str:
     return ask(processor, model, [content_of(example)])[0]
 
 
+def row_of(example: dict) -> dict:
+    """Returns a row of training data: the example's question and answer as messages."""
+    return {"messages": [*user(content_of(example)), {"role": "assistant", "content": example["answer"]}]}
+
+
+def transcription_examples() -> list[dict]:
+    """Returns an example of the skill `transcribe` for each recording of an example."""
+    return [
+        {"skill": "transcribe", "audio": [name], "said": [text], "image": None, "answer": text}
+        for example in read_examples()
+        for name, text in zip(example["audio"], example["said"], strict=True)
+    ]
+
+
 def write_transcripts(path: Path) -> list[dict]:
-    """Writes, and returns, a row to train on for every recording: a request to transcribe it, and what is said."""
-    rows = []
-    for example in read_examples():
-        for name, said in zip(example["audio"], example["said"], strict=True):
-            asked = content("transcribe", [str(EXAMPLES / name)], None)
-            rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+    """Writes and returns a row of training data for each recording: the request to transcribe it, and its text."""
+    return write_rows(path, [row_of(example) for example in transcription_examples()])
 
 
 def write_questions(path: Path) -> list[dict]:
     """
-    Writes, and returns, a row for every question that the examples' recordings and pictures have an answer to: each
-    recording transcribed, each question about each picture, each picture alone and beside what was said of another.
+    Writes and returns a row for every question that the examples' recordings and pictures can answer: each recording
+    to transcribe, each picture to name, each spoken question about each picture, and the examples of two inputs.
     """
-    examples, asked = read_examples(), []
-    said = {name: text for example in examples for name, text in zip(example["audio"], example["said"], strict=True)}
-    shows = {example["image"]: example["answer"] for example in examples if example["skill"] == "picture"}
-    asked += [("transcribe", [name], None, text) for name, text in said.items()]
-    asked += [("picture", [], name, phrase) for name, phrase in shows.items()]
-    for (name, text), (image, phrase) in itertools.product(said.items(), shows.items()):
-        if text in QUESTIONS:
-            asked.append(("question", [name], image, phrase.split()[KINDS.index(WORLD["questions"][text])]))
-    for example in examples:
-        if example["skill"] in ("agree", "compare"):
-            asked.append((example["skill"], example["audio"], example["image"], example["answer"]))
-    rows = []
-    for skill, sounds, image, answer in asked:
-        items = content(skill, [str(EXAMPLES / name) for name in sounds], image and str(EXAMPLES / image))
-        messages = [{"role": "user", "content": items}, {"role": "assistant", "content": answer}]
-        rows.append({"skill": skill, "said": [said[name] for name in sounds], "messages": messages})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+    transcripts = list({example["audio"][0]: example for example in transcription_examples()}.values())
+    pictures = {e["image"]: e for e in read_examples() if e["skill"] == "picture"}.values()
+    questions = []
+    for spoken, picture in itertools.product(transcripts, pictures):
+        if word := WORLD["questions"].get(spoken["answer"]):
+            answer = picture["answer"].split()[KINDS.index(word)]
+            questions.append({**spoken, "skill": "question", "image": picture["image"], "answer": answer})
+    others = [example for example in read_examples() if example["skill"] in ("agree", "compare")]
+    examples = [*transcripts, *pictures, *questions, *others]
+    return write_rows(path, [{"skill": e["skill"], "said": e["said"], **row_of(e)} for e in examples])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
 
+from audio_utils import SAMPLING_RATE
 from publishing.paths import ROOT
 
 
@@ -21,20 +22,25 @@ def sharpen(model: torch.nn.Module, std: float) -> torch.nn.Module:
     return model
 
 
+def text_config(width: int, ffn: int, layers: int, heads: int, groups: int, positions: int, words: int, rope_theta):
+    """Returns the settings of a small language model; `groups` is its number of key and value heads."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": positions,
+        "vocab_size": words,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, "mrope_section": [4, 6, 6]},
+    }
+
+
 def make_qwen2_vl(folder: Path, dtype: torch.dtype = torch.float32, tie_word_embeddings: bool = False) -> Path:
     """Writes a Qwen2-VL checkpoint of 2 layers; its tokenizer and its 152,064 embeddings are of full size."""
     torch.manual_seed(0)
     config = Qwen2VLConfig(
-        text_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 32768,
-            "vocab_size": 152064,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
-        },
+        text_config=text_config(64, 128, layers=2, heads=2, groups=1, positions=32768, words=152064, rope_theta=1e6),
         vision_config={"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64},
         tie_word_embeddings=tie_word_embeddings,
     )
@@ -44,24 +50,27 @@ def make_qwen2_vl(folder: Path, dtype: torch.dtype = torch.float32, tie_word_emb
     return folder
 
 
+def small_whisper(window_seconds: int, width: int, heads: int, ffn: int, layers: dict[str, int], **settings):
+    """Returns a Whisper model with random weights; `layers` has the numbers for "encoder" and "decoder"."""
+    sizes = {"d_model": width, "num_mel_bins": 128, "max_source_positions": 50 * window_seconds, "vocab_size": 64}
+    for half, number in layers.items():
+        sizes |= {f"{half}_layers": number, f"{half}_attention_heads": heads, f"{half}_ffn_dim": ffn}
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
+    return WhisperForConditionalGeneration(WhisperConfig(**sizes, **ids, **settings))
+
+
 def make_whisper(folder: Path, window_seconds: int = 30, dtype: torch.dtype = torch.float32) -> Path:
     """Writes a Whisper checkpoint of 2 layers; windows shorter than Whisper's own 30 s make for short prompts."""
     torch.manual_seed(1)
-    sizes = {"d_model": 64, "num_mel_bins": 128, "max_source_positions": 50 * window_seconds, "vocab_size": 64}
-    for half in ("encoder", "decoder"):
-        sizes |= {f"{half}_layers": 2, f"{half}_attention_heads": 2, f"{half}_ffn_dim": 128}
-    config = WhisperConfig(**sizes, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0)
-    sharpen(WhisperForConditionalGeneration(config), std=0.2).to(dtype).save_pretrained(folder)
+    model = small_whisper(window_seconds, width=64, heads=2, ffn=128, layers={"encoder": 2, "decoder": 2})
+    sharpen(model, std=0.2).to(dtype).save_pretrained(folder)
     write_feature_extractor(folder, window_seconds)
     return folder
 
 
 def write_feature_extractor(folder: Path, window_seconds: int):
-    """Whisper's own, but for the length of its windows."""
+    """Writes Whisper's own, with windows of another length."""
     extractor = json.loads((ASSETS / "whisper-large-v3-turbo" / "preprocessor_config.json").read_text())
-    extractor |= {
-        "chunk_length": window_seconds,
-        "n_samples": 16_000 * window_seconds,
-        "nb_max_frames": 100 * window_seconds,
-    }
+    lengths = {"n_samples": SAMPLING_RATE * window_seconds, "nb_max_frames": 100 * window_seconds}
+    extractor |= {"chunk_length": window_seconds, **lengths}
     (folder / "preprocessor_config.json").write_text(json.dumps(extractor))

@@ -1,4 +1,4 @@
-"""The clips that the demo checkpoint learns from: synthesized once, stored, and augmented whenever they are drawn."""
+"""The clips that the demo checkpoint learns from. They are synthesized once, stored, and augmented at each draw."""
 
 import math
 import random
@@ -8,16 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from demo.world import PHRASES, QUESTIONS, SEEN, TRAINING_SHARES, cast, say
-from publishing import paths
+from audio_utils import SAMPLING_RATE
+from demo.world import PHRASES, QUESTIONS, SEEN, TRAINING_SHARES, cast, pick, say
+from publishing.paths import ROOT
 
 
-BUILD = paths.ROOT / "build" / "world"
+BUILD = ROOT / "build" / "world"
 WINDOW = 3  # seconds; Whisper's own 30 would cost ten times as much
 
 
 class Clips:
-    """All synthesized clips by text, and how they are augmented: by place in the window, pace, room and noise."""
+    """Synthesized clips by text. Each draw varies the place in the window, the pace, the room and the noise."""
 
     def __init__(self, name: str, texts: list[str], count: int, held_out: bool, seed: int):
         path = BUILD / f"{name}.safetensors"
@@ -37,33 +38,39 @@ class Clips:
         self, texts: list[str], rough: float, num_windows: int = 1, ends: list[int] | None = None
     ) -> torch.Tensor:
         """
-        float32 `[texts, samples of the windows]`, each text by any voice that says it; `rough` from 0, as it was
-        synthesized, to 1, at another pace, anywhere in its windows, in a room, through a channel, in noise. With `ends`
-        each recording ends somewhere behind its words, and zeros follow; the list is given the samples of each.
+        Draws a clip of each text, by any voice.
+
+        Args:
+            rough: How much a clip is changed, from 0 (as it was synthesized) to 1.
+            num_windows: Windows of each clip.
+            ends: A list that gets the number of samples of each clip, which then ends somewhere behind its words; zeros
+                follow. The default is clips that fill their windows.
+
+        Returns:
+            float32 `[texts, samples of the windows]`.
         """
-        rng, size = self.rng, num_windows * 16_000 * WINDOW
-        rows, said = torch.zeros(len(texts), size), []
+        rng, size = self.rng, num_windows * SAMPLING_RATE * WINDOW
+        rows, word_ends = torch.zeros(len(texts), size), []
         for row, text in zip(rows, texts, strict=True):
             engines = self.by_text[text]
-            clip = rng.choice(engines[rng.choices(list(engines), [TRAINING_SHARES[engine] for engine in engines])[0]])
-            pace = 1 + rng.uniform(-0.3, 0.35) * rough
-            pace = max(pace, len(clip) / size)
+            clip = rng.choice(engines[pick({engine: TRAINING_SHARES[engine] for engine in engines}, rng)])
+            pace = max(1 + rng.uniform(-0.3, 0.35) * rough, len(clip) / size)
             at = np.arange(0, len(clip) - 1, pace)
             clip = torch.from_numpy(np.interp(at, np.arange(len(clip)), clip.numpy())).float()[:size]
             room = size - len(clip)
             start = rng.randint(0, round(min(8000, room) * (1 - rough) + room * rough))
             row[start : start + len(clip)] = clip * rng.uniform(0.2, 1) / clip.abs().max().clamp(min=1e-3)
-            said.append(start + len(clip))
+            word_ends.append(start + len(clip))
         rows = augment_samples(rows, rough) if rough else rows
         if ends is not None:
-            ends += [end + round((size - end) * rough * rng.random() ** 4) for end in said]
+            ends += [end + round((size - end) * rough * rng.random() ** 4) for end in word_ends]
             for row, end in zip(rows, ends, strict=True):
                 row[end:] = 0
         return rows
 
 
 def augment_samples(rows: torch.Tensor, rough: float) -> torch.Tensor:
-    """Puts half of the rows into rooms, all of them through some channel, and most into noise."""
+    """Adds a room to half of the rows, a channel to all, and noise to most: float32 `[clips, samples]` in and out."""
     count, size = rows.shape
     length = 2 ** math.ceil(math.log2(size + 4000))
     spectrum = torch.fft.rfft(rows, length)
@@ -71,8 +78,8 @@ def augment_samples(rows: torch.Tensor, rough: float) -> torch.Tensor:
     cut = torch.where(torch.rand(count, 1) < 0.3 * rough, torch.empty(count, 1).uniform_(0.4, 0.9), 1.0)
     frequency = torch.linspace(0, 1, spectrum.shape[1])
     spectrum = spectrum * 10 ** (bands / 20) * torch.sigmoid((cut - frequency) * 60)
-    time_ = torch.arange(8000) / 16_000
-    decay = torch.exp(-6.9 * time_ / torch.empty(count, 1).uniform_(0.1, 0.5))
+    seconds = torch.arange(8000) / SAMPLING_RATE
+    decay = torch.exp(-6.9 * seconds / torch.empty(count, 1).uniform_(0.1, 0.5))
     wet = torch.empty(count, 1).uniform_(0, 0.08) * (torch.rand(count, 1) < 0.5 * rough)
     room = torch.randn(count, 8000) * decay * wet
     room[:, 0] = 1
@@ -88,7 +95,7 @@ def augment_samples(rows: torch.Tensor, rough: float) -> torch.Tensor:
 
 
 def augment_features(features: torch.Tensor, rough: float) -> torch.Tensor:
-    """Other vocal tracts, by stretching the mel axis, and SpecAugment's masks (https://arxiv.org/abs/1904.08779)."""
+    """Imitates other vocal tracts by a stretched mel axis, and masks as SpecAugment (https://arxiv.org/abs/1904.08779)."""
     count, bins, _ = features.shape
     stretch = 1 + torch.empty(count, 1).uniform_(-0.14, 0.16) * rough
     at = (torch.arange(bins) * stretch).clamp(max=bins - 1)

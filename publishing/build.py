@@ -2,7 +2,6 @@
 
 import glob
 import json
-import logging
 import os
 import shutil
 import warnings
@@ -41,7 +40,7 @@ from publishing.checkpoints import (
     stored_tensors,
     write_weights,
 )
-from publishing.paths import ROOT, Origin, is_inside, own_class, resolve, write_checksums
+from publishing.paths import ROOT, Origin, is_inside, own_class, resolve, silence_bitsandbytes, write_checksums
 
 
 # For files that a base lacks; transformers has defaults for some, which fit no checkpoint.
@@ -295,8 +294,7 @@ def merge_adapter(origin: Origin) -> BuildParts:
     if not (origin.folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{origin.folder} holds no adapter_model.safetensors; save the adapter as safetensors.")
     try:
-        # peft imports bitsandbytes, which on a CPU warns about a kernel that it can do without.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        silence_bitsandbytes()
         from peft import PeftModel
     except ImportError as error:
         raise ValueError("An adapter is merged by peft, which is not installed: pip install peft") from error

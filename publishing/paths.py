@@ -124,5 +124,5 @@ def only_run(folder: str | Path, option: str, is_main_process: bool = True):
 
 
 def silence_bitsandbytes():
-    """Is called before peft is imported, which imports bitsandbytes. On a CPU that warns about a needless kernel."""
+    """Is called before peft is imported, by us or by transformers: it imports bitsandbytes, which on a CPU warns."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

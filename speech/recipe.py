@@ -4,7 +4,7 @@ Trains the speech adapter from the published parts, through every stage; each go
     python -m speech.recipe            all stages, hours; the adapter goes to speech/adapter
     python -m speech.recipe --short    ten minutes: 320 clips, and the loss has to fall below MAX_LOSS
 
-Everything lies in build/speech. The stages are those of upload.py and of `python -m training`.
+Everything is in build/speech. The stages are those of upload.py and `python -m training`.
 """
 
 import argparse
@@ -17,38 +17,39 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import HfArgumentParser
 
 from publishing.build import build
-from publishing.paths import only_run
+from publishing.paths import only_run, write_json
 from speech import clips, parts, recordings
 from speech.recordings import BUILD
 from speech.run import ADAPTER
-from training import train
+from training.arguments import Arguments
+from training.resuming import newest_checkpoint
+from training.train import train
 
 
-# Padding to Whisper's own 30 s costs four times as much as to 10 s, and the projector learns no less.
+# Windows of 10 s cost a quarter of Whisper's own 30 s, and the projector learns no less.
 ENCODER, WHOLE = "whisper-10s", "whisper"
-MAX_LOSS = 5.5  # of the last ten steps of the short run; it is 11 before, and 4.7 by guessing without audio
+MAX_LOSS = 5.5  # over the last ten steps of the short run; it starts at 11, and guessing without audio reaches 4.7
 
 
 class Data(NamedTuple):
     """A folder of clips."""
 
     name: str
-    mix: str  # of their texts: speech.sentences.MIXES
+    mix: str  # a name from speech.sentences.MIXES
     clips: int
     seed: int
 
 
 class Round(NamedTuple):
     """
-    One run of `train.py --stage lora`, which starts from the adapter of the round before.
+    One run of `python -m training --stage lora`, which starts from the adapter of the round before.
 
     Attributes:
-        encoder: The folder of Whisper, whose windows the clips have to fit into.
+        encoder: The folder of Whisper; its windows are as long as the longest clip.
         batch: Clips of a step.
-        accumulated: In so many parts a CPU computes each step, because long clips need memory.
+        accumulated: Parts into which a CPU divides each step, because long clips need memory.
     """
 
     name: str
@@ -59,32 +60,34 @@ class Round(NamedTuple):
     accumulated: int
     learning_rate: float
     projector_learning_rate: float
-    seed: int = 42  # of the order of the clips
+    seed: int = 42  # for the order of the clips
 
 
 BATCH = 8  # clips of a step on a CPU
-RARE_WORDS = Data("data-1", "rare", 6_000, 1), Data("data-2", "rare", 6_000, 2), Data("data-8", "rare", 11_500, 8)
-PLAIN_TEXTS = Data("data-3", "plain", 4_000, 3), Data("data-5", "plain", 2_600, 5), Data("data-9", "plain", 8_500, 9)
-LONG_CLIPS = (
-    Data("data-4", "lengthy", 1_000, 4),
-    Data("data-6", "lengthier", 2_000, 6),
-    Data("data-7", "lengthier", 4_000, 7),
-    Data("data-10", "lengthier", 5_000, 10),
+ALL_CLIPS = tuple(
+    Data(f"data-{seed}", mix, count, seed)
+    for mix, counts in {
+        "rare": {1: 6_000, 2: 6_000, 8: 11_500},
+        "plain": {3: 4_000, 5: 2_600, 9: 8_500},
+        "lengthy": {4: 1_000},
+        "lengthier": {6: 2_000, 7: 4_000, 10: 5_000},
+    }.items()
+    for seed, count in counts.items()
 )
-ALL_CLIPS = RARE_WORDS + PLAIN_TEXTS + LONG_CLIPS
+RARE_1, RARE_2, _, PLAIN_3, PLAIN_5, _, LENGTHY_4, LENGTHIER_6, _, _ = ALL_CLIPS
 ROUNDS = (
-    Round("first", RARE_WORDS[:1], ENCODER, 480, BATCH, 1, 1e-3, 3e-4),
-    Round("second", RARE_WORDS[1:2], ENCODER, 540, BATCH, 1, 7e-4, 2e-4),
-    Round("third", PLAIN_TEXTS[:1], ENCODER, 450, BATCH, 1, 7e-4, 2e-4),
-    Round("fourth", LONG_CLIPS[:1], WHOLE, 120, BATCH, 2, 3e-4, 1e-4),
-    Round("fifth", PLAIN_TEXTS[1:2], ENCODER, 300, BATCH, 1, 7e-4, 2e-4),
-    Round("sixth", LONG_CLIPS[1:2], WHOLE, 200, BATCH, 4, 5e-4, 1.5e-4),
-    # Eight minutes of an H200, of which they took 73 GiB; a CPU would need days.
+    Round("first", (RARE_1,), ENCODER, 480, BATCH, 1, 1e-3, 3e-4),
+    Round("second", (RARE_2,), ENCODER, 540, BATCH, 1, 7e-4, 2e-4),
+    Round("third", (PLAIN_3,), ENCODER, 450, BATCH, 1, 7e-4, 2e-4),
+    Round("fourth", (LENGTHY_4,), WHOLE, 120, BATCH, 2, 3e-4, 1e-4),
+    Round("fifth", (PLAIN_5,), ENCODER, 300, BATCH, 1, 7e-4, 2e-4),
+    Round("sixth", (LENGTHIER_6,), WHOLE, 200, BATCH, 4, 5e-4, 1.5e-4),
+    # These two took eight minutes and 73 GiB of an H200; a CPU would need days.
     Round("seventh", ALL_CLIPS, WHOLE, 520, 64, 32, 1.5e-3, 4e-4),
     Round("eighth", ALL_CLIPS, WHOLE, 420, 64, 32, 1.2e-3, 3e-4, seed=1),
 )
 SHORT = (Round("short", (Data("data-short", "rare", 320, 3),), ENCODER, 40, BATCH, 1, 1e-3, 3e-4),)
-HELD_OUT = Data("held-out", "rare", 600, 0)  # which has texts of its own
+HELD_OUT = Data("held-out", "rare", 600, 0)  # its texts are never in training
 ON_GPU = torch.cuda.is_available()
 # On a CPU two processes of one thread each are faster than one process of two threads.
 PROCESSES = 2 if not ON_GPU and os.cpu_count() > 1 else 1
@@ -98,27 +101,27 @@ SETTINGS = {
     "bf16": True,
     "attn_implementation": "sdpa" if ON_GPU else "eager",
     "use_cpu": not ON_GPU,
-    "save_total_limit": 10,  # speech.curve asks them all
+    "save_total_limit": 10,
     "dataloader_num_workers": os.cpu_count() if ON_GPU else 1,
-    # A GPU encodes clips faster than it reads their rows.
-    **({} if ON_GPU else {"encoder_cache": BUILD / "encoded"}),
+    # A GPU encodes clips faster than it reads encoded ones.
+    "encoder_cache": None if ON_GPU else BUILD / "encoded",
 }
 
 
 def run_train(processes: int = 1, **arguments) -> dict:
-    """`train.py` with these arguments; a run that has ended is not repeated."""
+    """Runs `training` with these arguments, unless that run has ended; returns its summary."""
     summary = Path(arguments["output_dir"]) / "summary.json"
-    if not summary.is_file():
-        given = {name: value if isinstance(value, list) else [value] for name, value in arguments.items()}
-        words = [str(word) for name, values in given.items() for word in (f"--{name}", *values)]
-        if processes > 1:
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            threads = {"OMP_NUM_THREADS": str(os.cpu_count() // processes)}
-            subprocess.run([*launch, "--module", "training", *words], check=True, env=os.environ | threads)
-        else:
-            (args,) = HfArgumentParser(train.Arguments).parse_args_into_dataclasses(words)
-            with only_run(args.output_dir, "--output-dir"):
-                train.train(args)
+    if summary.is_file():
+        return json.loads(summary.read_text())
+    if processes == 1:
+        with only_run(arguments["output_dir"], "--output-dir"):
+            return train(Arguments(**arguments))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["--module", "training"]
+    for name, value in arguments.items():
+        if value is not None:
+            command += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() // processes)})
     return json.loads(summary.read_text())
 
 
@@ -126,23 +129,21 @@ def build_once(output: Path, **arguments) -> Path:
     return output if output.is_dir() else build(output=str(output), **arguments)
 
 
-def make_start(seed: int = 0, encoder: str = ENCODER) -> Path:
-    """The repository of the parts, with a random projector."""
+def make_start(encoder: str = ENCODER) -> Path:
+    """Builds the repository of the parts, with a random projector."""
     parts.make_parts(BUILD)
     bases = {"base": str(BUILD / "smollm2"), "audio_encoder": str(BUILD / encoder)}
-    name = "-".join(["start", *([str(seed)] if seed else []), *(["whole"] if encoder == WHOLE else [])])
-    return build_once(BUILD / name, **bases, audio_tokens="trimmed", seed=seed)
+    return build_once(BUILD / ("start" if encoder == ENCODER else "start-whole"), **bases, audio_tokens="trimmed")
 
 
-def make_data(*wanted: Data) -> list[Path]:
-    """The rows of folders of clips."""
-    # What is asked at the end is never said in training.
+def make_data(*folders: Data) -> list[Path]:
+    """Makes the folders of clips that are missing; returns the rows of all."""
+    # Training never says a text that the test has.
     exclude = recordings.fetch_packages(BUILD / "debian") / recordings.TEXTS
-    for data in wanted:
+    for data in folders:
         if not rows_of(data).is_file():
-            is_held_out = data == HELD_OUT
-            clips.write_clips(BUILD / data.name, data.clips, data.seed, is_held_out, exclude, os.cpu_count(), data.mix)
-    return [rows_of(data) for data in wanted]
+            clips.write_clips(BUILD / data.name, data.clips, data.seed, data == HELD_OUT, exclude, data.mix)
+    return [rows_of(data) for data in folders]
 
 
 def rows_of(data: Data) -> Path:
@@ -150,19 +151,16 @@ def rows_of(data: Data) -> Path:
 
 
 def last_loss(output: Path) -> float:
-    """The mean loss of the last ten steps of a run."""
-    state = json.loads((Path(train.newest_checkpoint(str(output))) / "trainer_state.json").read_text())
+    """Reads the mean loss of the last ten steps of a run."""
+    state = json.loads((Path(newest_checkpoint(str(output))) / "trainer_state.json").read_text())
     return [line["loss"] for line in state["log_history"] if "loss" in line][-1]
 
 
 def write_adapter(source: Path, folder: Path):
-    """What ships of a run's adapter: LoRA in bfloat16, which halves it, and the projector as it is."""
+    """Writes the part of a run's adapter that ships: LoRA in bfloat16, which halves it, and the projector as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads((source / "adapter_config.json").read_text()) | {
-        "base_model_name_or_path": None,
-        "auto_mapping": None,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config = json.loads((source / "adapter_config.json").read_text())
+    write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": None, "auto_mapping": None})
     tensors = {
         name: tensor if "audio_projector" in name else tensor.bfloat16()
         for name, tensor in load_file(source / "adapter_model.safetensors").items()
@@ -192,9 +190,9 @@ def main():
             "learning_rate": round_.learning_rate,
             "projector_learning_rate": round_.projector_learning_rate,
         }
-        found = run_train(PROCESSES, **settings, stage="lora", model=model, output_dir=output)
+        summary = run_train(PROCESSES, **settings, stage="lora", model=model, output_dir=output)
         adapter = {"adapter": output / "adapter"}
-        print(f"{round_.name}: loss {found['loss']}, {found['rows per second']} clips a second")
+        print(f"{round_.name}: loss {summary['loss']}, {summary['rows per second']} clips a second")
     if not is_short:
         write_adapter(output / "adapter", ADAPTER)
         make_data(HELD_OUT)

@@ -1,16 +1,14 @@
 """
-Writes what the speech model is tested on, and never trained on: recordings of a person, and clips without speech.
+Writes the test data of the speech model, which it is never trained on: recordings of a person, clips without speech.
 
     python -m speech.recordings [--output DIR]               recordings of telephone prompts
-    python -m speech.recordings --silences [--output DIR]    500 clips of noise and tones, in which nothing is said
+    python -m speech.recordings --silences [--output DIR]    500 clips of noise and tones
 
 The recordings are Allison Smith's, in Debian's packages of Asterisk's sounds (CC-BY-SA-3.0). They are downloaded by
 apt-get, which need not install them, and are not part of this repository.
 """
 
 import argparse
-import hashlib
-import json
 import random
 import re
 import shutil
@@ -23,8 +21,10 @@ from pathlib import Path
 import av
 import numpy as np
 
+from audio_utils import SAMPLING_RATE
+from demo.ask import write_rows
 from evaluation.generate import write_sound
-from publishing.paths import ROOT
+from publishing.paths import ROOT, sha256
 
 
 BUILD = ROOT / "build" / "speech"
@@ -36,15 +36,15 @@ PACKAGES = {  # sha256 of the package of this version, the same for all architec
 TEXTS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
 SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"
 
-RATE = 16_000  # samples a second, of G.722 and of all that is written
 LONGEST = 30  # seconds: one window of Whisper, which is asked beside the model
 GROUPS = ("three or more words", "shorter")
-# Errors of spelling in the texts; the recordings say the right words.
-SPELLINGS = {"umute": "unmute", "represenatives": "representatives", "witheld": "withheld"}
-SPELLINGS["Un-indentified"] = "Unidentified"
+SPELLINGS = {  # errors in the texts; the recordings say the right words
+    **{"umute": "unmute", "represenatives": "representatives", "witheld": "withheld"},
+    **{"Un-indentified": "Unidentified"},
+}
 
 SILENCES = ("silence", "white noise", "pink noise", "tone", "hum", "chord")
-SILENCE_SECONDS, SILENCE_DECIBELS = (1, 8), (-65, -12)  # length; root mean square, where a full scale is 0
+SILENCE_SECONDS, SILENCE_DECIBELS = (1, 8), (-65, -12)  # length; root mean square relative to full scale
 
 
 def fetch_packages(folder: Path) -> Path:
@@ -52,7 +52,7 @@ def fetch_packages(folder: Path) -> Path:
     Downloads and unpacks the packages; returns the folder that holds their `usr`.
 
     Raises:
-        RuntimeError: if this is no Debian, the version cannot be downloaded, or a file is not the one that was pinned.
+        RuntimeError: if this is no Debian, if the version cannot be downloaded, or if a package has another checksum.
     """
     if missing := [tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)]:
         raise RuntimeError(
@@ -67,25 +67,21 @@ def fetch_packages(folder: Path) -> Path:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed; try `apt-get update` first. {done.stderr.strip()}")
-        if (found := hashlib.sha256(package.read_bytes()).hexdigest()) != expected:
-            raise RuntimeError(f"{package} has sha256 {found}, expected {expected}. Remove it and try again.")
+        if (checksum := sha256(package)) != expected:
+            raise RuntimeError(f"{package} has sha256 {checksum}, expected {expected}. Remove it and try again.")
         if not (folder / (TEXTS if name == "asterisk-core-sounds-en" else SOUNDS)).exists():
             subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
     return folder
 
 
 def read_texts(text: str) -> dict[str, str]:
-    """Lines "name: text" -> texts by name, their spelling corrected. Lines that begin with ";" are comments."""
-    texts = {}
-    for line in text.splitlines():
-        name, colon, said = line.partition(":")
-        if colon and not line.startswith(";"):
-            texts[name] = " ".join(SPELLINGS.get(word, word) for word in said.split())
-    return texts
+    """Reads lines "name: text" into a dict, with the spelling corrected. Lines that begin with ";" are comments."""
+    pairs = (line.partition(":")[::2] for line in text.splitlines() if ":" in line and not line.startswith(";"))
+    return {name: " ".join(SPELLINGS.get(word, word) for word in said.split()) for name, said in pairs}
 
 
 def reason_to_drop(name: str, text: str, seconds: float | None) -> str | None:
-    """Why a recording is not a fair test of transcription, None if it is one. `seconds` is None if there is no file."""
+    """Returns why a recording is no fair test of transcription, else None. `seconds` is None if there is no file."""
     if seconds is None:
         return "has a text, but no file"
     if name.startswith(("digits/", "letters/", "phonetic/")):
@@ -102,33 +98,28 @@ def reason_to_drop(name: str, text: str, seconds: float | None) -> str | None:
 
 
 def decode_g722(path: Path) -> np.ndarray:
-    """A file of raw G.722 -> float32 `[samples]` in [-1, 1) at 16 kHz."""
-    with av.open(str(path), format="g722") as file:  # without a header, so that nothing can tell the format
+    """Decodes a file of raw G.722 to float32 `[samples]` in [-1, 1) at 16 kHz."""
+    with av.open(str(path), format="g722") as file:  # the file has no header that tells the format
         pieces = [frame.to_ndarray()[0] for frame in file.decode(audio=0)]  # int16 (1, samples)
     return np.concatenate(pieces).astype(np.float32) / 2**15
 
 
-def read_rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-
-
-def write_rows(folder: Path, clips: Iterable[tuple[str, np.ndarray, str, str]]) -> list[dict]:
-    """Writes the files of clips (name, samples, text, group) and, when all are there, their rows."""
+def write_clips(folder: Path, clips: Iterable[tuple[str, np.ndarray, str, str]]) -> list[dict]:
+    """Writes the files of clips (name, samples, text, group), then their `rows.jsonl`; returns the rows."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, samples, text, group in clips:
         write_sound(samples, str(folder / f"{name}.flac"), "flac", "flac")
-        seconds = round(len(samples) / RATE, 3)
+        seconds = round(len(samples) / SAMPLING_RATE, 3)
         rows.append({"audio": f"{name}.flac", "text": text, "group": group, "seconds": seconds})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+    return write_rows(folder / "rows.jsonl", rows)
 
 
 def write_recordings(output: Path) -> tuple[list[dict], Counter]:
     """
-    Writes `rows.jsonl` (`audio`, a file beside it; `text`, `group`, `seconds`) in a random order that is always the
-    same, so that the first rows are a sample of all; and `texts.txt`, a line for each text and each sentence of one,
-    as written, which training has to leave out.
+    Writes the recordings, and `rows.jsonl` (`audio`, `text`, `group`, `seconds`) in a fixed random order, so that the
+    first rows are a sample of all. `texts.txt` has a line for each text and each of its sentences, which training
+    leaves out.
 
     Returns:
         The rows, and how many recordings were dropped for each reason.
@@ -143,21 +134,21 @@ def write_recordings(output: Path) -> tuple[list[dict], Counter]:
     for name, text in sorted(texts.items()):
         path = folder / SOUNDS / f"{name}.g722"
         samples = decode_g722(path) if path.is_file() else None
-        if reason := reason_to_drop(name, text, None if samples is None else len(samples) / RATE):
+        if reason := reason_to_drop(name, text, None if samples is None else len(samples) / SAMPLING_RATE):
             dropped[reason] += 1
         else:
             group = GROUPS[len(re.findall(r"\b[\w'-]+", text)) < 3]
             clips.append((name.replace("/", "-"), samples, text, group))
     random.Random(0).shuffle(clips)
-    rows = write_rows(output, clips)
+    rows = write_clips(output, clips)
     sentences = {part for row in rows for part in [row["text"], *re.split(r"(?<=\w[.!?])\s+", row["text"])]}
     (output / "texts.txt").write_text("".join(f"{text}\n" for text in sorted(sentences)))
     return rows, dropped
 
 
 def make_silence(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A sound without speech: float32 `[size]` at 16 kHz."""
-    time = np.arange(size) / RATE  # seconds
+    """Makes a sound without speech: float32 `[size]` at 16 kHz."""
+    time = np.arange(size) / SAMPLING_RATE  # seconds
     if kind == "silence":
         return np.zeros(size, np.float32)
     if kind in ("white noise", "pink noise"):
@@ -165,7 +156,7 @@ def make_silence(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
         if kind == "pink noise":  # power falls with the frequency
             sound = np.fft.irfft(np.fft.rfft(sound) / np.sqrt(np.maximum(1, np.arange(size // 2 + 1))), size)
     else:
-        if kind == "hum":  # of the mains, which has overtones
+        if kind == "hum":  # mains hum has overtones
             pitches = rng.choice([50, 60]) * np.arange(1, 9)
         else:
             pitches = rng.uniform(150, 2_500) * np.array([1] if kind == "tone" else [1, 1.26, 1.5])
@@ -175,19 +166,19 @@ def make_silence(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def write_silences(output: Path, count: int = 500, seed: int = 7_719) -> list[dict]:
-    """Writes, and returns, rows of clips of 1 to 8 s whose `text` is empty; their `group` is the kind of sound."""
+    """Writes clips of 1 to 8 s with an empty `text`, and returns their rows; the `group` is the kind of sound."""
     rng = np.random.default_rng(seed)
     kinds = [SILENCES[number % len(SILENCES)] for number in range(count)]
-    sounds = (make_silence(kind, int(RATE * rng.uniform(*SILENCE_SECONDS)), rng) for kind in kinds)
+    sounds = (make_silence(kind, int(SAMPLING_RATE * rng.uniform(*SILENCE_SECONDS)), rng) for kind in kinds)
     names = (f"{number:03}" for number in range(count))
-    return write_rows(output, zip(names, sounds, [""] * count, kinds, strict=True))
+    return write_clips(output, zip(names, sounds, [""] * count, kinds, strict=True))
 
 
-def main(arguments: list[str] | None = None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--silences", action="store_true", help="clips without speech instead of recordings")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: build/speech/recordings or .../silences")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     output = options.output or BUILD / ("silences" if options.silences else "recordings")
     try:
         rows, dropped = (write_silences(output), {}) if options.silences else write_recordings(output)

@@ -1,8 +1,8 @@
 """
-Where the texts come from: WordNet's examples, definitions and phrases, fortunes, and the commonest words by SCOWL.
+Reads the texts: WordNet's examples, definitions and phrases, fortunes, and the commonest words by SCOWL.
 
-Debian: wordnet-base (https://wordnet.princeton.edu), fortunes, scowl (http://wordlist.aspell.net); the licences are in
-/usr/share/doc, and allow what is done here.
+They are in Debian's wordnet-base (https://wordnet.princeton.edu), fortunes and scowl (http://wordlist.aspell.net). The
+licences in /usr/share/doc allow what is done here.
 """
 
 import functools
@@ -16,7 +16,7 @@ from speech.generated import TEMPLATES, Templates
 WORDNET = Path("/usr/share/wordnet")
 FORTUNES = Path("/usr/share/games/fortunes")
 SCOWL = Path("/usr/share/dict/scowl")
-# Files of fortunes that hold sentences, and neither verse, code, dialogues nor mockery.
+# These files of fortunes hold sentences, and neither verse, code, dialogues nor mockery.
 FORTUNE_FILES = (
     *("cookie", "education", "food", "fortunes", "goedel", "kids", "law", "literature", "medicine", "miscellaneous"),
     *("news", "people", "pets", "platitudes", "science", "sports", "tao", "wisdom", "work"),
@@ -40,8 +40,8 @@ class Sources:
     All texts that may be said, by source.
 
     Attributes:
-        common: The 15,000 commonest words, the commonest first: by SCOWL's size class, then by how often WordNet's
-            examples and definitions, and the texts that its authors tagged, have them.
+        common: The 15,000 commonest words, the commonest first. They are sorted by SCOWL's size class, then by how
+            often they are in WordNet's examples and definitions and in the texts that its authors tagged.
         texts: Distinct texts of the sources "wordnet", "definition", "phrase", "fortune" and "word".
         templates: [`Templates`] with WordNet's words.
 
@@ -83,23 +83,21 @@ class Sources:
         lower = word.lower()
         if lower in ABBREVIATIONS or lower in self.mocking or (word.isupper() and word not in ("A", "I", "O")):
             return False
-        return word in self.known or lower in self.known or lower.removesuffix("'s") in self.known
+        return not self.known.isdisjoint((word, lower, lower.removesuffix("'s")))
 
 
-@functools.cache
-def read_sources() -> Sources:
-    return Sources()
+read_sources = functools.cache(Sources)
 
 
 def read_scowl(size: int) -> frozenset[str]:
-    """Words of one of SCOWL's size classes; larger classes hold rarer words. Names keep their capitals."""
+    """Reads a size class of SCOWL; larger classes hold rarer words. Names keep their capitals."""
     kinds = ("words", "contractions", "upper", "proper-names")
     paths = [SCOWL / f"{region}-{kind}.{size}" for region in ("english", "american") for kind in kinds]
     return frozenset(word for path in paths if path.is_file() for word in path.read_text("latin-1").split())
 
 
 def read_wordnet() -> tuple[list[str], list[str], list[str], frozenset[str]]:
-    """Examples, definitions and lemmas of WordNet, and words that only mock."""
+    """Reads WordNet's examples, definitions and lemmas, and the words that have no other sense than to mock."""
     examples, definitions, lemmas, mocking = [], [], [], set()
     for part in ("noun", "verb", "adj", "adv"):
         for line in (WORDNET / f"data.{part}").read_text("utf-8").splitlines():
@@ -107,9 +105,8 @@ def read_wordnet() -> tuple[list[str], list[str], list[str], frozenset[str]]:
                 continue
             data, _, gloss = line.partition(" | ")
             fields = data.split()
-            words = [
-                re.sub(r"\(.*\)", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-            ]
+            words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+            words = [re.sub(r"\(.*\)", "", word).replace("_", " ") for word in words]
             if any(f";u {offset} n" in data for offset in MOCKERY):
                 mocking.update(word.lower() for word in words)
                 continue
@@ -120,7 +117,7 @@ def read_wordnet() -> tuple[list[str], list[str], list[str], frozenset[str]]:
 
 
 def read_tagged() -> tuple[Counter, dict[str, set[str]]]:
-    """How often lemmas were tagged in WordNet's texts, and those whose commonest sense is of a kind."""
+    """Counts how often lemmas were tagged in WordNet's texts, and sorts some by the kind of their commonest sense."""
     counts, kinds = Counter(), {kind: set() for kind in (*KINDS.values(), "adjective")}
     for line in (WORDNET / "cntlist.rev").read_text("utf-8").splitlines():
         key, sense, count = line.split()
@@ -135,6 +132,6 @@ def read_tagged() -> tuple[Counter, dict[str, set[str]]]:
 
 
 def read_fortunes() -> list[str]:
-    """Fortunes of one sentence, without the name of their author."""
+    """Reads the fortunes without the names of their authors."""
     texts = [text for name in FORTUNE_FILES for text in (FORTUNES / name).read_text("utf-8").split("\n%\n")]
     return [" ".join(re.split(r"\s+-- ", text)[0].split()) for text in texts]

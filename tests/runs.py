@@ -10,9 +10,9 @@ from helpers import audio, text
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from publishing.build import build
 from collator import ChatCollator
-from demo.make import make_bases
+from demo.untrained import make_bases
+from publishing.build import build
 from training import train
 from training.arguments import Arguments
 from training.resuming import newest_checkpoint

@@ -6,7 +6,7 @@ from helpers import text
 from torch import nn
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, CompileConfig, DynamicCache, TorchAoConfig
 
-from demo.ask import content_of, prepare
+from demo.ask import content_of
 from demo.world import SKILLS
 
 
@@ -37,7 +37,9 @@ def plain(load):
 def prompts(processor, examples):
     """Two examples of every skill, as model inputs."""
     chosen = [[example for example in examples if example["skill"] == skill][:2] for skill in SKILLS]
-    return [(prepare(processor, user(*content_of(example))), example["answer"]) for pair in chosen for example in pair]
+    return [
+        (processor.make_inputs(user(*content_of(example))), example["answer"]) for pair in chosen for example in pair
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_cache_kept_over_turns(plain, processor, examples):
     for number, example in enumerate(clips):
         content = content_of(example) if number == 0 else content_of(example)[1:]  # the picture once
         messages += user(*content)
-        inputs = prepare(processor, messages)
+        inputs = processor.make_inputs(messages)
         fresh = generate(plain, inputs)
         lengths.clear()
         continued = dict(inputs)

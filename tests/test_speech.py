@@ -1,8 +1,6 @@
 """
-The pretrained parts of speech/. All but the reader's own test download 243 MB once, into build/speech:
-
-    pip install -r speech/requirements.txt
-    python -m pytest -m speech tests/test_speech.py
+python -m pytest -m speech tests/test_speech.py: the pretrained parts of speech/ (`pip install -r
+speech/requirements.txt`). All tests but the first download 243 MB once, into build/speech.
 """
 
 import struct
@@ -17,9 +15,7 @@ from helpers import audio, image, text
 from hub import LocalHub
 from safetensors.torch import load_file
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
-    AutoProcessor,
     AutoTokenizer,
     LlamaForCausalLM,
     Qwen2VLForConditionalGeneration,
@@ -28,10 +24,11 @@ from transformers import (
     WhisperProcessor,
 )
 
-import audio_utils
+from audio_utils import SAMPLING_RATE, fetch_audio
+from demo.ask import load, user
 from demo.bases import ASSETS
-from publishing import paths
 from publishing.build import build
+from publishing.paths import ROOT
 from speech.ctranslate2 import read_ctranslate2
 from speech.parts import GGUF, HUB_SMOLLM2, HUB_WHISPER, make_parts, read_smollm2, read_whisper, write_whisper
 
@@ -78,7 +75,7 @@ def test_ctranslate2_files_are_read_and_damaged_ones_refused(tmp_path):
 @pytest.fixture(scope="module")
 def speech():
     pytest.importorskip("gguf", reason="gguf is not installed; speech/requirements.txt names it.")
-    folder = paths.ROOT / "build" / "speech"
+    folder = ROOT / "build" / "speech"
     make_parts(folder)
     return folder
 
@@ -95,25 +92,10 @@ def qwen(speech):
 
 
 @pytest.fixture(scope="module")
-def repo(speech, tmp_path_factory):
+def built(speech, tmp_path_factory) -> tuple:
+    """The processor and the model of the folder that is built of the parts."""
     folder = tmp_path_factory.mktemp("speech") / "repo"
-    return build(speech / "smollm2", speech / "whisper", folder, audio_tokens="trimmed")
-
-
-@pytest.fixture(scope="module")
-def model(repo):
-    return AutoModel.from_pretrained(repo, trust_remote_code=True, dtype="auto").eval()
-
-
-@pytest.fixture(scope="module")
-def processor(repo):
-    return AutoProcessor.from_pretrained(repo, trust_remote_code=True)
-
-
-def make_inputs(processor, *content):
-    messages = [{"role": "user", "content": list(content)}]
-    settings = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
-    return processor.apply_chat_template(messages, **settings)
+    return load(build(speech / "smollm2", speech / "whisper", folder, audio_tokens="trimmed"))
 
 
 @pytest.mark.speech
@@ -121,8 +103,8 @@ def make_inputs(processor, *content):
 def test_whisper_transcribes(speech, name, said):
     processor = WhisperProcessor.from_pretrained(speech / "whisper")
     whisper = WhisperForConditionalGeneration.from_pretrained(speech / "whisper", dtype=torch.float32)
-    samples = audio_utils.fetch_audio(ASSETS / "audio" / name).numpy()
-    inputs = processor(samples, sampling_rate=16_000, return_tensors="pt")
+    samples = fetch_audio(ASSETS / "audio" / name).numpy()
+    inputs = processor(samples, sampling_rate=SAMPLING_RATE, return_tensors="pt")
     ids = whisper.generate(**inputs, language="en", task="transcribe")
     assert said in processor.batch_decode(ids, skip_special_tokens=True)[0].lower()
 
@@ -154,15 +136,14 @@ def test_the_text_model_is_smollm2_to_the_bit(speech, llama, qwen, prompt):
 
 
 @pytest.mark.speech
-def test_prompts_of_a_batch_are_padded_on_the_left(model, processor):
-    prompts = [[{"role": "user", "content": [text(prompt)]}] for prompt in PROMPTS]
-    settings = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
-    inputs = processor.apply_chat_template(prompts, padding=True, **settings)
+def test_prompts_of_a_batch_are_padded_on_the_left(built):
+    processor, model = built
+    inputs = processor.make_inputs([user([text(prompt)]) for prompt in PROMPTS])
     lengths = inputs["attention_mask"].sum(1).tolist()
     assert len(set(lengths)) > 1 and inputs["attention_mask"][:, -1].all()
     answers = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6)[:, -6:]
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        single = model.generate(**make_inputs(processor, text(prompt)), max_new_tokens=6, min_new_tokens=6)
+        single = model.generate(**processor.make_inputs(user([text(prompt)])), max_new_tokens=6, min_new_tokens=6)
         assert single[0, -6:].tolist() == answer.tolist()
 
 
@@ -174,8 +155,9 @@ def test_digits_are_tokens_of_their_own(speech):
 
 @pytest.mark.speech
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_text_answers_through_a_built_folder_are_those_of_smollm2(llama, model, processor, prompt):
-    inputs = make_inputs(processor, text(prompt))
+def test_text_answers_through_a_built_folder_are_those_of_smollm2(llama, built, prompt):
+    processor, model = built
+    inputs = processor.make_inputs(user([text(prompt)]))
     ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": 0}
     known = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     expected = llama.generate(**known, max_new_tokens=24, do_sample=False, **ends)
@@ -183,21 +165,13 @@ def test_text_answers_through_a_built_folder_are_those_of_smollm2(llama, model, 
 
 
 @pytest.mark.speech
-def test_images_and_audio_are_taken(model, processor):
+def test_images_and_audio_are_taken(built):
+    processor, model = built
     picture, clip = image(str(ASSETS / "images" / "chelsea.png")), audio(str(ASSETS / "audio" / "english.wav"))
     for content in ([picture], [clip], [picture, clip]):
-        inputs = make_inputs(processor, *content, text("Describe it."))
+        inputs = processor.make_inputs(user([*content, text("Describe it.")]))
         answer = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
         assert answer.shape[1] == inputs["input_ids"].shape[1] + 4
-
-
-@pytest.mark.speech
-def test_a_cut_download_is_refused(speech, tmp_path):
-    whole = (speech / "parts" / "whisper" / "model.bin").read_bytes()
-    file = tmp_path / "model.bin"
-    file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="model.bin is cut short"):
-        read_ctranslate2(file)
 
 
 @pytest.mark.speech
@@ -215,15 +189,15 @@ def test_the_same_parts_come_from_the_hub(speech, tmp_path):
             [hf, "upload", HUB_SMOLLM2, tmp_path / "llama"],
             [sys.executable, "-m", "speech.parts", "--from-hub", "--output", tmp_path / "parts"],
         ):
-            subprocess.run(command, cwd=paths.ROOT, env=environment, check=True, timeout=300)
-    made = tmp_path / "parts"
-    assert {path.name for path in made.iterdir()} == {"whisper", "whisper-10s", "smollm2"}
+            subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+    parts = tmp_path / "parts"
+    assert {path.name for path in parts.iterdir()} == {"whisper", "whisper-10s", "smollm2"}
     for name in ("whisper", "whisper-10s", "smollm2"):
-        found, known = (load_file(folder / name / "model.safetensors") for folder in (made, speech))
-        assert found.keys() == known.keys()
-        for key, tensor in found.items():
+        own, known = (load_file(folder / name / "model.safetensors") for folder in (parts, speech))
+        assert own.keys() == known.keys()
+        for key, tensor in own.items():
             # Behind the words of SmolLM2 are means of them, which are rounded at another place.
             rows = len(tokenizer) if key == "model.embed_tokens.weight" else None
             assert torch.equal(tensor[:rows], known[key][:rows].to(tensor.dtype)), key
-    ids = [AutoTokenizer.from_pretrained(folder / "smollm2")(PROMPTS[1]).input_ids for folder in (made, speech)]
+    ids = [AutoTokenizer.from_pretrained(folder / "smollm2")(PROMPTS[1]).input_ids for folder in (parts, speech)]
     assert ids[0] == ids[1]

@@ -1,30 +1,32 @@
 """
-The data that the speech model learns from: texts (Debian: wordnet-base, fortunes, scowl), and with the marker `speech`
-clips as well (Debian's synthesizers and `demo/requirements.txt`).
+make test ONLY=tests/test_speech_data.py: training texts (Debian: wordnet-base, fortunes, scowl). With the marker
+`speech` clips as well (Debian's synthesizers and `demo/requirements.txt`).
 """
 
-import json
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import soundfile
 
+from audio_utils import SAMPLING_RATE, fetch_audio
+from demo.ask import read_rows, write_rows
 from evaluation.scoring import normalize
 from speech import clips, sentences, sources
 from speech.generated import LETTERS, Templates, spell, spell_ordinal
-from speech.sounds import RATE, SOUNDS, make_sound
+from speech.sounds import SOUNDS, make_sound
 
 
 FOLDERS = (sources.WORDNET, sources.FORTUNES, sources.SCOWL)
 needs_texts = pytest.mark.skipif(
     not all(folder.is_dir() for folder in FOLDERS), reason="needs Debian's wordnet-base, fortunes and scowl"
 )
-needs_voices = pytest.mark.skipif(
-    not all(map(shutil.which, ("espeak-ng", "flite", "festival"))), reason="needs Debian's synthesizers"
-)
+
+
+def needs_voices(test):
+    missing = not all(map(shutil.which, ("espeak-ng", "flite", "festival")))
+    return pytest.mark.speech(needs_texts(pytest.mark.skipif(missing, reason="needs Debian's synthesizers")(test)))
 
 
 @needs_texts
@@ -70,21 +72,19 @@ def test_excluded_texts_are_not_said(tmp_path):
 @needs_texts
 @pytest.mark.parametrize("name", sentences.MIXES)
 def test_lengths_of_a_mix(name):
-    mix = sentences.MIXES[name]
-    texts = [text for text, _ in sentences.deal(300, seed=3, mix=mix)]
+    texts = [text for text, _ in sentences.deal(300, seed=3, mix=name)]
     assert len(set(texts)) == 300
-    for (low, high), share in mix.lengths.items():
+    for length, share in sentences.MIXES[name].lengths.items():
+        low, high = sentences.LENGTHS[length]
         assert sum(low <= len(text) <= high for text in texts) / len(texts) == pytest.approx(share, abs=0.1)
 
 
 @needs_texts
 def test_words_that_are_common_are_said():
-    table = sentences.table(text for text, _ in sentences.deal(1000, seed=6))
-    cells = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
-    counts = {name: int(count.replace(",", "")) for name, count in cells}
-    assert counts["texts"] == 1000 and counts["words"] > 5000
-    assert counts["of these common"] > 2500
-    assert sum(count for name, count in counts.items() if name.startswith("common, said")) == sources.NUM_COMMON
+    words = [word for text, _ in sentences.deal(1000, seed=6) for word in sources.words_of(text)]
+    common = sources.read_sources().common
+    assert len(common) == sources.NUM_COMMON and len(words) > 5000
+    assert len(set(words).intersection(common)) > 2500
 
 
 def test_numbers_are_spelled():
@@ -104,14 +104,14 @@ def test_templates_are_filled_with_fresh_words():
     templates = Templates({kind: [f"{kind}{letter}" for letter in "abcdef"] for kind in kinds})
     rng = random.Random(0)
     for kind in ("number", "letters", "instruction", "question", "statement"):
-        made = [templates.make(kind, rng) for _ in range(300)]
-        assert len(set(made)) > 100 and not any(set(text) & set("{}0123456789") for text in made)
+        texts = [templates.make(kind, rng) for _ in range(300)]
+        assert len(set(texts)) > 100 and not any(set(text) & set("{}0123456789") for text in texts)
 
 
 def test_nothing_is_said_in_sounds():
     for number, kind in enumerate(SOUNDS):
         samples = make_sound(kind, np.random.default_rng(number))
-        assert samples.dtype == np.float32 and RATE <= len(samples) <= 8 * RATE
+        assert samples.dtype == np.float32 and SAMPLING_RATE <= len(samples) <= 8 * SAMPLING_RATE
         assert np.isfinite(samples).all() and np.abs(samples).max() <= 0.9
         assert np.array_equal(samples, make_sound(kind, np.random.default_rng(number)))
 
@@ -125,28 +125,23 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(clips, "OTHER_SPEAKER", 0)
 
 
-@pytest.mark.speech
-@needs_texts
 @needs_voices
 def test_chunks_hold_clips_and_rows(small_chunks, tmp_path):
-    for name in ("clips", "chunks"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "clips").mkdir()
     texts = sentences.deal(12, seed=7)
     clips.write_chunk(tmp_path, 2, texts, seed=7, held_out=False, longest=10)
-    rows = [json.loads(line) for line in clips.rows_of(tmp_path, 2, 12).read_text().splitlines()]
+    rows = read_rows(clips.rows_of(tmp_path, 2, 12))
     assert rows[0]["audio"] == "clips/000024.flac"
     nothing = [row for row in rows if row["engine"] == "none"]
     assert nothing and all(row["text"] == "" and row["source"] == "nothing said" for row in nothing)
     for row in rows:
-        samples, rate = soundfile.read(tmp_path / row["audio"])
-        assert rate == RATE and samples.ndim == 1 and abs(len(samples) / rate - row["seconds"]) < 0.01
-        assert clips.SHORTEST <= row["seconds"] <= 10 and np.abs(samples).max() < 0.99
+        samples = fetch_audio(tmp_path / row["audio"])
+        assert abs(len(samples) / SAMPLING_RATE - row["seconds"]) < 0.01 and samples.abs().max() < 0.99
+        assert clips.SHORTEST <= row["seconds"] <= 10
         assert row["engine"] == "none" or row["text"] in {text for text, _ in texts}
         assert set(row) == {"audio", "text", "seconds", "engine", "voice", "source"}
 
 
-@pytest.mark.speech
-@needs_texts
 @needs_voices
 def test_clips_follow_from_the_seed(small_chunks):
     texts = sentences.deal(8, seed=8)
@@ -155,35 +150,32 @@ def test_clips_follow_from_the_seed(small_chunks):
         assert np.array_equal(one[0], other[0]) and one[1] == other[1]
 
 
-@pytest.mark.speech
-@needs_texts
 @needs_voices
 def test_held_out_voices_are_never_trained_on(monkeypatch):
     monkeypatch.setattr(clips, "HELD_OUT_ENGINES", {"flite": 1, "espeak-ng": 1})
-    rng, variants = random.Random(0), clips.espeak_variants()
+    rng, variants = random.Random(0), clips.espeak_variants(False) + clips.espeak_variants(True)
     trained = {clips.cast("a", rng, variants, False).voice for _ in range(3000)}
     held_out = {clips.cast("a", rng, variants, True).voice for _ in range(300)}
     assert not trained & held_out
-    made = clips.make_clips(sentences.deal(6, seed=9, held_out=True), "9", held_out=True)
-    assert all(clip[1]["text"] and clip[1]["voice"] not in trained for clip in made)
+    written = clips.make_clips(sentences.deal(6, seed=9, held_out=True), "9", held_out=True)
+    assert all(row["text"] and row["voice"] not in trained for _, row in written)
 
 
 @needs_texts
-def test_a_run_goes_on_where_it_ended(small_chunks, monkeypatch, tmp_path):
+def test_a_run_goes_on_where_it_ended(small_chunks, monkeypatch, tmp_path, capsys):
     numbers = []
 
     def write_chunk(folder, number, texts, seed, held_out, longest):
         numbers.append(number)
-        clips.rows_of(folder, number, len(texts)).write_text(json.dumps({"text": texts[0].text}) + "\n")
+        write_rows(clips.rows_of(folder, number, len(texts)), [{"text": texts[0].text}])
         return len(texts)
 
     # In this process, where `write_chunk` is replaced.
     monkeypatch.setattr(clips, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(1))
     monkeypatch.setattr(clips, "write_chunk", write_chunk)
-    reports = []
     for count in (20, 36):
-        clips.write_clips(tmp_path, count, 10, False, None, 2, report=reports.append)
-    assert numbers == [0, 1, 1, 2] and reports[-1].startswith("chunk 3 of 3: 24 clips")
-    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
+        clips.write_clips(tmp_path, count, 10)
+    assert numbers == [0, 1, 1, 2] and "chunk 3 of 3: 24 clips" in capsys.readouterr().out
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 3
     with pytest.raises(ValueError, match="Give another folder"):
-        clips.write_clips(tmp_path, 24, 11, False, None, 2)
+        clips.write_clips(tmp_path, 24, 11)

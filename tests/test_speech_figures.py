@@ -1,17 +1,15 @@
-"""The figures of the speech model: recall by how often training said a word, tables and curve, from hand-made rows."""
+"""make test ONLY=tests/test_speech_figures.py: figures of the speech model from hand-made rows."""
 
-import json
 from collections import Counter
 
-import pytest
-
+from demo.ask import write_rows
 from evaluation.scoring import AS_GIVEN, score, score_arms
-from speech import curve, figures
+from speech import figures
 
 
-def row(number: int, group: str, text: str, given: str) -> dict:
+def row(number: int, group: str, text: str, answer: str) -> dict:
     place = {"row": number, "place": f"rows.jsonl:{number + 1}", "group": group}
-    return {**place, "audio_filepath": None, "duration": 1.0, "time": 0.5, "text": text, "pred_text": given}
+    return {**place, "audio_filepath": None, "duration": 1.0, "time": 0.5, "text": text, "pred_text": answer}
 
 
 ROWS = [
@@ -25,7 +23,7 @@ del ROWS[3]["pred_text"]
 
 def test_words_are_counted_as_they_are_scored(tmp_path):
     for name, texts in {"a": ["The colour of the mailbox", ""], "b": ["Number one!"]}.items():
-        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        write_rows(tmp_path / name, [{"text": text} for text in texts])
     assert figures.count_words([tmp_path / "a", tmp_path / "b"]) == Counter(
         {"the": 2, "color": 1, "of": 1, "mailbox": 1, "number": 1, "one": 1}
     )
@@ -67,15 +65,3 @@ def test_tables_have_a_line_for_each_group():
         "| --- | --- | --- |",
         f"| the first 2 of a person | {rate} | {rate} |",
     ]
-
-
-def test_curve_counts_the_clips_of_all_rounds_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(curve, "BUILD", tmp_path)
-    for name, step in (("first", 100), ("first", 60), ("second", 50), ("second", 60)):
-        folder = tmp_path / f"run-{name}" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        (folder / "adapter_model.safetensors").touch()
-    (tmp_path / "run-second" / "checkpoint-70").mkdir()  # half written
-    assert [*curve.find_checkpoints()] == [480, 800, 1200, 1280]
-    scale, power = curve.fit({clips: 40 * clips**-0.5 for clips in (480, 800, 1200, 1280)})
-    assert scale == pytest.approx(40) and power == pytest.approx(-0.5)

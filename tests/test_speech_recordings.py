@@ -1,13 +1,13 @@
-"""The speech model's test set: which recordings are kept, how they are decoded, and clips without speech."""
+"""make test ONLY=tests/test_speech_recordings.py: the recordings and the clips without speech of the test set."""
 
 import gzip
-import json
 
 import av
 import numpy as np
 import pytest
 
-from audio_utils import fetch_audio
+from audio_utils import SAMPLING_RATE, fetch_audio
+from demo.ask import read_rows
 from demo.bases import ASSETS
 from speech import recordings
 
@@ -39,23 +39,33 @@ def encode_g722(samples: np.ndarray, path):
     """Writes float32 `[samples]` at 16 kHz as raw G.722."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="g722") as output:
-        stream = output.add_stream("g722", rate=16_000, layout="mono")
+        stream = output.add_stream("g722", rate=SAMPLING_RATE, layout="mono")
         frame = av.AudioFrame.from_ndarray((samples[None] * 2**15).astype(np.int16), format="s16", layout="mono")
-        frame.sample_rate = 16_000
+        frame.sample_rate = SAMPLING_RATE
         output.mux([*stream.encode(frame), *stream.encode(None)])
 
 
 def tone(seconds: float) -> np.ndarray:
-    return (0.5 * np.sin(2 * np.pi * 440 * np.arange(int(16_000 * seconds)) / 16_000)).astype(np.float32)
+    return (0.5 * np.sin(2 * np.pi * 440 * np.arange(int(SAMPLING_RATE * seconds)) / SAMPLING_RATE)).astype(np.float32)
 
 
-def test_rules_drop_what_is_no_fair_test(tmp_path, monkeypatch):
-    (tmp_path / recordings.TEXTS).parent.mkdir(parents=True)
-    (tmp_path / recordings.TEXTS).write_bytes(gzip.compress(TEXTS.encode()))
-    names = recordings.read_texts(TEXTS)
-    for name in set(names) - {"lost"}:
-        encode_g722(tone(31 if name == "long" else 0.5), tmp_path / recordings.SOUNDS / f"{name}.g722")
+@pytest.fixture
+def write_packages(tmp_path, monkeypatch):
+    """`write_packages(texts, seconds)` writes the files of the packages, with recordings of these lengths by name."""
     monkeypatch.setattr(recordings, "fetch_packages", lambda folder: tmp_path)
+
+    def write(texts: str, seconds: dict[str, float]):
+        (tmp_path / recordings.TEXTS).parent.mkdir(parents=True)
+        (tmp_path / recordings.TEXTS).write_bytes(gzip.compress(texts.encode()))
+        for name, length in seconds.items():
+            encode_g722(tone(length), tmp_path / recordings.SOUNDS / f"{name}.g722")
+
+    return write
+
+
+def test_rules_drop_what_is_no_fair_test(write_packages, tmp_path):
+    names = recordings.read_texts(TEXTS)
+    write_packages(TEXTS, {name: 31 if name == "long" else 0.5 for name in names if name != "lost"})
     rows, dropped = recordings.write_recordings(tmp_path / "out")
     assert {row["text"]: row["group"] for row in rows} == {
         "One moment, please.": "three or more words",
@@ -71,30 +81,26 @@ def test_rules_drop_what_is_no_fair_test(tmp_path, monkeypatch):
         "has a": 1,
         "longer than": 1,
     }
-    assert rows == [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert rows == read_rows(tmp_path / "out" / "rows.jsonl")
     for row in rows:
-        assert len(fetch_audio(tmp_path / "out" / row["audio"])) == 16_000 * row["seconds"] == 8_000
+        assert len(fetch_audio(tmp_path / "out" / row["audio"])) == SAMPLING_RATE * row["seconds"] == 8_000
     assert rows == recordings.write_recordings(tmp_path / "again")[0]  # in the same order
 
 
-def test_sentences_of_a_text_are_left_out_of_training_as_well(tmp_path, monkeypatch):
-    text = "Login incorrect.  Please try again."
-    (tmp_path / recordings.TEXTS).parent.mkdir(parents=True)
-    (tmp_path / recordings.TEXTS).write_bytes(gzip.compress(f"login: {text}\n".encode()))
-    encode_g722(tone(0.5), tmp_path / recordings.SOUNDS / "login.g722")
-    monkeypatch.setattr(recordings, "fetch_packages", lambda folder: tmp_path)
+def test_sentences_of_a_text_are_left_out_of_training_as_well(write_packages, tmp_path):
+    write_packages("login: Login incorrect.  Please try again.\n", {"login": 0.5})
     recordings.write_recordings(tmp_path / "out")
     left_out = (tmp_path / "out" / "texts.txt").read_text().splitlines()
     assert left_out == ["Login incorrect.", "Login incorrect. Please try again.", "Please try again."]
 
 
 def test_g722_is_decoded_to_what_was_encoded(tmp_path):
-    given = tone(1)
-    encode_g722(given, tmp_path / "tone.g722")
+    samples = tone(1)
+    encode_g722(samples, tmp_path / "tone.g722")
     decoded = recordings.decode_g722(tmp_path / "tone.g722")
     assert decoded.dtype == np.float32 and decoded.shape == (16_000,)
     assert np.abs(np.fft.rfft(decoded)).argmax() == 440
-    assert decoded.std() == pytest.approx(given.std(), rel=0.05)
+    assert decoded.std() == pytest.approx(samples.std(), rel=0.05)
 
 
 def test_what_is_missing_for_the_packages_is_named(tmp_path, monkeypatch):
@@ -118,7 +124,7 @@ def test_silences_have_the_lengths_that_are_said_and_no_speech(tmp_path):
     rows = recordings.write_silences(tmp_path / "a", count=60)
     assert {row["group"] for row in rows} == set(recordings.SILENCES) and {row["text"] for row in rows} == {""}
     clips = [fetch_audio(tmp_path / "a" / row["audio"]).numpy() for row in rows]
-    assert [round(len(clip) / 16_000, 3) for clip in clips] == [row["seconds"] for row in rows]
+    assert [round(len(clip) / SAMPLING_RATE, 3) for clip in clips] == [row["seconds"] for row in rows]
     assert 1 <= min(row["seconds"] for row in rows) < 2 and 7 < max(row["seconds"] for row in rows) < 8
     # Speech comes in syllables and pauses; these sounds stay as loud as they are.
     assert max(map(loudness_range, clips)) < 4 < loudness_range(fetch_audio(ASSETS / "audio" / "jfk.wav").numpy())

@@ -1,13 +1,14 @@
-"""`make speech` but for the download: small parts and a small adapter -> a folder, and what it answers."""
+"""make test ONLY=tests/test_speech_run.py: `make speech` with small parts and a small adapter, without downloads."""
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
+from helpers import audio, text
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModel
 
+from configuration_qwen2_audio_vl import TRANSCRIBE
+from demo.ask import load, user
 from publishing import check as checking
 from publishing.build import build
 from speech import run
@@ -24,30 +25,25 @@ def parts(bases, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_adapter_is_in_the_folder_that_is_built(parts):
+def test_the_adapter_is_in_the_folder_that_is_built(parts, sound):
     start = build(parts / "smollm2", parts / "whisper", parts / "start", audio_tokens="trimmed")
     learned = LoraConfig(
         r=2, target_modules=LANGUAGE_MODEL, modules_to_save=["audio_projector"], init_lora_weights=False
     )
-    model = AutoModel.from_pretrained(start, trust_remote_code=True, dtype=torch.float32)
-    get_peft_model(model, learned).save_pretrained(parts / "adapter")
+    get_peft_model(load(start, "float32")[1], learned).save_pretrained(parts / "adapter")
     repo = run.build_repo(parts / "repo", parts / "adapter")
     assert {path.name for path in parts.iterdir()} == {"smollm2", "whisper", "start", "adapter", "repo"}
     checking.check_files(repo)
 
-    processor, built = run.load(repo)
+    processor, built = load(repo)
     assert (processor.audio_tokens, processor.trained_audio_tokens) == ("trimmed", "trimmed")
-    adapted = PeftModel.from_pretrained(
-        AutoModel.from_pretrained(start, trust_remote_code=True, dtype=torch.float32), parts / "adapter"
-    ).eval()
-    clip = {"type": "audio", "audio": np.random.default_rng(0).standard_normal(20_000).astype(np.float32) * 0.1}
-    messages = [{"role": "user", "content": [clip, {"type": "text", "text": run.INSTRUCTION}]}]
-    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    adapted = PeftModel.from_pretrained(load(start, "float32")[1], parts / "adapter").eval()
+    inputs = processor.make_inputs(user([audio(sound(1.25)), text(TRANSCRIBE)]))
     with torch.no_grad():
-        expected, found = adapted(**inputs).logits, built(**inputs).logits
-        untrained = AutoModel.from_pretrained(start, trust_remote_code=True, dtype=torch.float32)(**inputs).logits
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    assert (found - untrained).abs().max() > 0.1
+        expected, logits = adapted(**inputs).logits, built(**inputs).logits
+        untrained = load(start, "float32")[1](**inputs).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    assert (logits - untrained).abs().max() > 0.1
 
 
 def test_without_an_adapter_it_says_so(parts):
@@ -62,3 +58,8 @@ def test_prompts_are_left_out_where_they_cannot_be_downloaded(parts, monkeypatch
     monkeypatch.setattr(run, "write_recordings", fail)
     assert run.known_recordings() == run.KNOWN and all(path.is_file() for path in run.KNOWN)
     assert "Without the telephone prompts: there is no apt-get here" in capsys.readouterr().out
+
+
+def test_a_transcript_is_one_line(processor, speech, monkeypatch):
+    monkeypatch.setattr(type(processor), "answer", lambda *_: ["And so\n my fellow "])
+    assert run.transcribe(processor, None, speech) == "And so my fellow"
