@@ -129,11 +129,28 @@ def build_once(output: Path, **arguments) -> Path:
     return output if output.is_dir() else build(output=str(output), **arguments)
 
 
-def make_start(encoder: str = ENCODER) -> Path:
+def make_start(seed: int = 0, encoder: str = ENCODER) -> Path:
     """Builds the repository of the parts, with a random projector."""
     parts.make_parts(BUILD)
+    name = "-".join(["start", *(["whole"] if encoder != ENCODER else []), *([str(seed)] if seed else [])])
     bases = {"base": str(BUILD / "smollm2"), "audio_encoder": str(BUILD / encoder)}
-    return build_once(BUILD / ("start" if encoder == ENCODER else "start-whole"), **bases, audio_tokens="trimmed")
+    return build_once(BUILD / name, **bases, audio_tokens="trimmed", seed=seed)
+
+
+def make_aligned(start: Path, data: Data) -> Path:
+    """Builds the same repository with a projector in closed form, from a tenth of some clips."""
+    output = BUILD / f"align-{data.name}"
+    run_train(
+        stage="align",
+        model=start,
+        aligner=BUILD / ENCODER,
+        align_rows=data.clips // 10,
+        data=[rows_of(data)],
+        output_dir=output,
+        audio_tokens="trimmed",
+    )
+    projector = str(output / "audio_projector.safetensors")
+    return build_once(BUILD / f"aligned-{data.name}", checkpoint=str(start), projector=projector)
 
 
 def make_data(*folders: Data) -> list[Path]:
@@ -177,6 +194,8 @@ def main():
     adapter = {}
     for round_ in rounds:
         output, model = BUILD / f"run-{round_.name}", make_start(encoder=round_.encoder)
+        if not adapter:
+            model = make_aligned(model, round_.data[0])
         accumulated = 1 if ON_GPU else round_.accumulated
         settings = {
             **SETTINGS,

@@ -1,11 +1,18 @@
-"""make test ONLY=tests/test_alignment.py: word times from Whisper's cross-attention; with `-m speech` of a person."""
+"""
+make test ONLY=tests/test_alignment.py: word times from Whisper's cross-attention (with `-m speech` of a person), and a
+projector in closed form.
+"""
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from helpers import audio, text
+from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -15,9 +22,14 @@ from transformers import (
 )
 
 from audio_utils import fetch_audio
-from demo.bases import ASSETS, sharpen
+from demo.bases import ASSETS, sharpen, write_feature_extractor
+from demo.untrained import make_bases
+from publishing.build import build
 from publishing.paths import ROOT
 from training.alignment import PREFIX, Aligner, Span, warp
+from training.arguments import Arguments
+from training.closed_form import Ridge, spread
+from training.train import train
 
 
 WORDS = ["one", "two", "three"]
@@ -42,6 +54,7 @@ def whisper(tmp_path_factory):
     model = sharpen(WhisperForConditionalGeneration(WhisperConfig(**sizes, **ids, max_target_positions=64)), std=0.2)
     model.generation_config = GenerationConfig(**ids, alignment_heads=[[0, 1], [1, 0]])
     model.save_pretrained(folder)
+    write_feature_extractor(folder, window_seconds=3)
     return folder
 
 
@@ -67,7 +80,8 @@ def test_spans_follow_each_other_within_the_clip(whisper):
     aligner = Aligner(whisper)
     torch.manual_seed(0)
     for num_rows in (2, 40, 150):
-        spans = aligner.align(torch.randn(1, 128, 300), num_rows, WORDS)
+        rows, spans = aligner.align(torch.randn(1, 128, 300), num_rows, WORDS)
+        assert rows.shape == (num_rows, 64)
         assert [span.start for span in spans[1:]] == [span.end for span in spans[:-1]]
         assert spans[0].start == 0 and spans[-1].end < num_rows
     with pytest.raises(ValueError, match="Whisper's decoder takes 64"):
@@ -93,11 +107,69 @@ def test_a_word_is_where_the_decoder_attends_when_it_predicts_it(whisper, monkey
 
     def forward(windows, decoder_input_ids, output_attentions):
         seen.append(decoder_input_ids.shape[1])
-        return SimpleNamespace(cross_attentions=[attention, attention])
+        return SimpleNamespace(cross_attentions=[attention] * 2, encoder_last_hidden_state=torch.zeros(1, 150, 64))
 
     monkeypatch.setattr(aligner.model, "forward", forward)
-    assert aligner.align(torch.zeros(1, 128, 300), 150, WORDS) == expected
+    assert aligner.align(torch.zeros(1, 128, 300), 150, WORDS)[1] == expected
     assert seen == [tokens]
+
+
+def test_ridge_finds_the_map_that_made_the_rows():
+    torch.manual_seed(0)
+    rows, weight = torch.randn(500, 16), torch.randn(8, 16)
+    ridge = Ridge(16, 8)
+    for part in rows.split(70):
+        ridge.add(part, part @ weight.T)
+    solved, explained = ridge.solve()
+    assert solved.dtype == torch.float32 and torch.allclose(solved, weight, atol=0.02)
+    assert explained > 0.999
+    noise = Ridge(16, 8)
+    noise.add(rows, torch.randn(500, 8))
+    solved, explained = noise.solve()
+    assert explained < 0.1
+    # Rows become as long as embeddings, even if they tell nothing.
+    assert (rows @ solved.T).square().mean().sqrt().item() == pytest.approx(1, abs=0.1)
+
+
+def test_words_are_spread_over_the_rows_of_their_spans():
+    assert spread([7, 8], Span(3, 8)) == [7, 7, 7, 8, 8]
+    assert spread([7], Span(3, 3)) == []
+
+
+def test_stage_writes_a_projector_that_build_takes(whisper, tmp_path, sound):
+    base, _ = make_bases(tmp_path)
+    start = build(base, whisper, tmp_path / "start")
+    rows = []
+    for number in range(6):
+        soundfile.write(tmp_path / f"{number}.wav", sound(1 + number / 4, number), 16_000)
+        rows.append({"audio": f"{number}.wav", "text": " ".join(WORDS[: 1 + number % 3]) if number else ""})
+    question = [audio("1.wav"), audio("2.wav"), text("Do both say the same?")]  # two clips: which one is transcribed?
+    rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "no"}]})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(**more):
+        settings = {"stage": "align", "aligner": whisper, "model": start, "data": [tmp_path / "rows.jsonl"]}
+        settings |= {"output_dir": tmp_path / "run", "audio_tokens": "trimmed", "use_cpu": True, **more}
+        return train(Arguments(**settings))
+
+    summary = run()
+    assert summary["clips"] == 5 and summary["words"] == 2 + 3 + 1 + 2 + 3
+    assert run(align_rows=2, output_dir=tmp_path / "few")["clips"] == 2
+    path = tmp_path / "run" / "audio_projector.safetensors"
+    projector = load_file(path)["audio_projector.weight"]
+    assert projector.shape == (128, 64) and projector.dtype == torch.float32
+    built = build(checkpoint=start, projector=path, output=tmp_path / "built")
+    assert torch.equal(load_file(built / "model.safetensors")["model.audio_projector.weight"], projector)
+    assert json.loads((built / "processor_config.json").read_text())["trained_audio_tokens"] == "trimmed"
+
+    other = WhisperForConditionalGeneration.from_pretrained(whisper)
+    torch.nn.init.normal_(other.model.encoder.conv1.weight)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(whisper).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is not the Whisper whose encoder"):
+        run(aligner=tmp_path / "other", output_dir=tmp_path / "refused")
+    with pytest.raises(ValueError, match="--stage align needs --aligner"):
+        run(stage="projector")
 
 
 @pytest.mark.speech
@@ -108,6 +180,6 @@ def test_word_times_of_a_person(speech):
     folder = ROOT / "build" / "speech" / "whisper"
     samples = fetch_audio(str(speech))
     windows = WhisperFeatureExtractor.from_pretrained(folder)(samples, sampling_rate=16_000, return_tensors="pt")
-    spans = Aligner(folder).align(windows.input_features, -(-len(samples) // 320), JFK.split())
+    _, spans = Aligner(folder).align(windows.input_features, -(-len(samples) // 320), JFK.split())
     errors = [abs(spans[word].start / 50 - begin) for word, begin in BEGINS.items()]
     assert sum(errors) / len(errors) < 0.25  # 0.16 s; with the attention one token late 0.48 s

@@ -70,7 +70,7 @@ class Aligner:
             )
 
     @torch.no_grad()
-    def align(self, windows: torch.Tensor, num_rows: int, words: list[str]) -> list[Span]:
+    def align(self, windows: torch.Tensor, num_rows: int, words: list[str]) -> tuple[torch.Tensor, list[Span]]:
         """
         Args:
             windows: Log-mel features, float `(1, mel bins, frames)`, of one clip.
@@ -78,7 +78,7 @@ class Aligner:
             words: The words of the transcript, in order.
 
         Returns:
-            The span of each word.
+            The encoder's rows of the clip, float32 `(num_rows, d_model)`, and the span of each word.
 
         Raises:
             ValueError: if the words do not fit Whisper's decoder.
@@ -98,4 +98,5 @@ class Aligner:
         # The decoder attends to a token where it predicts it, one position before. The last prediction is of the end.
         begins = warp(-weights.mean(0)[len(prefix) - 1 : -1].double().numpy())
         firsts = np.cumsum([0, *map(len, pieces)])
-        return [Span(int(begins[first]), int(begins[last])) for first, last in itertools.pairwise(firsts)]
+        spans = [Span(int(begins[first]), int(begins[last])) for first, last in itertools.pairwise(firsts)]
+        return outputs.encoder_last_hidden_state[0, :num_rows].float(), spans

@@ -11,7 +11,7 @@ from configuration_qwen2_audio_vl import TRAINED_AUDIO_TOKENS, TRANSCRIBE, check
 from training.options import check_options, columns_of
 
 
-LEARNING_RATES = {"projector": 1e-3, "lora": 2e-4}  # by stage
+LEARNING_RATES = {"align": None, "projector": 1e-3, "lora": 2e-4}  # by stage
 
 
 @dataclass
@@ -24,7 +24,9 @@ class Arguments(TrainingArguments):
     """
 
     model: str | None = field(default=None, metadata={"help": "folder of `upload.py build`, or a Hub id"})
-    stage: str = field(default="projector", metadata={"choices": ["projector", "lora"], "help": "what learns"})
+    stage: str = field(default="projector", metadata={"choices": ["align", "projector", "lora"], "help": "what learns"})
+    aligner: str | None = field(default=None, metadata={"help": "the whole Whisper that --stage align needs"})
+    align_rows: int = field(default=1000, metadata={"help": "how many rows with speech --stage align uses"})
     data: list[str] | None = field(
         default=None,
         metadata={"help": "JSON lines with `messages`, or a `datasets` folder or id with such a column, as ID[:SPLIT]"},
@@ -73,7 +75,7 @@ class Arguments(TrainingArguments):
     prediction_loss_only: bool = True  # the logits of 152,064 words are not kept
 
     def __post_init__(self):
-        for name in ("model", "adapter", "encoder_cache", "export", "output_dir"):
+        for name in ("model", "aligner", "adapter", "encoder_cache", "export", "output_dir"):
             if (path := getattr(self, name)) is not None:
                 setattr(self, name, str(path))
         self.data, self.eval = ([str(source) for source in sources or ()] for sources in (self.data, self.eval))

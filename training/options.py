@@ -15,6 +15,7 @@ from pathlib import Path
 DESCRIPTION = """
 Trains the audio path of a folder that `upload.py build` made:
 
+    python -m training --stage align --aligner WHISPER --model DIR --data FILE --output-dir OUT    a start without steps
     python -m training --stage projector --model DIR --data FILE --output-dir OUT    the projector alone
     python -m training --stage lora --model DIR --data FILE --output-dir OUT         LoRA on the language model as well
 
@@ -129,6 +130,8 @@ def check_options(options: dict):
         if not options.get(name):
             raise ValueError(f"--{name} is missing; --help shows the usual commands.")
     columns_of(options.get("audio_column"), options.get("text_column"))
+    if (options.get("stage") == "align") != bool(options.get("aligner")):
+        raise ValueError("--stage align needs --aligner, a folder or Hub id of Whisper, and no other stage does.")
     if options.get("streaming") and options.get("max_steps", -1) < 1:
         raise ValueError("--streaming needs --max-steps, because the number of rows is not known.")
     if options.get("save_total_limit") == 1:

@@ -17,6 +17,7 @@ from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, IGNORED_LABEL
 from evaluation.scoring import score
 from publishing.paths import write_json
 from training.arguments import Arguments
+from training.closed_form import align
 from training.encoder_cache import CachedEncoder
 from training.resuming import MarkComplete, newest_checkpoint, refuse_another_run, seconds_before
 from training.rows import load_rows
@@ -245,7 +246,8 @@ def write(trainer: AnswerTrainer, processor, summary: dict):
 def train(args: Arguments) -> dict:
     """
     Trains, or goes on with a run that was interrupted, and writes what was learned to `args.output_dir`: `adapter`
-    (peft), `audio_projector.safetensors` (stage projector), `loss.png` and `summary.json`.
+    (peft), `audio_projector.safetensors` (stage projector), `loss.png` and `summary.json`; stage align writes only the
+    second and the last.
 
     Returns:
         The summary.
@@ -257,8 +259,10 @@ def train(args: Arguments) -> dict:
         refuse_another_run(args)
     set_seed(args.seed)
     processor = load_processor(args)
-    collator = ChatCollator(processor, args.stage == "projector", processor.trained_audio_tokens, args.instruction)
+    collator = ChatCollator(processor, args.stage != "lora", processor.trained_audio_tokens, args.instruction)
     dataset, eval_dataset = load_data(args, collator)
+    if args.stage == "align":
+        return align(args, processor, dataset, collator)
     checkpoint = newest_checkpoint(args.output_dir)
     earlier = seconds_before(checkpoint)
     trainer = AnswerTrainer(

@@ -1,0 +1,131 @@
+"""
+A start of the projector without steps: a Whisper finds when each word of a transcript is said, and a ridge regression
+takes the encoder's rows at that time to the language model's embeddings of the word.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from collator import ChatCollator, answer_text
+from publishing.checkpoints import EMBEDDINGS, stored_tensors
+from publishing.paths import resolve, write_json
+from training.alignment import Aligner, Span
+from training.arguments import Arguments
+
+
+RIDGE = 1e-3  # is multiplied by the mean of the diagonal
+FIRST_OF_ENCODER = "model.audio_encoder.conv1.weight"
+
+
+class Ridge:
+    """
+    Ridge regression of rows onto embeddings, in memory that does not grow with the rows.
+
+    Args:
+        d_model, hidden_size: The sizes of a row of the encoder and of an embedding.
+    """
+
+    def __init__(self, d_model: int, hidden_size: int):
+        self.products = torch.zeros(d_model, d_model, dtype=torch.float64)
+        self.targets = torch.zeros(d_model, hidden_size, dtype=torch.float64)
+        self.energy, self.num_rows = 0.0, 0
+
+    def add(self, rows: torch.Tensor, embeddings: torch.Tensor):
+        """Adds rows `(rows, d_model)` and the embedding `(rows, hidden_size)` that each of them should become."""
+        rows, embeddings = rows.double(), embeddings.double()
+        self.products += rows.T @ rows
+        self.targets += rows.T @ embeddings
+        self.energy += float(embeddings.square().sum())
+        self.num_rows += len(rows)
+
+    def solve(self) -> tuple[torch.Tensor, float]:
+        """
+        Returns:
+            The weight of the projector, float32 `(hidden_size, d_model)`, and the share of the embeddings' energy that
+            the regression explains. The weight is scaled so that rows become as long as embeddings, because a
+            regression shrinks what it cannot tell.
+        """
+        ridge = RIDGE * self.products.diagonal().mean() * torch.eye(len(self.products), dtype=torch.float64)
+        weight = torch.linalg.solve(self.products + ridge, self.targets)
+        energy = (weight * (self.products @ weight)).sum()  # of the rows that it makes
+        explained = 2 * (weight * self.targets).sum() - energy
+        return (weight * (self.energy / energy).sqrt()).T.float().contiguous(), float(explained) / self.energy
+
+
+def spread(tokens: list[int], span: Span) -> list[int]:
+    """Returns the token that is said during each row of a word's span. Each of them takes the same time."""
+    length = span.end - span.start
+    return [tokens[row * len(tokens) // length] for row in range(length)]
+
+
+def fit_projector(
+    clips: Iterable[tuple[torch.Tensor, int, str]], aligner: Aligner, embeddings: torch.Tensor, tokenizer
+) -> tuple[torch.Tensor, dict]:
+    """
+    Args:
+        clips: The log-mel window `(1, mel bins, frames)`, the rows that it covers and the transcript of each clip.
+        embeddings: The embeddings `(words, hidden_size)` of the language model, of any float dtype.
+        tokenizer: The tokenizer of the language model.
+
+    Returns:
+        The weight of the projector, float32 `(hidden_size, d_model)`, and a summary: numbers of clips, words and rows,
+        and the share of the embeddings' energy that the rows explain.
+    """
+    ridge = Ridge(aligner.model.config.d_model, embeddings.shape[1])
+    num_clips = num_words = 0
+    for windows, num_rows, text in clips:
+        words = text.split()
+        rows, spans = aligner.align(windows, num_rows, words)
+        places, tokens = [], []
+        for number, (word, span) in enumerate(zip(words, spans, strict=True)):
+            # An answer has a space before every word but the first.
+            ids = tokenizer(f" {word}" if number else word, add_special_tokens=False).input_ids
+            places += range(span.start, span.end)
+            tokens += spread(ids, span)
+        ridge.add(rows[places], embeddings[tokens])
+        num_clips, num_words = num_clips + 1, num_words + len(words)
+    weight, explained = ridge.solve()
+    summary = {"clips": num_clips, "words": num_words, "rows of the encoder": ridge.num_rows}
+    return weight, {**summary, "explained": round(explained, 4)}
+
+
+def read_clips(processor, dataset, collator: ChatCollator, limit: int) -> Iterator[tuple[torch.Tensor, int, str]]:
+    """Yields window, rows and transcript of each row with one clip of one window whose answer says what is said."""
+    used = 0
+    for row in dataset:
+        text = answer_text(collator.messages(row)[-1]["content"])
+        inputs = collator.inputs(row, "trimmed") if text.strip() else {}
+        if len(inputs.get("input_features", ())) == 1:
+            yield inputs["input_features"], int((inputs["input_ids"] == processor.audio_token_id).sum()), text
+            used += 1
+        if used == limit:
+            return
+
+
+def align(args: Arguments, processor, dataset, collator: ChatCollator) -> dict:
+    """
+    Writes the projector to `args.output_dir`, and returns the summary. Only the embeddings of the model are read.
+
+    Raises:
+        ValueError: if the model has another encoder than the aligner.
+    """
+    start, aligner, tensors = time.time(), Aligner(args.aligner), {}
+    for tensor in stored_tensors(resolve(args.model).folder):
+        if tensor.name in (EMBEDDINGS, FIRST_OF_ENCODER):
+            with safe_open(tensor.path, "pt") as file:
+                tensors[tensor.name] = file.get_tensor(tensor.name)
+    first, expected = tensors[FIRST_OF_ENCODER], aligner.model.model.encoder.conv1.weight
+    if first.shape != expected.shape or not torch.allclose(first.float(), expected.float(), atol=1e-2):
+        raise ValueError(f"--aligner {args.aligner} is not the Whisper whose encoder {args.model} has.")
+    clips = read_clips(processor, dataset, collator, args.align_rows)
+    weight, summary = fit_projector(clips, aligner, tensors[EMBEDDINGS], processor.tokenizer)
+    path, rule = Path(args.output_dir) / "audio_projector.safetensors", processor.trained_audio_tokens
+    save_file({"audio_projector.weight": weight}, path, {"audio_tokens": rule})
+    summary = {"stage": args.stage, **summary, "seconds": round(time.time() - start, 1)}
+    write_json(path.with_name("summary.json"), summary)
+    return summary
