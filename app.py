@@ -77,10 +77,10 @@ class DemoModel:
         clip, image = None, None
         if audio:
             with shown("Audio", "This audio cannot be opened: "):
-                clip = self.processor.open_item({"type": "audio", "path": audio}, **limits)["audio"]
+                clip = self.processor.open_item({"type": "audio", "audio": audio}, **limits)["audio"]
         if picture:
             with shown("Picture", "This picture cannot be opened: "):
-                image = self.processor.open_item({"type": "image", "path": picture}, **limits)["image"]
+                image = self.processor.open_item({"type": "image", "image": picture}, **limits)["image"]
                 handler.check_limit(image.width * image.height, "pixels", handler.MAX_PIXELS)  # before it is decoded
                 image = handler.decode_image(image).convert("RGB")
         return clip, image

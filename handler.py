@@ -245,7 +245,7 @@ class EndpointHandler:
         # Pictures come first, because only their headers are read.
         for item in sorted(items, key=lambda item: item["type"] != "image"):
             if item["type"] != "text":
-                opened = self.processor.open_item(item, timeout=deadline.left(), **limits)
+                opened = dict(self.processor.open_item(item, timeout=deadline.left(), **limits))
                 item.clear()
                 item.update(opened)
                 check_limit(count_pixels(items), "pixels together", MAX_PIXELS)

@@ -13,15 +13,11 @@ import av
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel
 
 from audio_utils import SAMPLING_RATE
 from collator import refuse_unreadable
-
-
-def load_processor(repo: str | Path, audio_tokens: str | None = None):
-    changes = {} if audio_tokens is None else {"audio_tokens": audio_tokens}
-    return AutoProcessor.from_pretrained(repo, trust_remote_code=True, **changes)
+from publishing.paths import load_processor
 
 
 def load(repo: str | Path, dtype: str | torch.dtype = "auto", audio_tokens: str | None = None) -> tuple:

@@ -19,12 +19,13 @@ from transformers.utils import logging
 
 from collator import ChatCollator
 from configuration_qwen2_audio_vl import TRANSCRIBE, WHOLE_MODEL
-from evaluation.generate import LocalModel, Server, load, load_processor, write_sound
+from evaluation.generate import LocalModel, Server, load, write_sound
 from evaluation.questions import Question, Questions, check_groups
 from evaluation.scoring import AS_GIVEN, compare, file_of, read_prediction
 from evaluation.settings import Settings
-from publishing.paths import only_run, replace_file, resolve, sha256, write_json
-from training.rows import changed_data, columns_of, describe_data, load_rows
+from publishing.paths import load_processor, only_run, replace_file, resolve, sha256, write_json
+from training.options import columns_of
+from training.rows import changed_data, describe_data, load_rows
 
 
 logger = logging.get_logger(__name__)

@@ -48,6 +48,20 @@ def own_class(reference: str) -> type:
     return get_class_from_dynamic_module(reference, ROOT)
 
 
+def load_processor(repo: str | Path, audio_tokens: str | None = None):
+    """Loads the processor of a folder or a Hub id. Raises a ValueError if its code is of an earlier release."""
+    from transformers import AutoProcessor
+
+    changes = {} if audio_tokens is None else {"audio_tokens": audio_tokens}
+    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True, **changes)
+    if not hasattr(processor, "answer"):
+        raise ValueError(
+            f"{repo} has the code of an earlier release, which this tool cannot call; `python upload.py build "
+            f"--checkpoint {repo} --output NEW` makes a folder of the same weights with the code of this one."
+        )
+    return processor
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path of a folder stays in it; the Hub's cache links its snapshots to the blobs beside them."""
     real, home = path.resolve(), folder.resolve()

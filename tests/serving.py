@@ -130,7 +130,10 @@ BAD = {
     "a bomb of a picture": (ask({"image": blank_picture(8192, 8193)}), "pixels"),
     # Each has an eighth and a little more of the pixels that a request may have.
     "eight large pictures": (ask({"image": [blank_picture(8192, 1025)] * 8}), "pixels together"),
-    "an address without one": (ask(user({"type": "image_url", "image_url": {}})), '["content"][0]: An item of type'),
+    "an address without one": (
+        ask(user({"type": "image_url", "image_url": {}})),
+        '["content"][0]: An item of image needs',
+    ),
     "a rate in words": (ask(user({"type": "audio", "array": [0.1], "sampling_rate": "high"})), "whole number of Hz"),
     "a number for text": (ask({"text": 5}), "string under 'text'"),
     "half a character": (ask("\ud800"), "surrogate"),

@@ -50,7 +50,7 @@ LINES = {  # what is typed -> a part of what is answered
     "x": "unknown argument x",
     "--data a": "--model is missing",
     "--model m": "--data is missing",
-    "--stage all": "argument --stage: invalid choice: 'all' (choose from 'projector', 'lora')",
+    "--stage all": "argument --stage: invalid choice: 'all' (choose from 'align', 'projector', 'lora')",
     "--audio_tokens half": "argument --audio-tokens: invalid choice: 'half' (choose from 'fixed', 'trimmed', 'both')",
     "--optim best": "argument --optim: invalid choice: 'best'",
     "--log-level loud": "argument --log-level: invalid choice: 'loud'",

@@ -25,7 +25,7 @@ from publishing import check as checking
 from publishing import checkpoints, paths
 from publishing.build import build, build_tokenizer
 from publishing.card import replace_section
-from training import train
+from training import __main__ as training
 
 
 NORM = "model.norm.weight"
@@ -448,8 +448,8 @@ def test_a_folder_that_is_not_there_is_named(name, bases, tmp_path, run_main):
         (re.escape(no_folder), evaluation, "predict", name, *data, *output),
         (f": There is no folder {folder}; .* makes one", evaluation, "score", name),
         (f"{tmp_path} lacks config.json, processor_config.json", evaluation, "predict", tmp_path, *data, *output),
-        (re.escape(no_folder), train, "--model", name, *data, "--output_dir", tmp_path / "out"),
-        (f"{tmp_path} lacks config.json", train, "--model", tmp_path, *data, "--output_dir", tmp_path / "out"),
+        (re.escape(no_folder), training, "--model", name, *data, "--output_dir", tmp_path / "out"),
+        (f"{tmp_path} lacks config.json", training, "--model", tmp_path, *data, "--output_dir", tmp_path / "out"),
     ):
         code, _, errors = run_main(*arguments, tool=tool)
         assert code == 1 and re.search(message, errors), errors
@@ -520,6 +520,8 @@ def test_a_folder_of_an_earlier_release_answers(demo_repo, tmp_path):
     for name in ("answer", "make_inputs"):
         replace(f"def {name}(", f"def no_{name}(")(folder / "processing_qwen2_audio_vl.py")
     assert checking.ask(str(folder))["answers"] == checking.ask(str(demo_repo))["answers"]
+    with pytest.raises(ValueError, match=f"earlier release.*upload.py build --checkpoint {folder} --output NEW"):
+        paths.load_processor(folder)
 
 
 def test_hostile_headers_are_refused(bases, tmp_path, refuse):

@@ -26,7 +26,8 @@ def main(words: list[str] | None = None):
         with only_run(args.output_dir, "--output-dir", args.process_index == 0):
             summary = train(args)
     except (ValueError, OSError, DatasetsError) as error:
-        sys.exit(f"training: {error}")
+        print(f"training: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("training: stopped. The same command goes on from the newest checkpoint, if any.", file=sys.stderr)
         sys.exit(130)

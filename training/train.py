@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, Trainer, set_seed
+from transformers import AutoModel, BitsAndBytesConfig, Trainer, set_seed
 from transformers.utils import logging
 
 from collator import ChatCollator, answer_text
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, IGNORED_LABEL
 from evaluation.scoring import score
-from publishing.paths import write_json
+from publishing.paths import load_processor, write_json
 from training.arguments import Arguments
 from training.closed_form import align
 from training.encoder_cache import CachedEncoder
@@ -178,9 +178,9 @@ def draw_losses(history: list[dict], path: Path):
     figure.savefig(path, dpi=120)
 
 
-def load_processor(args: Arguments):
+def prepare_processor(args: Arguments):
     """Loads the processor, which says from now on with which audio tokens the model was trained."""
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    processor = load_processor(args.model)
     processor.trained_audio_tokens = args.audio_tokens or processor.audio_tokens
     if args.audio_tokens in AUDIO_TOKEN_COUNTS:
         processor.audio_tokens = args.audio_tokens
@@ -258,7 +258,7 @@ def train(args: Arguments) -> dict:
     if args.process_index == 0:
         refuse_another_run(args)
     set_seed(args.seed)
-    processor = load_processor(args)
+    processor = prepare_processor(args)
     collator = ChatCollator(processor, args.stage != "lora", processor.trained_audio_tokens, args.instruction)
     dataset, eval_dataset = load_data(args, collator)
     if args.stage == "align":
