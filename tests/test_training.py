@@ -269,7 +269,7 @@ def test_run_starts_from_an_adapter(run, tmp_path):
 
 
 def test_adapter_becomes_a_folder(run, start, tones, tmp_path):
-    """`upload.py build` merges what `train.py` wrote into the model that it belongs to."""
+    """`upload.py build` merges what training wrote into the model that it belongs to."""
     run(tmp_path, stage="lora", lora_r=4, max_steps=3, train_markers=True, audio_tokens="trimmed")
     adapter = tmp_path / "adapter"
     folder = build(checkpoint=adapter, output=tmp_path / "repo")
