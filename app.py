@@ -91,7 +91,7 @@ class DemoModel:
         if not question:
             raise gr.Error("Give audio, a picture or a question.", title="Nothing to answer")
         sources = {"image": image, "audio": clip, "text": question}
-        content = [{"type": kind, kind: source} for kind, source in sources.items() if source is not None]
+        content = [{"type": modality, modality: source} for modality, source in sources.items() if source is not None]
         with shown("Question"):
             handler.check_limit(len(question), "characters of text", handler.MAX_TEXT)
             inputs = self.processor.make_inputs([{"role": "user", "content": content}])

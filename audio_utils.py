@@ -185,12 +185,12 @@ def normalize_item(item, place: str) -> dict:
     A content item in its one form: `type` is text, image, video or audio, and its text or source is under that name,
     without a dict around it. Audio may have a `sampling_rate`. An item without a source has a `type` alone.
     """
-    item, description, kind = read_object(item), f"Python type {type(item).__name__}", None
+    item, description, item_type = read_object(item), f"Python type {type(item).__name__}", None
     if isinstance(item, Mapping):
         item = {name: value for name, value in item.items() if value is not None}  # Arrow fills missing keys with None
-        kind = item.get("type", next((kind for kind in MODALITIES if kind in item), None))
-        description = f"type {kind!r} and keys {list(item)}"
-    modality = MODALITIES.get(kind) if isinstance(kind, str) else None
+        item_type = item.get("type", next((name for name in MODALITIES if name in item), None))
+        description = f"type {item_type!r} and keys {list(item)}"
+    modality = MODALITIES.get(item_type) if isinstance(item_type, str) else None
     if modality is None:
         expected = f"expected a dict of type {', '.join(MODALITIES)}"
         raise ValueError(f"{place}: Content of {description} cannot be taken: {expected}.")
@@ -215,7 +215,7 @@ def find_source(item: dict, modality: str, is_needed: bool = False) -> tuple:
     Raises:
         AudioError: if there are several sources, or none although one is needed.
     """
-    known = (*(kind for kind in MODALITIES if MODALITIES[kind] == modality), *SOURCE_KEYS)
+    known = (*(name for name in MODALITIES if MODALITIES[name] == modality), *SOURCE_KEYS)
     keys = [key for key in known if item.get(key) is not None]
     if "array" in keys or "bytes" in keys:  # `path` is then only a label in a `datasets` row
         keys = [key for key in keys if key != "path"]
