@@ -182,8 +182,9 @@ def describe_value(value) -> str:
 
 def normalize_item(item, place: str) -> dict:
     """
-    A content item in its one form: `type` is text, image, video or audio, and its text or source is under that name,
-    without a dict around it. Audio may have a `sampling_rate`. An item without a source has a `type` alone.
+    A content item in its one form: `type` is text, image, video or audio, and its text or source, if it has one, is
+    under that name, without a dict around it. Audio may have a `sampling_rate`. Keys that only its user's own chat
+    template knows are kept.
     """
     item, description, item_type = read_object(item), f"Python type {type(item).__name__}", None
     if isinstance(item, Mapping):
@@ -194,18 +195,19 @@ def normalize_item(item, place: str) -> dict:
     if modality is None:
         expected = f"expected a dict of type {', '.join(MODALITIES)}"
         raise ValueError(f"{place}: Content of {description} cannot be taken: {expected}.")
+    others = {name: value for name, value in item.items() if name not in (*MODALITIES, *SOURCE_KEYS)}
     if modality != "text":
         try:
             source, rate = find_source(item, modality)
         except AudioError as error:
             raise ValueError(f"{place}: {error}") from error
-        fields = {"type": modality, modality: source, "sampling_rate": rate}
+        fields = {**others, "type": modality, modality: source, "sampling_rate": rate}
         return {name: value for name, value in fields.items() if value is not None}
     if not isinstance(item.get("text"), str):
         raise ValueError(f"{place}: A text item needs a string under 'text'; this one has keys {list(item)}.")
     if re.search("[\ud800-\udfff]", item["text"]):
         raise ValueError(f"{place}: A text must be Unicode; this one has a lone surrogate, half of a character.")
-    return {"type": "text", "text": item["text"]}
+    return {**others, "type": "text", "text": item["text"]}
 
 
 def find_source(item: dict, modality: str, is_needed: bool = False) -> tuple:
@@ -248,25 +250,35 @@ def join_texts(items: list[dict]) -> list[dict]:
 
 def take_audio(messages: list[dict], load_audio_from_video: bool = False) -> tuple[list[dict], list[dict]]:
     """
-    Splits normalized messages into copies whose audio items are empty, and the audio items with their sources, in
-    reading order. With `load_audio_from_video` the audio track of each video follows it.
+    Splits normalized messages into copies for transformers, with items as [`name_address`] returns them, and the audio
+    items with their sources, in reading order. With `load_audio_from_video` the audio track of each video follows it.
     """
     emptied, clips = [], []
     for message in messages:
         if isinstance(message.get("content"), list):
             items = add_tracks(message["content"]) if load_audio_from_video else message["content"]
-            clips += [item for item in items if item["type"] == "audio" and len(item) > 1]
-            items = [{"type": "audio"} if item["type"] == "audio" else item for item in items]
-            message = {**message, "content": items}
+            clips += [item for item in items if item["type"] == "audio" and "audio" in item]
+            message = {**message, "content": [*map(name_address, items)]}
         emptied.append(message)
     return emptied, clips
+
+
+def name_address(item: dict) -> dict:
+    """A normalized item as transformers takes it: without audio, and the address of a picture or video under `url`."""
+    item, modality = dict(item), item["type"]
+    if modality == "audio":
+        item.pop("audio", None)
+        item.pop("sampling_rate", None)
+    elif modality != "text" and isinstance(item.get(modality), str):
+        item["url"] = item.pop(modality)
+    return item
 
 
 def add_tracks(items: list[dict]) -> list[dict]:
     """Puts the audio track of each video behind it, in the place of the empty item that transformers needs there."""
     with_tracks, is_slot = [], False
     for item in items:
-        if not is_slot or item != {"type": "audio"}:
+        if not is_slot or item["type"] != "audio" or "audio" in item:
             with_tracks.append(item)
         is_slot = item["type"] == "video"
         if is_slot:
