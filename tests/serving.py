@@ -14,10 +14,12 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 from urllib.parse import unquote
 
 import httpx
 import openai
+import pytest
 import trustme
 import uvicorn
 from huggingface_hub import InferenceClient
@@ -262,7 +264,9 @@ def serve_process(command: list[str], folder: Path, health: str = "/health", **e
 
 
 def serve_vllm(repo: Path, folder: Path, *settings: str, **environment: str):
-    """Serves a repository by `vllm serve` under the name `demo`."""
+    """Serves a repository by `vllm serve` under the name `demo`, or skips the test where vLLM is not installed."""
+    if not VLLM.exists():
+        pytest.skip("vLLM is not installed; `make test-vllm` installs it where it can be had for this machine.")
     command = [str(VLLM.parent / "bin" / "python"), "-m", "vllm.entrypoints.cli.main", "serve", str(repo)]
     return serve_process([*command, *SETTINGS, *settings], folder, **VLLM_ENVIRONMENT, **environment)
 
@@ -288,6 +292,7 @@ def answer_of(address: str, model, messages: list[dict]) -> str:
     return complete(address, model, messages).choices[0].message.content
 
 
+@mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # or `InferenceClient` asks no server at all
 def answers_by_client(address: str, model, messages: list[dict]) -> list[str]:
     """Returns the greedy answers of `openai` and `huggingface_hub`, each whole and streamed."""
     hub = InferenceClient(base_url=address).chat_completion

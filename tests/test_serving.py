@@ -87,8 +87,8 @@ def test_pipelines_answer_one_chat_and_several(task, demo_repo, examples):
 
 
 def test_handler_answers_every_form(handler, address, examples):
-    def send(**request):
-        return httpx.post(address, timeout=60, **request)
+    def send(body: dict):
+        return httpx.post(address, json=body, timeout=60)
 
     for number, example in enumerate(examples):
         bodies = [
@@ -96,13 +96,10 @@ def test_handler_answers_every_form(handler, address, examples):
             ask({"messages": openai_form(example)}, **SHORT),
             {"inputs": openai_form(example)},
         ]
-        response = send(json=bodies[number % 3])
+        response = send(bodies[number % 3])
         assert (response.status_code, response.json()) == (200, {"text": example["answer"]}), example
-    transcribe = of_skill(examples, "transcribe")
-    clip = (EXAMPLES / transcribe["audio"][0]).read_bytes()
-    assert send(content=clip, headers={"content-type": "audio/wav"}).json() == {"text": transcribe["answer"]}
     conversation = [*openai_form(examples[0]), {"role": "assistant", "content": examples[0]["answer"]}]
-    assert send(json={"inputs": [*conversation, *openai_form(examples[1])]}).status_code == 200
+    assert send({"inputs": [*conversation, *openai_form(examples[1])]}).status_code == 200
     # The toolkit of Inference Endpoints passes a body of type image/png as a PIL image.
     picture = of_skill(examples, "picture")
     assert handler({"inputs": Image.open(EXAMPLES / picture["image"])}) == {"text": picture["answer"]}

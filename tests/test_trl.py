@@ -144,10 +144,6 @@ def test_only_what_should_learn_changes(alone, make_trainer, demo_repo, processo
         assert parts == {"model.audio_projector", "model.language_model", "model.visual", "lm_head.weight"}
 
 
-def test_collator_is_that_of_the_training_script(demo_repo):
-    assert (demo_repo / "collator.py").read_bytes() == (ROOT / "collator.py").read_bytes()
-
-
 def test_settings_that_trl_refuses_with_a_collator(make_trainer, processor):
     collator = ChatCollator(processor)
     with pytest.raises(ValueError, match="custom data collator is not supported when using padding-free"):
