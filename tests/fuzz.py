@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from bombs import id3
 from sounds import ENCODINGS, RECORDINGS, encode
 
 import audio_decoding
@@ -68,7 +69,7 @@ def mutate_structure(generator: random.Random, originals: list[bytes]) -> bytes:
     content = bytearray(generator.choice(originals))
     places = [match.start() for match in PARTS.finditer(content)]
     if not places or generator.random() < 0.1:
-        return id3(generator) + bytes(content)
+        return make_tag(generator) + bytes(content)
     for _ in range(generator.choice([1, 1, 2, 5])):
         place = max(0, generator.choice(places) + generator.randrange(-4, 64))
         width = generator.choice([1, 2, 3, 4, 8])
@@ -88,17 +89,16 @@ def repair_pages(content: bytearray) -> bytes:
     return bytes(content)
 
 
-def id3(generator: random.Random) -> bytes:
-    """A tag of some frames, one of whose sizes lies."""
-    body = b""
-    for _ in range(generator.choice([1, 20, 2000])):
-        name = generator.choice([b"TXXX", b"APIC", b"COMM", b"GEOB", b"CHAP", b"PRIV"])
-        field = generator.randbytes(generator.randrange(40))
-        size = generator.choice(EXTREMES) if generator.random() < 0.01 else len(field)
-        body += name + size.to_bytes(4, "big") + bytes(2) + field
-    size = len(body) if generator.random() < 0.8 else generator.randrange(2**28)
-    version = generator.choice([2, 3, 4])
-    return b"ID3" + bytes([version, 0, 0]) + bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0)) + body
+def make_tag(generator: random.Random) -> bytes:
+    """An ID3 tag of some frames, where some of the bytes may lie, also those of its sizes."""
+    names = [b"TXXX", b"APIC", b"COMM", b"GEOB", b"CHAP", b"PRIV"]
+    count = generator.choice([1, 20, 2000])
+    frames = [(generator.choice(names), generator.randbytes(generator.randrange(40))) for _ in range(count)]
+    tag = bytearray(id3(frames))
+    tag[3] = generator.choice([2, 3, 4])  # the version
+    for _ in range(generator.choice([0, 1, 20])):
+        tag[generator.randrange(6, min(len(tag), generator.choice([40, 10**6])))] = generator.randrange(256)
+    return bytes(tag)
 
 
 def main():
@@ -118,7 +118,7 @@ def main():
     pool = audio_decoding.WorkerPool(1, audio_decoding.WORKER_SECONDS)
     (worker,), audio_decoding.POOLS = pool.free, (pool,)
     fetch_audio(originals[0], public_only=True)
-    before, largest = resident(worker), 0.0
+    before, largest = peak_memory(worker.process.pid), 0.0
     for _ in range(arguments.mutations):
         is_blind = generator.random() < 0.5
         content = mutate(generator, originals) if is_blind else mutate_structure(generator, short)
@@ -135,17 +135,16 @@ def main():
             outcomes["refused"] += 1
         slowest = max(slowest, time.monotonic() - start)
         if worker.process.poll() is None and worker.process.pid == process:
-            largest = max(largest, resident(worker) - before)
+            largest = max(largest, peak_memory(process) - before)
     print(
         f"files={len(originals)} decoded={outcomes['decoded']} refused={outcomes['refused']} "
         f"seconds={slowest:.2f} megabytes={largest:.0f}"
     )
 
 
-def resident(worker: audio_decoding.DecodingWorker) -> float:
-    """The most MB that a worker held so far."""
-    status = Path(f"/proc/{worker.process.pid}/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+def peak_memory(pid: int | str = "self") -> float:
+    """The most MB that a process held so far. What `resource` says of a child may be the peak of its parent."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 
 if __name__ == "__main__":

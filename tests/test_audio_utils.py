@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import av
-import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -29,15 +28,6 @@ FLAC = RECORDINGS / "audio-stereo-16-bit-44100Hz.flac"
 def original() -> np.ndarray:
     """3 s of speech, float32 at 16 kHz."""
     return fetch_audio(RECORDINGS / "jfk.wav")[:48_000].numpy()
-
-
-@pytest.mark.parametrize("name", ["jfk.wav", "jfk.mp3", "english.wav", FLAC.name])
-def test_recordings_equal_an_independent_decoder(name):
-    ours, (samples, rate) = fetch_audio(RECORDINGS / name), soundfile.read(RECORDINGS / name, always_2d=True)
-    theirs = soxr.resample(samples.mean(axis=1), rate, 16000)
-    assert ours.dtype == torch.float32 and ours.ndim == 1 and abs(len(ours) - len(theirs)) <= 1
-    length = min(len(ours), len(theirs))
-    assert np.corrcoef(ours[:length].numpy(), theirs[:length])[0, 1] > 0.999
 
 
 def test_files_are_exact():
@@ -124,23 +114,6 @@ def test_every_way_to_hand_over_a_clip(tmp_path):
         assert torch.equal(fetch_audio(way), expected), type(way)
     with path.open("rb") as file:
         assert torch.equal(fetch_audio(file), expected)
-
-
-def test_rows_of_datasets(tmp_path):
-    """Bytes and paths as `datasets` stores them, from memory and streamed from a file as from the Hub."""
-    names = ["jfk.mp3", "english.wav", "sample1.webm"]
-    rows = [{"audio": {"bytes": (RECORDINGS / name).read_bytes(), "path": name}} for name in names]
-    rows.append({"audio": {"bytes": rows[0]["audio"]["bytes"], "path": None}})
-    rows.append({"audio": {"bytes": None, "path": str(RECORDINGS / "jfk.wav")}})
-    data = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
-    data.to_parquet(tmp_path / "data.parquet")
-    streamed = datasets.load_dataset(
-        "parquet", data_files=str(tmp_path / "data.parquet"), split="train", streaming=True, cache_dir=str(tmp_path)
-    )
-    expected = [fetch_audio(RECORDINGS / name) for name in (*names, names[0], "jfk.wav")]
-    for source in (data, streamed.cast_column("audio", datasets.Audio(decode=False))):
-        for row, samples in zip(source, expected, strict=True):
-            assert torch.equal(fetch_audio(row["audio"]), samples) and torch.equal(fetch_audio(row), samples)
 
 
 def test_decoders_of_datasets_and_torchcodec(tmp_path):
@@ -241,25 +214,17 @@ def test_without_torchaudio_a_line_says_where_sound_is_resampled(monkeypatch, ca
 
 
 ABSURD_SAMPLES = [
-    np.zeros((0, 0)),
-    np.zeros(()),
+    *[np.zeros(shape) for shape in ((0, 0), (), (1, 1, 1, 1, 1))],
     np.float32(0.5),
-    np.zeros((1, 1, 1, 1, 1)),
-    np.zeros(3, complex),
-    np.zeros(3, object),
-    np.zeros(3, [("left", "f4"), ("right", "f4")]),
-    np.zeros(3, "datetime64[s]"),
+    *[np.zeros(3, dtype) for dtype in (complex, object, [("left", "f4"), ("right", "f4")], "datetime64[s]")],
     np.broadcast_to(np.zeros((1, 1)), (2**20, 2**20)),
-    torch.zeros(3, dtype=torch.complex64),
-    torch.zeros(3, dtype=torch.bool),
+    *[torch.zeros(3, dtype=dtype) for dtype in (torch.complex64, torch.bool)],
     torch.zeros(2, 3).to_sparse(),
     torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
     torch.zeros((0, 3)),
     {"array": [[0.1, 0.2], [0.3]], "sampling_rate": 16_000},
     {"array": ["a", None], "sampling_rate": 16_000},
-    {"array": np.zeros(9, np.float32), "sampling_rate": "high"},
-    {"array": np.zeros(9, np.float32), "sampling_rate": [16_000]},
-    {"array": np.zeros(9, np.float32), "sampling_rate": float("nan")},
+    *[{"array": np.zeros(9, np.float32), "sampling_rate": rate} for rate in ("high", [16_000], float("nan"))],
     {"audio": {"audio": {"audio": {"url": "x"}}}},
     (np.zeros(9, np.float32), 16_000, 1),
 ]
@@ -275,7 +240,7 @@ ABSURD_SAMPLES = [
         pytest.param("data:audio/wav;base64," + "A" * 100_000 + "#", "cannot be read", id="long"),
         (b"", "content of 0 bytes cannot be decoded"),
         (b"no sound at all" * 99, "content of 1485 bytes cannot be decoded"),
-        *[(FLAC.read_bytes()[:size], f"content of {size} bytes cannot be decoded") for size in (10, 100, 4000)],
+        *[(bytearray(FLAC.read_bytes()[:size]), f"of {size} bytes cannot be decoded") for size in (10, 100, 4000)],
         (np.zeros(0, np.float32), "holds no samples"),
         (np.array([0.1, np.nan]), "not finite"),
         (np.array([0.1, np.inf], np.float32), "not finite"),

@@ -129,14 +129,12 @@ def test_transformers_chat(server, demo_repo):
     assert answers[1] in chat.stdout.partition(answers[0])[2], chat.stdout
 
 
+NOWHERE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
 BAD = {
     "no sound": (serving.user(serving.input_audio(serving.GARBAGE)), "cannot be decoded"),
     "no picture": (serving.user(serving.picture(serving.GARBAGE)), "image"),
     "half a picture": (serving.user(serving.picture(serving.HALF_A_PICTURE)), "[a-z]{3}"),
-    "no such picture": (
-        serving.user({"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}),
-        "[a-z]{3}",
-    ),
+    "no such picture": (serving.user(NOWHERE), "[a-z]{3}"),
     "too many tokens": (serving.user(text("why " * 5_000)), "4096 positions"),
     "no type": (serving.user({}), "'type'"),
     "no address": (serving.user({"type": "image_url", "image_url": {}}), "'url'"),

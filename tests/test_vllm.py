@@ -65,38 +65,20 @@ def test_examples_are_answered_right(address, loaded, examples):
         check_ids(address, loaded, messages)
 
 
-@pytest.fixture(scope="module")
-def media(examples) -> dict[str, dict]:
-    """Content items: a short and a long clip, and two pictures."""
+def test_greedy_ids_equal_those_of_generate(address, loaded, examples):
+    """Content that no example has: text alone, a bare clip, both kinds of media in turns, and a conversation."""
     names = sorted((name for e in examples for name in e["audio"]), key=lambda name: (EXAMPLES / name).stat().st_size)
-    image = next(example["image"] for example in examples if example["image"])
-    pictures = {
-        "image": serving.picture(serving.read_base64(image)),
-        "photo": serving.picture(serving.read_base64("photo.png")),
-    }
-    return {"short": serving.sound(names[0]), "long": serving.sound(names[-1]), **pictures}
-
-
-# A message is the names of its content items; others are texts. The user and the assistant take turns.
-CONVERSATIONS = {
-    "text": [["What is in the photo?"]],
-    "audio": [["short"]],
-    "interleaved": [["image", "short", "and", "photo", "long"]],
-    "a conversation": [
-        ["short", "Transcribe the audio."],
-        ["two yellow stars"],
-        ["image", "Do the audio and the photo agree?"],
-    ],
-}
-
-
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_greedy_ids_equal_those_of_generate(name, address, loaded, media):
-    messages = [
-        {"role": role, "content": [media.get(item) or text(item) for item in items]}
-        for role, items in zip(("user", "assistant", "user"), CONVERSATIONS[name], strict=False)
-    ]
-    check_ids(address, loaded, messages)
+    short, long = serving.sound(names[0]), serving.sound(names[-1])
+    image = serving.picture(serving.read_base64(serving.of_skill(examples, "picture")["image"]))
+    photo = serving.picture(serving.read_base64("photo.png"))
+    answer = {"role": "assistant", "content": [text("two yellow stars")]}
+    for messages in (
+        serving.user(text("What is in the photo?")),
+        serving.user(short),
+        serving.user(image, short, text("and"), photo, long),
+        [*serving.user(short, text("Transcribe the audio.")), answer, *serving.user(image, text("Do they agree?"))],
+    ):
+        check_ids(address, loaded, messages)
 
 
 def test_clip_in_stereo_at_44100_hz(address, examples):
@@ -121,18 +103,18 @@ def test_clips_of_several_windows(seconds, address, loaded, examples):
 
 
 @pytest.mark.parametrize("what", ["no sound", "no picture", "too many clips", "too long a prompt", "too long a clip"])
-def test_bad_requests_are_400_and_the_engine_lives(what, address, media, examples):
+def test_bad_requests_are_400_and_the_engine_lives(what, address, examples):
+    example = serving.of_skill(examples, "transcribe")
     messages = {
         "no sound": serving.user(serving.input_audio(serving.GARBAGE)),
         "no picture": serving.user(serving.picture(serving.GARBAGE)),
-        "too many clips": serving.user(*[media["short"]] * 3),
+        "too many clips": serving.user(*[serving.sound(example["audio"][0])] * 3),
         "too long a prompt": serving.user(text("two red circles " * 3_000)),
         "too long a clip": serving.user(wav(np.zeros(90 * 16_000, np.float32))),
     }[what]
     with pytest.raises(openai.BadRequestError) as caught:
         serving.complete(address, "demo", messages)
     assert "Traceback" not in caught.value.response.text
-    example = serving.of_skill(examples, "transcribe")
     assert serving.answer_of(address, "demo", serving.openai_form(example)) == example["answer"]
 
 
