@@ -40,10 +40,7 @@ BIT_RATES = {"libopencore_amrnb": 12_200, "wmav2": 128_000}  # of codecs that ha
 
 
 def encode(samples: np.ndarray, name: str, layout: str = "mono", video: bool = False, **options: str) -> bytes:
-    """
-    Float32 `[samples]` at 16 kHz as a file of one of `ENCODINGS`, with pictures that grow brighter if asked. `options`
-    are FFmpeg's for the container.
-    """
+    """Float32 `[samples]` at 16 kHz as a file of one of `ENCODINGS`, perhaps with pictures that grow brighter."""
     codec, container, rate, format = ENCODINGS[name]
     frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
     frame.sample_rate = 16_000

@@ -80,7 +80,7 @@ def test_surround_sound_and_the_track_of_a_video(name, layout, original):
     assert best_match(ours, original)[0] > 0.98
 
 
-def test_every_way_to_hand_over_a_clip(tmp_path):
+def test_every_way_to_hand_over_a_clip():
     path = RECORDINGS / "english.wav"
     content = path.read_bytes()
     encoded = base64.b64encode(content).decode()
@@ -101,19 +101,15 @@ def test_every_way_to_hand_over_a_clip(tmp_path):
         {"audio": {"array": samples, "sampling_rate": rate}, "sampling_rate": 8000},
         {"array": (samples / 32768).tolist(), "sampling_rate": rate},
         (torch.from_numpy(samples), rate),
-        {"array": samples, "sampling_rate": rate},
         {"array": samples, "path": "elsewhere.wav", "sampling_rate": rate},
         {"bytes": content, "path": "elsewhere.wav"},
         {"bytes": None, "path": str(path)},
-        {"type": "audio", "audio": {"array": samples, "sampling_rate": rate}},
         {"type": "audio", "audio": samples, "sampling_rate": rate},
         {"audio_url": {"url": path.as_uri()}},
         {"input_audio": {"data": encoded, "format": "wav"}},
     ]
     for way in ways:
         assert torch.equal(fetch_audio(way), expected), type(way)
-    with path.open("rb") as file:
-        assert torch.equal(fetch_audio(file), expected)
 
 
 def test_decoders_of_datasets_and_torchcodec(tmp_path):
@@ -213,27 +209,9 @@ def test_without_torchaudio_a_line_says_where_sound_is_resampled(monkeypatch, ca
     ]
 
 
-ABSURD_SAMPLES = [
-    *[np.zeros(shape) for shape in ((0, 0), (), (1, 1, 1, 1, 1))],
-    np.float32(0.5),
-    *[np.zeros(3, dtype) for dtype in (complex, object, [("left", "f4"), ("right", "f4")], "datetime64[s]")],
-    np.broadcast_to(np.zeros((1, 1)), (2**20, 2**20)),
-    *[torch.zeros(3, dtype=dtype) for dtype in (torch.complex64, torch.bool)],
-    torch.zeros(2, 3).to_sparse(),
-    torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
-    torch.zeros((0, 3)),
-    {"array": [[0.1, 0.2], [0.3]], "sampling_rate": 16_000},
-    {"array": ["a", None], "sampling_rate": 16_000},
-    *[{"array": np.zeros(9, np.float32), "sampling_rate": rate} for rate in ("high", [16_000], float("nan"))],
-    {"audio": {"audio": {"audio": {"url": "x"}}}},
-    (np.zeros(9, np.float32), 16_000, 1),
-]
-
-
 @pytest.mark.parametrize(
     "source, message",
     [
-        *[(samples, "") for samples in ABSURD_SAMPLES],  # in any words
         ("nowhere/clip.wav", r"nowhere/clip.wav' is neither an existing file, nor an address, nor base64"),
         ("file:///nowhere/clip.wav", "nowhere/clip.wav"),
         ("http://127.0.0.1:9/clip.wav", "cannot be read: .*refused"),
@@ -253,13 +231,26 @@ ABSURD_SAMPLES = [
         (np.array(["a"]), "is no sound"),
         ([0.1, 0.2], "The list is no sound"),
         (None, "NoneType is no sound"),
-        (17, "int is no sound"),
         (ASSETS / "images" / "chelsea.png", "chelsea.png"),
         ({"type": "audio"}, "exactly one source"),
         ({"url": "a.wav", "path": "b.wav"}, "has url, path"),
         ((np.zeros(5, np.float32), 0), "whole number of Hz from 1000 to 768000, not 0"),
         ((np.zeros(5, np.float32), 44100.5), "not 44100.5"),
         ((np.zeros(2, np.float32), 768_000), "too short: 2 samples at 768000 Hz are none at 16000 Hz"),
+        # Others are refused in any words.
+        *[(np.zeros(shape), "") for shape in ((0, 0), (), (1, 1, 1, 1, 1))],
+        (np.float32(0.5), ""),
+        *[(np.zeros(3, dtype), "") for dtype in (complex, object, [("left", "f4"), ("right", "f4")], "datetime64[s]")],
+        (np.broadcast_to(np.zeros((1, 1)), (2**20, 2**20)), ""),
+        *[(torch.zeros(3, dtype=dtype), "") for dtype in (torch.complex64, torch.bool)],
+        (torch.zeros(2, 3).to_sparse(), ""),
+        (torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8), ""),
+        (torch.zeros((0, 3)), ""),
+        ({"array": [[0.1, 0.2], [0.3]], "sampling_rate": 16_000}, ""),
+        ({"array": ["a", None], "sampling_rate": 16_000}, ""),
+        *[({"array": np.zeros(9, np.float32), "sampling_rate": rate}, "") for rate in ("high", [16_000], float("nan"))],
+        ({"audio": {"audio": {"audio": {"url": "x"}}}}, ""),
+        ((np.zeros(9, np.float32), 16_000, 1), ""),
     ],
 )
 def test_what_is_no_sound_is_refused_by_name(source, message):

@@ -168,10 +168,8 @@ def test_text_arguments_stay_with_the_text(processor, sound):
     "arguments, message",
     [
         ({"audios": []}, "unexpected keyword argument 'audios'; did you mean 'audio'"),
-        ({"sample_rate": 8000}, "'sample_rate'"),
         ({"samplingrate": 8000}, "did you mean 'sampling_rate'"),
         ({"audio_kwargs": {"padding": True}}, "'padding'"),
-        ({"audio_kwargs": {"max_length": 5}}, "'max_length'"),
         ({"images_kwargs": {"max_pixel": 5}}, "'max_pixel'"),
         ({"raw_speech": []}, "'raw_speech'"),
     ],
@@ -234,7 +232,6 @@ def test_apply_chat_template_takes_sound_from_anywhere(processor, render):
         items = [
             {"type": "audio", "audio": str(path)},
             {"type": "audio", "path": str(path)},
-            {"type": "audio", "path": path},
             {"type": "audio", "url": url},
             {"type": "audio", "audio_url": url},
             {"type": "audio_url", "audio_url": {"url": url}},
@@ -274,7 +271,6 @@ def test_messages_with_pictures_in_any_form(render, photo, sound):
     "item, message",
     [
         ({"type": "sound", "sound": "x.wav"}, r"type 'sound' and keys \['type', 'sound'\] cannot be taken: expected"),
-        ({"type": "audios", "audio": "x.wav"}, "type 'audios'"),
         ({"speech": "x.wav"}, r"type None and keys \['speech'\]"),
         ("just words", "Python type str"),
         ({"type": "text", "content": "words"}, "needs a string under 'text'"),
@@ -309,16 +305,16 @@ def test_template_alone_drops_nothing(processor, sound):
     assert "Picture 1: <|vision_start|>" in numbered and "Audio 2: <|audio_pad|>" in numbered
 
 
-@pytest.mark.parametrize("with_system", [False, True])
-def test_template_equals_qwen2_vl_without_audio(with_system, processor):
+@pytest.mark.parametrize("first", [[], [{"role": "system", "content": "Be brief."}]])
+def test_template_equals_qwen2_vl_without_audio(first, processor):
     published = json.loads((ASSETS / "qwen2-vl-7b" / "chat_template.json").read_text())["chat_template"]
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
     messages = [
+        *first,
         {"role": "user", "content": [{"type": "image"}, text("What\nis this? "), {"type": "video"}]},
         {"role": "assistant", "content": "A cat.\n"},
         {"role": "user", "content": "  Sure?"},
     ]
-    messages = [{"role": "system", "content": "Be brief."}, *messages] if with_system else messages
     for options in ({}, {"add_generation_prompt": True}, {"add_vision_id": True}):
         ours = processor.apply_chat_template(messages, **options)
         assert ours == tokenizer.apply_chat_template(messages, chat_template=published, tokenize=False, **options)

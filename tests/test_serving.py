@@ -1,6 +1,4 @@
-"""
-make test ONLY=tests/test_serving.py: the folder behind transformers' pipelines and behind `handler.py`, over HTTP.
-"""
+"""make test ONLY=tests/test_serving.py: the folder behind transformers' pipelines, and behind `handler.py`."""
 
 import contextlib
 import importlib.util
@@ -27,7 +25,6 @@ from demo.world import SKILLS
 
 
 SHORT = {"max_new_tokens": 12}
-JSON = {"content-type": "application/json"}
 ENDLESS = Image.new("RGB", (100, 100))  # the answer to it goes on until `max_new_tokens`
 
 
@@ -152,7 +149,8 @@ def test_pictures_are_read_as_transformers_reads_them(mode, module, handler):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_requests_are_short_errors(name, address):
     body, words = BAD[name]
-    response = httpx.post(address, content=json.dumps(body), headers=JSON, timeout=60)
+    headers = {"content-type": "application/json"}
+    response = httpx.post(address, content=json.dumps(body), headers=headers, timeout=60)
     error = response.json()["error"]
     assert response.status_code == 400 and set(response.json()) == {"error"}
     assert words in error and len(error) <= 400 and "Traceback" not in error and "\n" not in error

@@ -1,7 +1,4 @@
-"""
-make test-vllm: the demo checkpoint behind `vllm serve`, asked over HTTP. vLLM has a virtual environment of its own, as
-it pins another torch. Its answers are compared with those of `generate` in this environment.
-"""
+"""make test-vllm: the answers of `vllm serve`, in an environment of its own, are those of `generate` in this one."""
 
 import base64
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +11,9 @@ import serving
 import torch
 from helpers import text
 from sounds import encode
-from transformers import AutoModel, AutoProcessor
 
 from audio_utils import fetch_audio
-from demo.ask import EXAMPLES, write_questions
+from demo.ask import EXAMPLES, load, write_questions
 from demo.world import SKILLS
 from evaluation import __main__ as evaluation
 from evaluation.scoring import read_predictions
@@ -34,14 +30,9 @@ def address(demo_repo, tmp_path_factory):
         yield address
 
 
-def load(repo):
-    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
-    return processor, AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=torch.float32).eval()
-
-
 @pytest.fixture(scope="module")
 def loaded(demo_repo):
-    return load(demo_repo)
+    return load(demo_repo, torch.float32)
 
 
 def check_ids(address: str, loaded, messages: list[dict]):
@@ -146,7 +137,7 @@ def test_rows_are_evaluated_as_by_generate(address, demo_repo, tmp_path):
 def test_trimmed_audio_tokens(repo_30s, tmp_path):
     """Windows of 30 s, random weights: clips of a part of a window, of one, and of some, alone and together."""
     folder = build(checkpoint=repo_30s, output=tmp_path / "trimmed", audio_tokens="trimmed")
-    loaded, rng = load(folder), np.random.default_rng(0)
+    loaded, rng = load(folder, torch.float32), np.random.default_rng(0)
 
     def clip(seconds: float) -> dict:
         return wav(rng.normal(0, 0.1, round(seconds * 16_000)).astype(np.float32))
