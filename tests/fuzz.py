@@ -9,18 +9,18 @@ crashes, a sample that is not a number) is an error of the run.
 import argparse
 import collections
 import faulthandler
-import functools
 import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+import zlib
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from bombs import id3
 from sounds import ENCODINGS, RECORDINGS, encode
 
 import audio_decoding
@@ -28,93 +28,54 @@ from audio_utils import AudioError, fetch_audio
 
 
 EXTREMES = (0, 1, 2, 2**7, 2**15, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
-ATOMS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf", b"edts", b"udta")  # of mp4, that hold atoms
-ELEMENTS = (0x18538067, 0x1654AE6B, 0xAE, 0xE1, 0x1F43B675, 0x6D80)  # of matroska, that hold elements
+# The names of the parts of wav, avi, aiff and caf; of ogg and flac; of mp4; of matroska; and of mp3.
+PARTS = re.compile(
+    rb"RIFF|LIST|fmt |fact|avih|strh|strf|movi|idx1|FORM|COMM|SSND|caff|desc|pakt|data"
+    rb"|OggS|OpusHead|OpusTags|fLaC"
+    rb"|ftyp|moov|mvhd|trak|tkhd|mdia|mdhd|minf|stbl|stsd|stsc|stsz|stco|stts|esds|edts|elst|udta|mdat|moof|traf"
+    rb"|\x1a\x45\xdf\xa3|\x18\x53\x80\x67|\x15\x49\xa9\x66|\x16\x54\xae\x6b|\x1f\x43\xb6\x75|\x1c\x53\xbb\x6b"
+    rb"|\xa3(?:[\x80-\xff]|[\x40-\x7f].)\x81|ID3|Xing|Info|LAME",
+    re.DOTALL,
+)
+MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte with its bits in the other order
 
 
 def mutate(generator: random.Random, originals: list[bytes]) -> bytes:
     """Bytes flipped, cut, dropped, spliced or set anywhere."""
     content = bytearray(generator.choice(originals))
     place = generator.randrange(len(content))
-    kind = generator.choice(["flip", "header", "cut", "drop", "splice", "random", "number"])
-    if kind in ("flip", "header"):
+    change = generator.choice(["flip", "header", "cut", "drop", "splice", "random", "number"])
+    if change in ("flip", "header"):
+        end = min(len(content), 300) if change == "header" else len(content)
         for _ in range(generator.choice([1, 5, 50])):
-            content[generator.randrange(300 if kind == "header" else len(content))] ^= 1 << generator.randrange(8)
-    elif kind == "cut":
+            content[generator.randrange(end)] ^= 1 << generator.randrange(8)
+    elif change == "cut":
         del content[place:]
-    elif kind == "drop":
+    elif change == "drop":
         del content[place : place + generator.randrange(1, 5000)]
-    elif kind == "splice":
+    elif change == "splice":
         other = generator.choice(originals)
         content[place:] = other[generator.randrange(len(other)) :]
-    elif kind == "random":
+    elif change == "random":
         content[place : place + 64] = generator.randbytes(64)
     else:  # a size, rate or count at its extremes
         place = generator.randrange(400)
-        content[place : place + 4] = generator.choice([0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1]).to_bytes(4, "little")
+        content[place : place + 4] = generator.choice(EXTREMES).to_bytes(4, "little")
     return bytes(content)
 
 
 def mutate_structure(generator: random.Random, originals: list[bytes]) -> bytes:
-    """A field of a chunk, page, atom, element, block or tag changed, with the checksums that it needs to be read."""
+    """A field near the name of a part changed, with the checksums that it needs to be read; or a tag before all."""
     content = bytearray(generator.choice(originals))
-    parts = list(find_parts(bytes(content)))
-    if not parts or generator.random() < 0.1:
-        return id3(generator) + bytes(content)
+    places = [match.start() for match in PARTS.finditer(content)]
+    if not places or generator.random() < 0.1:
+        return make_tag(generator) + bytes(content)
     for _ in range(generator.choice([1, 1, 2, 5])):
-        start, end = generator.choice(parts)
-        place = generator.randrange(start, min(end, start + 64)) if start < end else start
+        place = max(0, generator.choice(places) + generator.randrange(-4, 64))
         width = generator.choice([1, 2, 3, 4, 8])
         value = generator.choice([*EXTREMES, generator.randrange(2**32)]) % 2 ** (8 * width)
         content[place : place + width] = value.to_bytes(width, generator.choice(["big", "little"]))
     return repair_pages(content) if content[:4] == b"OggS" else bytes(content)
-
-
-def find_parts(content: bytes) -> Iterator[tuple[int, int]]:
-    """The places of sizes and contents of the parts that a container is made of."""
-    if content[:4] in (b"RIFF", b"FORM"):
-        place, order = 12, "little" if content[:4] == b"RIFF" else "big"
-        while place + 8 <= len(content):
-            size = int.from_bytes(content[place + 4 : place + 8], order)
-            yield place + 4, min(len(content), place + 8 + size)
-            place += 8 + size + size % 2
-    elif content[:4] == b"OggS":
-        yield from ((match.start() + 4, match.start() + 60) for match in re.finditer(b"OggS", content))
-    elif content[:4] == b"fLaC":
-        place, is_last = 4, False
-        while place + 4 <= len(content) and not is_last:
-            is_last = bool(content[place] & 0x80)
-            size = int.from_bytes(content[place + 1 : place + 4], "big")
-            yield place, place + 4 + size
-            place += 4 + size
-    elif content[4:8] == b"ftyp":
-        yield from find_nested(content, read_atom, 0, len(content))
-    elif content[:4] == b"\x1a\x45\xdf\xa3":
-        yield from find_nested(content, read_element, 0, len(content))
-
-
-def find_nested(content: bytes, read_head: Callable, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The parts between two places, and the parts in them. `read_head` gives the places of a size and a content."""
-    while start + 2 <= end and (head := read_head(content, start)):
-        place, inner, size, holds_parts = head
-        yield place, min(end, inner + size)
-        if holds_parts:
-            yield from find_nested(content, read_head, inner, min(end, inner + size))
-        start = inner + size
-
-
-def read_atom(content: bytes, start: int) -> tuple[int, int, int, bool] | None:
-    size, name = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8]
-    return (start, start + 8, size - 8, name in ATOMS) if size >= 8 else None
-
-
-def read_element(content: bytes, start: int) -> tuple[int, int, int, bool] | None:
-    place = start + 9 - content[start].bit_length()  # after the id
-    if not content[start] or place >= len(content) or not content[place]:
-        return None
-    inner = place + 9 - content[place].bit_length()
-    size = int.from_bytes(content[place:inner], "big") & (1 << 7 * (inner - place)) - 1
-    return place, inner, size, int.from_bytes(content[start:place], "big") in ELEMENTS
 
 
 def repair_pages(content: bytearray) -> bytes:
@@ -122,32 +83,22 @@ def repair_pages(content: bytearray) -> bytes:
     starts = [match.start() for match in re.finditer(b"OggS", content)]
     for start, end in zip(starts, [*starts[1:], len(content)], strict=True):
         content[start + 22 : start + 26] = bytes(4)
-        checksum = 0
-        for byte in content[start:end]:
-            checksum = (checksum << 8 & 0xFFFFFFFF) ^ checksum_of(checksum >> 24 ^ byte)
-        content[start + 22 : start + 26] = checksum.to_bytes(4, "little")
+        # It is zlib's without its inversions, and with the bits in the other order.
+        checksum = ~zlib.crc32(content[start:end].translate(MIRRORED), 2**32 - 1) & (2**32 - 1)
+        content[start + 22 : start + 26] = checksum.to_bytes(4, "big").translate(MIRRORED)
     return bytes(content)
 
 
-@functools.cache
-def checksum_of(byte: int) -> int:
-    value = byte << 24
-    for _ in range(8):
-        value = (value << 1 ^ 0x04C11DB7) & 0xFFFFFFFF if value & 2**31 else value << 1
-    return value
-
-
-def id3(generator: random.Random) -> bytes:
-    """A tag of some frames, one of whose sizes lies."""
-    body = b""
-    for _ in range(generator.choice([1, 20, 2000])):
-        name = generator.choice([b"TXXX", b"APIC", b"COMM", b"GEOB", b"CHAP", b"PRIV"])
-        field = generator.randbytes(generator.randrange(40))
-        size = generator.choice(EXTREMES) if generator.random() < 0.01 else len(field)
-        body += name + size.to_bytes(4, "big") + bytes(2) + field
-    size = len(body) if generator.random() < 0.8 else generator.randrange(2**28)
-    version = generator.choice([2, 3, 4])
-    return b"ID3" + bytes([version, 0, 0]) + bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0)) + body
+def make_tag(generator: random.Random) -> bytes:
+    """An ID3 tag of some frames, where some of the bytes may lie, also those of its sizes."""
+    names = [b"TXXX", b"APIC", b"COMM", b"GEOB", b"CHAP", b"PRIV"]
+    count = generator.choice([1, 20, 2000])
+    frames = [(generator.choice(names), generator.randbytes(generator.randrange(40))) for _ in range(count)]
+    tag = bytearray(id3(frames))
+    tag[3] = generator.choice([2, 3, 4])  # the version
+    for _ in range(generator.choice([0, 1, 20])):
+        tag[generator.randrange(6, min(len(tag), generator.choice([40, 10**6])))] = generator.randrange(256)
+    return bytes(tag)
 
 
 def main():
@@ -167,7 +118,7 @@ def main():
     pool = audio_decoding.WorkerPool(1, audio_decoding.WORKER_SECONDS)
     (worker,), audio_decoding.POOLS = pool.free, (pool,)
     fetch_audio(originals[0], public_only=True)
-    before, largest = resident(worker), 0.0
+    before, largest = peak_memory(worker.process.pid), 0.0
     for _ in range(arguments.mutations):
         is_blind = generator.random() < 0.5
         content = mutate(generator, originals) if is_blind else mutate_structure(generator, short)
@@ -184,17 +135,16 @@ def main():
             outcomes["refused"] += 1
         slowest = max(slowest, time.monotonic() - start)
         if worker.process.poll() is None and worker.process.pid == process:
-            largest = max(largest, resident(worker) - before)
+            largest = max(largest, peak_memory(process) - before)
     print(
         f"files={len(originals)} decoded={outcomes['decoded']} refused={outcomes['refused']} "
         f"seconds={slowest:.2f} megabytes={largest:.0f}"
     )
 
 
-def resident(worker: audio_decoding.DecodingWorker) -> float:
-    """The most MB that a worker held so far."""
-    status = Path(f"/proc/{worker.process.pid}/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+def peak_memory(pid: int | str = "self") -> float:
+    """The most MB that a process held so far. What `resource` says of a child may be the peak of its parent."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 
 if __name__ == "__main__":

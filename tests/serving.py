@@ -2,19 +2,25 @@
 
 import base64
 import contextlib
+import http.server
 import io
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
+from urllib.parse import unquote
 
 import httpx
 import openai
+import pytest
+import trustme
 import uvicorn
 from huggingface_hub import InferenceClient
 from PIL import Image
@@ -24,6 +30,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from demo.ask import EXAMPLES
+from demo.bases import ASSETS
 from demo.world import SKILLS
 from publishing.paths import ROOT
 
@@ -97,10 +104,6 @@ def blank_picture(width: int, height: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def nested(depth: int) -> dict:
-    return {"audio": nested(depth - 1)} if depth else {"url": "x"}
-
-
 def ask(inputs, **parameters) -> dict:
     return {"inputs": inputs, "parameters": parameters}
 
@@ -117,37 +120,23 @@ BAD = {
     "a strange role": (ask([{"role": "tool", "content": "Hi."}]), "system, user, assistant"),
     "the assistant last": (ask([{"role": "assistant", "content": "Hi."}]), "last message"),
     "a number for content": (ask([{"role": "user", "content": 3}]), "a text or a list of items, got a int"),
-    "strange content": (ask(user({"type": "smell"})), "smell"),
     "a video": (ask(user({"type": "video", "video": "x"})), "video is not served"),
     "a local sound": (ask({"audio": str(EXAMPLES / "speech.mp3")}), "local files"),
-    "a file address": (ask({"audio": "file:///etc/passwd"}), "local files"),
     "a local picture": (ask({"image": str(EXAMPLES / "photo.png")}), "local files"),
     "a private address": (ask({"image": "http://127.0.0.1/x.png"}), "not a public address"),
-    "the cloud's own address": (ask({"audio": "http://169.254.169.254/"}), "not a public address"),
     "no sound": (ask({"audio": GARBAGE}), "cannot be decoded"),
     "no picture": (ask({"image": GARBAGE}), "PNG"),
     "half a picture": (ask({"image": HALF_A_PICTURE}), "broken"),
     "a bomb of a picture": (ask({"image": blank_picture(8192, 8193)}), "pixels"),
     # Each has an eighth and a little more of the pixels that a request may have.
     "eight large pictures": (ask({"image": [blank_picture(8192, 1025)] * 8}), "pixels together"),
-    "an address without one": (
-        ask(user({"type": "image_url", "image_url": {}})),
-        '["content"][0]: An item of image needs',
-    ),
-    "a rate in words": (ask(user({"type": "audio", "array": [0.1], "sampling_rate": "high"})), "whole number of Hz"),
-    "a number for text": (ask({"text": 5}), "string under 'text'"),
     "half a character": (ask("\ud800"), "surrogate"),
-    "deep nesting": (ask({"audio": nested(400)}), "dict of dicts"),
     "a million items": (ask({"text": [""] * 1_000_000}), "1000000 items"),
     "a thousand items and more": (ask(user(*[{"type": "text", "text": ""}] * 1_025)), "1025 items"),
-    "two sources": (ask(user({"type": "image", "url": "x", "base64": "y"})), "one source"),
     "nine clips": (ask({"audio": [read_base64("speech.mp3")] * 9}), "9 items of type audio"),
     "too much text": (ask("a " * 50_001), "characters"),
     "too many tokens": (ask("a b " * 2_000), "it must have at most 4096"),
-    "too long an answer": (
-        ask("Hi.", max_new_tokens=10**5),
-        "max_new_tokens must be an int from 1 to 1024, got 100000",
-    ),
+    "too long an answer": (ask("Hi.", max_new_tokens=10**5), "must be an int from 1 to 1024, got 100000"),
     "no number": (ask("Hi.", temperature="hot"), "temperature"),
     "a truth for a number": (ask("Hi.", max_new_tokens=True), "max_new_tokens"),
     "not a number": (ask("Hi.", top_p=float("nan")), "top_p"),
@@ -192,6 +181,64 @@ def serve(app: Starlette):
     thread.join()
 
 
+class ByPath(http.server.BaseHTTPRequestHandler):
+    """Behaves as the path says, and sends english.wav where nothing is wrong."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        with contextlib.suppress(OSError):
+            self.answer(self.path[1:], (ASSETS / "audio" / "english.wav").read_bytes(), self.server.stopped.wait)
+
+    def start(self, status: int, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def answer(self, path: str, recording: bytes, wait):
+        name, _, target = path.partition("=")
+        if path == "slow-header":
+            while not wait(0.2):
+                self.wfile.write(b"H")
+        elif path == "missing":
+            self.send_error(404)
+        elif name in ("to", "late-to"):
+            wait(name == "late-to")  # 1 s
+            self.start(302, Location=unquote(target))
+        elif path == "loop":
+            self.start(302, Location="/loop")
+        elif path in ("endless", "endless-redirect", "slow"):
+            self.start(302 if path == "endless-redirect" else 200, Location="/clip.wav")
+            while not wait(0.2 if path == "slow" else 0):
+                self.wfile.write(bytes(1 if path == "slow" else 2**16))
+        elif path == "chunked":
+            self.protocol_version = "HTTP/1.1"
+            self.start(200, Transfer_Encoding="chunked")
+            for piece in (recording[:50_000], recording[50_000:], b""):
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        else:
+            self.start(206 if path == "partial" else 200, Content_Length=len(recording) + 1000 * (path == "short"))
+            self.wfile.write(recording)
+
+
+@contextlib.contextmanager
+def serve_by_path(certificate: trustme.LeafCert | None = None):
+    """Yields the address of the root of a server that behaves as the path of a request says, see `ByPath`."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ByPath)
+    server.stopped = threading.Event()
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        certificate.configure_cert(context)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with server:
+        yield f"http{'s' if certificate else ''}://127.0.0.1:{server.server_address[1]}/"
+        server.stopped.set()
+        server.shutdown()
+
+
 @contextlib.contextmanager
 def serve_process(command: list[str], folder: Path, health: str = "/health", **environment: str):
     """Yields the address of a server in a process of its own, once it answers at `health`; its log lies in `folder`."""
@@ -209,17 +256,16 @@ def serve_process(command: list[str], folder: Path, health: str = "/health", **e
                 time.sleep(0.5)
             yield address
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 15)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait()
+            for signal in (15, 9):
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, signal)
+                    process.wait(30)
 
 
 def serve_vllm(repo: Path, folder: Path, *settings: str, **environment: str):
-    """Serves a repository by `vllm serve` under the name `demo`."""
+    """Serves a repository by `vllm serve` under the name `demo`, or skips the test where vLLM is not installed."""
+    if not VLLM.exists():
+        pytest.skip("vLLM is not installed; `make test-vllm` installs it where it can be had for this machine.")
     command = [str(VLLM.parent / "bin" / "python"), "-m", "vllm.entrypoints.cli.main", "serve", str(repo)]
     return serve_process([*command, *SETTINGS, *settings], folder, **VLLM_ENVIRONMENT, **environment)
 
@@ -245,6 +291,7 @@ def answer_of(address: str, model, messages: list[dict]) -> str:
     return complete(address, model, messages).choices[0].message.content
 
 
+@mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # or `InferenceClient` asks no server at all
 def answers_by_client(address: str, model, messages: list[dict]) -> list[str]:
     """Returns the greedy answers of `openai` and `huggingface_hub`, each whole and streamed."""
     hub = InferenceClient(base_url=address).chat_completion

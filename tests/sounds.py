@@ -39,13 +39,13 @@ ENCODINGS = {
 BIT_RATES = {"libopencore_amrnb": 12_200, "wmav2": 128_000}  # of codecs that have no default
 
 
-def encode(samples: np.ndarray, name: str, layout: str = "mono", video: bool = False) -> bytes:
-    """Float32 `[samples]` at 16 kHz as a file of one of `ENCODINGS`, with pictures that grow brighter if asked."""
+def encode(samples: np.ndarray, name: str, layout: str = "mono", video: bool = False, **options: str) -> bytes:
+    """Float32 `[samples]` at 16 kHz as a file of one of `ENCODINGS`, perhaps with pictures that grow brighter."""
     codec, container, rate, format = ENCODINGS[name]
     frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
     frame.sample_rate = 16_000
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4" if video and container != "webm" else container) as output:
+    with av.open(file, "w", format="mp4" if video and container != "webm" else container, options=options) as output:
         if video:
             pictures = output.add_stream("vp8" if container == "webm" else "mpeg4", rate=8)
             pictures.width = pictures.height = 56

@@ -4,25 +4,24 @@ import base64
 import io
 import os
 import re
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import av
-import datasets
 import numpy as np
 import pytest
 import soundfile
 import soxr
 import torch
+from helpers import answer, start_python
 from sounds import ENCODINGS, RECORDINGS, encode
 from transformers import WhisperFeatureExtractor
 
 import audio_utils
-from audio_utils import AudioError, fetch_audio, log_mel, split_windows
-from configuration_qwen2_audio_vl import tokens_per_window
+from audio_utils import AudioError, fetch_audio, log_mel
 from demo.bases import ASSETS
+
+
+FLAC = RECORDINGS / "audio-stereo-16-bit-44100Hz.flac"
 
 
 @pytest.fixture(scope="module")
@@ -31,30 +30,12 @@ def original() -> np.ndarray:
     return fetch_audio(RECORDINGS / "jfk.wav")[:48_000].numpy()
 
 
-@pytest.mark.parametrize("name", ["jfk.wav", "jfk.mp3", "english.wav", "audio-stereo-16-bit-44100Hz.flac"])
-def test_recordings_equal_an_independent_decoder(name):
-    ours, (samples, rate) = fetch_audio(RECORDINGS / name), soundfile.read(RECORDINGS / name, always_2d=True)
-    theirs = soxr.resample(samples.mean(axis=1), rate, 16000)
-    assert ours.dtype == torch.float32 and ours.ndim == 1 and abs(len(ours) - len(theirs)) <= 1
-    length = min(len(ours), len(theirs))
-    assert np.corrcoef(ours[:length].numpy(), theirs[:length])[0, 1] > 0.999
-
-
-def test_length_of_known_clips():
-    assert len(fetch_audio(RECORDINGS / "jfk.wav")) == 176_000  # 11.0 s
-    samples = soundfile.info(RECORDINGS / "english.wav").frames
-    assert abs(len(fetch_audio(RECORDINGS / "english.wav")) - samples * 160 / 441) < 1  # 44.1 kHz
-    assert abs(len(fetch_audio(RECORDINGS / "sample1.webm")) / 16_000 - 7.12) < 0.01
-    assert len(fetch_audio(RECORDINGS / "jfk.wav", sr=8000)) == 88_000
-
-
 def test_files_are_exact():
     """A mono file at its own rate, and the mean of the channels of a stereo file."""
     expected, _ = soundfile.read(RECORDINGS / "jfk.wav", dtype="float32")
     assert torch.equal(fetch_audio(str(RECORDINGS / "jfk.wav")), torch.from_numpy(expected))
-    stereo, _ = soundfile.read(RECORDINGS / "audio-stereo-16-bit-44100Hz.flac", dtype="float32")
-    ours = fetch_audio(RECORDINGS / "audio-stereo-16-bit-44100Hz.flac", sr=44100)
-    torch.testing.assert_close(ours, torch.from_numpy(stereo.mean(axis=1)), atol=1e-6, rtol=0)
+    stereo, _ = soundfile.read(FLAC, dtype="float32")
+    torch.testing.assert_close(fetch_audio(FLAC, sr=44100), torch.from_numpy(stereo.mean(axis=1)), atol=1e-6, rtol=0)
 
 
 def best_match(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int]:
@@ -99,7 +80,7 @@ def test_surround_sound_and_the_track_of_a_video(name, layout, original):
     assert best_match(ours, original)[0] > 0.98
 
 
-def test_every_way_to_hand_over_a_clip(tmp_path):
+def test_every_way_to_hand_over_a_clip():
     path = RECORDINGS / "english.wav"
     content = path.read_bytes()
     encoded = base64.b64encode(content).decode()
@@ -120,36 +101,15 @@ def test_every_way_to_hand_over_a_clip(tmp_path):
         {"audio": {"array": samples, "sampling_rate": rate}, "sampling_rate": 8000},
         {"array": (samples / 32768).tolist(), "sampling_rate": rate},
         (torch.from_numpy(samples), rate),
-        {"array": samples, "sampling_rate": rate},
         {"array": samples, "path": "elsewhere.wav", "sampling_rate": rate},
         {"bytes": content, "path": "elsewhere.wav"},
         {"bytes": None, "path": str(path)},
-        {"type": "audio", "audio": {"array": samples, "sampling_rate": rate}},
         {"type": "audio", "audio": samples, "sampling_rate": rate},
         {"audio_url": {"url": path.as_uri()}},
         {"input_audio": {"data": encoded, "format": "wav"}},
     ]
     for way in ways:
         assert torch.equal(fetch_audio(way), expected), type(way)
-    with path.open("rb") as file:
-        assert torch.equal(fetch_audio(file), expected)
-
-
-def test_rows_of_datasets(tmp_path):
-    """Bytes and paths as `datasets` stores them, from memory and streamed from a file as from the Hub."""
-    names = ["jfk.mp3", "english.wav", "sample1.webm"]
-    rows = [{"audio": {"bytes": (RECORDINGS / name).read_bytes(), "path": name}} for name in names]
-    rows.append({"audio": {"bytes": rows[0]["audio"]["bytes"], "path": None}})
-    rows.append({"audio": {"bytes": None, "path": str(RECORDINGS / "jfk.wav")}})
-    data = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
-    data.to_parquet(tmp_path / "data.parquet")
-    streamed = datasets.load_dataset(
-        "parquet", data_files=str(tmp_path / "data.parquet"), split="train", streaming=True, cache_dir=str(tmp_path)
-    )
-    expected = [fetch_audio(RECORDINGS / name) for name in (*names, names[0], "jfk.wav")]
-    for source in (data, streamed.cast_column("audio", datasets.Audio(decode=False))):
-        for row, samples in zip(source, expected, strict=True):
-            assert torch.equal(fetch_audio(row["audio"]), samples) and torch.equal(fetch_audio(row), samples)
 
 
 def test_decoders_of_datasets_and_torchcodec(tmp_path):
@@ -165,7 +125,7 @@ def test_decoders_of_datasets_and_torchcodec(tmp_path):
         import datasets, torch
         from torchcodec.decoders import AudioDecoder
         from audio_utils import fetch_audio
-        for name in ("jfk.wav", "english.wav", "audio-stereo-16-bit-44100Hz.flac", "sample1.webm"):
+        for name in ("jfk.wav", "english.wav", "{FLAC.name}", "sample1.webm"):
             path = f"{RECORDINGS}/{{name}}"
             rows = datasets.Dataset.from_dict({{"audio": [path]}})
             decoder = rows.cast_column("audio", datasets.Audio())[0]["audio"]
@@ -175,9 +135,10 @@ def test_decoders_of_datasets_and_torchcodec(tmp_path):
             torch.testing.assert_close(fetch_audio(decoder), expected, atol=1e-4, rtol=0)
             torch.testing.assert_close(fetch_audio({{"audio": AudioDecoder(path)}}), expected, atol=1e-4, rtol=0)
             assert abs(len(fetch_audio(slower)) - len(expected)) < 160  # 10 ms, which torchcodec drops of Vorbis
+        print("TOKENS")
     """
     environment = {**os.environ, "LD_LIBRARY_PATH": f"{tmp_path}:{libraries}"}
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=True, timeout=300)
+    answer(start_python(code, env=environment))
 
 
 @pytest.mark.parametrize(
@@ -200,15 +161,14 @@ def test_channels_are_averaged_whichever_axis_they_are_on():
     assert len(fetch_audio(np.zeros((1, 700), np.int16))) == len(fetch_audio(np.zeros((700, 1), np.int16))) == 700
 
 
-@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 96000])
+@pytest.mark.parametrize("rate", [1001, 8000, 11025, 22050, 44100, 47_999, 48000, 96000, 767_999])
 def test_resampling_keeps_pitch_and_length(rate):
-    time = np.arange(rate * 2) / rate
-    tone = (0.5 * np.sin(2 * np.pi * 1000 * time)).astype(np.float32)
-    resampled = fetch_audio((tone, rate)).numpy()
+    """Also between rates without a common divisor."""
+    hertz = 100 if rate < 8000 else 1000
+    tone, expected = (torch.sin(2 * torch.pi * hertz * torch.arange(2 * n) / n) for n in (rate, 16_000))
+    resampled = fetch_audio((tone, rate))
     assert len(resampled) == 32_000
-    expected = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(32_000) / 16_000)
-    assert np.abs(resampled - expected)[200:-200].max() < 2e-3
-    assert np.argmax(np.abs(np.fft.rfft(resampled))) == 2000  # 1000 Hz in bins of 0.5 Hz
+    torch.testing.assert_close(resampled[500:-500], expected[500:-500], atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 96000])
@@ -216,18 +176,11 @@ def test_resampling_keeps_pitch_and_length(rate):
 def test_both_resamplers_agree(rate, samples):
     """What an accelerator would do, run on the CPU: equal for all but the last digits, at the edges as well."""
     accelerated = audio_utils.torchaudio_resampler(rate, 16_000, torch.device("cpu"))
-    for name in ("jfk.wav", "audio-stereo-16-bit-44100Hz.flac"):
-        sound = fetch_audio(RECORDINGS / name, sr=rate)[rate // 2 :][:samples]
+    for path in (RECORDINGS / "jfk.wav", FLAC):
+        sound = fetch_audio(path, sr=rate)[rate // 2 :][:samples]
         expected = audio_utils.resample(sound, rate, 16_000)
         assert len(expected) == round(len(sound) * 16_000 / rate)
         torch.testing.assert_close(accelerated(sound)[: len(expected)], expected, atol=5e-4, rtol=0)
-
-
-@pytest.mark.parametrize("rate", [1001, 47_999, 767_999])
-def test_rates_of_no_common_divisor(rate):
-    tone = torch.sin(2 * torch.pi * 100 * torch.arange(rate) / rate)
-    expected = torch.sin(2 * torch.pi * 100 * torch.arange(16_000) / 16_000)
-    torch.testing.assert_close(fetch_audio((tone, rate))[500:-500], expected[500:-500], atol=1e-3, rtol=0)
 
 
 def test_what_overshoots_is_clipped_unless_it_was_given():
@@ -262,9 +215,10 @@ def test_without_torchaudio_a_line_says_where_sound_is_resampled(monkeypatch, ca
         ("nowhere/clip.wav", r"nowhere/clip.wav' is neither an existing file, nor an address, nor base64"),
         ("file:///nowhere/clip.wav", "nowhere/clip.wav"),
         ("http://127.0.0.1:9/clip.wav", "cannot be read: .*refused"),
-        ("data:audio/wav;base64,###", "cannot be read"),
+        pytest.param("data:audio/wav;base64," + "A" * 100_000 + "#", "cannot be read", id="long"),
         (b"", "content of 0 bytes cannot be decoded"),
         (b"no sound at all" * 99, "content of 1485 bytes cannot be decoded"),
+        *[(bytearray(FLAC.read_bytes()[:size]), f"of {size} bytes cannot be decoded") for size in (10, 100, 4000)],
         (np.zeros(0, np.float32), "holds no samples"),
         (np.array([0.1, np.nan]), "not finite"),
         (np.array([0.1, np.inf], np.float32), "not finite"),
@@ -277,50 +231,32 @@ def test_without_torchaudio_a_line_says_where_sound_is_resampled(monkeypatch, ca
         (np.array(["a"]), "is no sound"),
         ([0.1, 0.2], "The list is no sound"),
         (None, "NoneType is no sound"),
-        (17, "int is no sound"),
         (ASSETS / "images" / "chelsea.png", "chelsea.png"),
         ({"type": "audio"}, "exactly one source"),
         ({"url": "a.wav", "path": "b.wav"}, "has url, path"),
         ((np.zeros(5, np.float32), 0), "whole number of Hz from 1000 to 768000, not 0"),
         ((np.zeros(5, np.float32), 44100.5), "not 44100.5"),
         ((np.zeros(2, np.float32), 768_000), "too short: 2 samples at 768000 Hz are none at 16000 Hz"),
+        # Others are refused in any words.
+        *[(np.zeros(shape), "") for shape in ((0, 0), (), (1, 1, 1, 1, 1))],
+        (np.float32(0.5), ""),
+        *[(np.zeros(3, dtype), "") for dtype in (complex, object, [("left", "f4"), ("right", "f4")], "datetime64[s]")],
+        (np.broadcast_to(np.zeros((1, 1)), (2**20, 2**20)), ""),
+        *[(torch.zeros(3, dtype=dtype), "") for dtype in (torch.complex64, torch.bool)],
+        (torch.zeros(2, 3).to_sparse(), ""),
+        (torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8), ""),
+        (torch.zeros((0, 3)), ""),
+        ({"array": [[0.1, 0.2], [0.3]], "sampling_rate": 16_000}, ""),
+        ({"array": ["a", None], "sampling_rate": 16_000}, ""),
+        *[({"array": np.zeros(9, np.float32), "sampling_rate": rate}, "") for rate in ("high", [16_000], float("nan"))],
+        ({"audio": {"audio": {"audio": {"url": "x"}}}}, ""),
+        ((np.zeros(9, np.float32), 16_000, 1), ""),
     ],
 )
 def test_what_is_no_sound_is_refused_by_name(source, message):
-    with pytest.raises(AudioError, match=message):
+    with pytest.raises(AudioError, match=message) as error:
         fetch_audio(source)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        np.zeros((0, 0)),
-        np.zeros(()),
-        np.float32(0.5),
-        np.zeros((1, 1, 1, 1, 1)),
-        np.zeros(3, complex),
-        np.zeros(3, object),
-        np.zeros(3, [("left", "f4"), ("right", "f4")]),
-        np.zeros(3, "datetime64[s]"),
-        np.broadcast_to(np.zeros((1, 1)), (2**20, 2**20)),
-        torch.zeros(3, dtype=torch.complex64),
-        torch.zeros(3, dtype=torch.bool),
-        torch.zeros(2, 3).to_sparse(),
-        torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
-        torch.zeros((0, 3)),
-        {"array": [[0.1, 0.2], [0.3]], "sampling_rate": 16_000},
-        {"array": ["a", None], "sampling_rate": 16_000},
-        {"array": np.zeros(9, np.float32), "sampling_rate": "high"},
-        {"array": np.zeros(9, np.float32), "sampling_rate": [16_000]},
-        {"array": np.zeros(9, np.float32), "sampling_rate": float("nan")},
-        {"audio": {"audio": {"audio": {"url": "x"}}}},
-        (np.zeros(9, np.float32), 16_000, 1),
-    ],
-    ids=str,
-)
-def test_absurd_samples_are_refused(source):
-    with pytest.raises(AudioError):
-        fetch_audio(source)
+    assert len(str(error.value)) < 300
 
 
 def test_a_mask_and_long_doubles_are_not_lost():
@@ -357,40 +293,19 @@ def test_playlists_open_nothing(tmp_path):
                 fetch_audio(source)
 
 
-def test_truncated_files_never_pass_for_others():
-    content = (RECORDINGS / "audio-stereo-16-bit-44100Hz.flac").read_bytes()
-    for size in (10, 100, 4000):
-        with pytest.raises(AudioError):
-            fetch_audio(content[:size])
-
-
-def test_messages_never_hold_the_whole_source():
-    with pytest.raises(AudioError) as error:
-        fetch_audio("data:audio/wav;base64," + "A" * 100_000 + "#")
-    assert len(str(error.value)) < 300
-
-
 @pytest.fixture(scope="module", params=[80, 128])
 def extractor(request):
     return WhisperFeatureExtractor(feature_size=request.param)
 
 
-@pytest.mark.parametrize("samples", [1, 2, 159, 200, 201, 400, 16_000, 80_001, 479_599, 479_800, 479_999, 480_000])
-def test_log_mel_equals_whisper(samples, extractor):
-    clip = torch.randn(samples, generator=torch.Generator().manual_seed(samples)) * 0.1
-    expected = extractor(clip.numpy(), sampling_rate=16_000, return_tensors="pt")["input_features"]
-    torch.testing.assert_close(log_mel([clip], extractor), expected, atol=1e-5, rtol=0)
-
-
-def test_log_mel_of_extreme_clips(extractor):
-    clips = [
-        torch.zeros(16_000),
-        torch.ones(30_000),
-        torch.full((480_000,), -0.5),
-        torch.sign(torch.randn(90_000, generator=torch.Generator().manual_seed(0))),
-        fetch_audio(RECORDINGS / "jfk.wav"),
-        1e-6 * torch.randn(4000, generator=torch.Generator().manual_seed(1)),
-    ]
+def test_log_mel_equals_whisper(extractor):
+    """Clips of any length up to a window, and extreme ones."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 2, 159, 200, 201, 400, 16_000, 80_001, 479_599, 479_800, 479_999, 480_000]
+    clips = [0.1 * torch.randn(length, generator=generator) for length in lengths]
+    clips += [torch.zeros(16_000), torch.ones(30_000), torch.full((480_000,), -0.5)]
+    clips += [torch.randn(90_000, generator=generator).sign(), 1e-6 * torch.randn(4000, generator=generator)]
+    clips += [fetch_audio(RECORDINGS / "jfk.wav")]
     expected = extractor([clip.numpy() for clip in clips], sampling_rate=16_000, return_tensors="pt")["input_features"]
     torch.testing.assert_close(log_mel(clips, extractor), expected, atol=1e-5, rtol=0)
 
@@ -402,15 +317,6 @@ def test_windows_together_equal_windows_alone(extractor, monkeypatch):
     alone = log_mel(windows, extractor)
     monkeypatch.setattr(audio_utils, "WINDOWS_AT_ONCE", {"cpu": 3})
     torch.testing.assert_close(log_mel(windows, extractor), alone, atol=1e-6, rtol=0)
-
-
-def test_windows_and_tokens_follow_the_extractor():
-    for seconds in (1, 8, 30):
-        extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=seconds)
-        windows = split_windows(torch.arange(16_000 * seconds * 2 + 1.0), extractor)
-        assert [len(window) for window in windows] == [16_000 * seconds, 16_000 * seconds, 1]
-        assert tokens_per_window(extractor) == 50 * seconds
-        assert log_mel(windows[2:], extractor).shape == (1, 128, 100 * seconds)
 
 
 def test_dither_is_refused():

@@ -1,29 +1,27 @@
 """make test ONLY=tests/test_limits.py: what untrusted files and addresses may cost, and whom a server may ask."""
 
 import contextlib
-import http.server
 import io
 import ipaddress
 import re
-import resource
 import socket
-import ssl
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import soundfile
 import torch
 import trustme
 from bombs import BOMBS, id3
-from fuzz import resident
+from fuzz import peak_memory
+from helpers import answer, start_python
+from serving import serve_by_path
 from sounds import ENCODINGS, RECORDINGS, encode
 
 import audio_decoding
@@ -32,58 +30,52 @@ from audio_utils import AudioError, fetch_audio
 from demo.bases import ASSETS
 
 
-def silence(codec: str, container: str, rate: int, seconds: int) -> bytes:
+def silence(rate: int, seconds: int, **settings: str) -> bytes:
     file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=rate, layout="mono")
-        for _ in range(seconds * 50):
-            piece = av.AudioFrame.from_ndarray(np.zeros((1, rate // 50), np.int16), format="s16", layout="mono")
-            piece.sample_rate = rate
-            output.mux(stream.encode(piece))
-        output.mux(stream.encode(None))
+    soundfile.write(file, np.zeros(rate * seconds, np.int16), rate, **settings)
     return file.getvalue()
 
 
 def test_long_silence_in_a_small_file_is_not_decoded_to_its_end():
-    hour = silence("flac", "flac", 8000, seconds=3700)
+    hour = silence(8000, seconds=3700, format="flac")
     assert len(hour) < 2**20
     with pytest.raises(AudioError, match="lasts longer than the limit of 3600 s"):
         fetch_audio(hour)
     with pytest.raises(AudioError, match="lasts 11 s, past the limit of 10 s"):
         fetch_audio(np.zeros(176_000, np.float32), max_seconds=10)
-    high = io.BytesIO()
-    soundfile.write(high, np.zeros(192_000 * 2), 192_000, format="wav")
     with pytest.raises(AudioError, match="limit of 4 s, which is for 48000 Hz; it has 192000"):
-        fetch_audio(high.getvalue(), max_seconds=4)
+        fetch_audio(silence(192_000, seconds=2, format="wav"), max_seconds=4)
 
 
 def test_bombs_cost_little_memory(tmp_path, web):
     """Each in a process of its own, which says how much its peak grew: 10 s at 48 kHz are 2 MB."""
-    (tmp_path / "bomb.flac").write_bytes(silence("flac", "flac", 48_000, seconds=300))
-    (tmp_path / "bomb.opus").write_bytes(silence("libopus", "ogg", 48_000, seconds=300))
+    (tmp_path / "bomb.flac").write_bytes(silence(48_000, seconds=300, format="flac"))
+    (tmp_path / "bomb.opus").write_bytes(silence(48_000, seconds=300, format="ogg", subtype="opus"))
     with (tmp_path / "bomb.wav").open("wb") as file:  # 2**31 samples that the disk does not hold
         soundfile.write(file, np.zeros(8, np.int16), 48_000, format="wav", subtype="PCM_U8")
         file.truncate(2**31 + 44)
         file.seek(40)
         file.write((2**31).to_bytes(4, "little"))
     code = """
-        import resource, sys
+        import sys
         sys.path.insert(0, sys.argv[1])
         from audio_utils import AudioError, fetch_audio
+
+        def peak_memory():
+            return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) // 1024
+
         fetch_audio(f"{sys.argv[1]}/assets/audio/english.wav")
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory()
         try:
             fetch_audio(sys.argv[2], max_seconds=10, max_bytes=10**7)
         except AudioError as error:
-            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, error)
+            print("TOKENS", peak_memory() - before, error)
     """
     sources = [str(path) for path in sorted(tmp_path.glob("bomb.*"))] + [f"{web}endless"]
-    arguments = [sys.executable, "-c", textwrap.dedent(code), str(ASSETS.parent)]
-    runs = [subprocess.Popen([*arguments, source], stdout=subprocess.PIPE, text=True) for source in sources]
-    for source, run in zip(sources, runs, strict=True):
-        megabytes, _, message = run.communicate(timeout=100)[0].partition(" ")
+    for process in [start_python(code, str(ASSETS.parent), source) for source in sources]:
+        _, megabytes, message = answer(process).split(maxsplit=2)
         assert "limit of 10 s" in message or "limit of 10000000 bytes" in message
-        assert int(megabytes) < 40, source
+        assert int(megabytes) < 40, message
 
 
 @pytest.fixture
@@ -103,21 +95,15 @@ def pools(monkeypatch):
             worker.stop()
 
 
-@pytest.fixture
-def worker():
-    worker = audio_decoding.DecodingWorker()
-    yield worker
-    worker.stop()
-
-
 @pytest.mark.parametrize("name", BOMBS)
-def test_untrusted_bombs_are_limited_in_memory_and_time(name, pools):
+def test_untrusted_bombs_are_limited_in_memory_and_time(name, pools, clip):
     """Whatever a file says: it is decoded or refused within the limits, and the next good file is decoded."""
     (worker,) = pools(2)
     good = RECORDINGS / "jfk.mp3"
     assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
-    usual, first = resident(worker), worker.process.pid
-    bomb = BOMBS[name](fetch_audio(good)[:16_000].numpy())
+    pid = worker.process.pid
+    usual = peak_memory(pid)
+    bomb = BOMBS[name](clip)
     assert len(bomb) < 2**22
     start = time.monotonic()
     try:
@@ -126,49 +112,51 @@ def test_untrusted_bombs_are_limited_in_memory_and_time(name, pools):
         assert re.search("limit of 600 s|limit of 2 s to decode|Cannot allocate memory|Unable to allocate", str(error))
     assert time.monotonic() - start < 3
     if worker.process.poll() is None:
-        assert worker.process.pid == first and resident(worker) - usual < 70
+        assert worker.process.pid == pid and peak_memory(pid) - usual < 70
     assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
 
 
-def start_strangers(content: bytes, count: int, timeout: float) -> list[threading.Thread]:
-    """Sends a file so many times at once."""
-
-    def send():
-        with contextlib.suppress(AudioError):
-            fetch_audio(content, public_only=True, timeout=timeout)
-
-    threads = [threading.Thread(target=send) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.1)
-    return threads
+@pytest.fixture(scope="module")
+def clip() -> np.ndarray:
+    """A second of speech."""
+    return fetch_audio(RECORDINGS / "jfk.mp3")[:16_000].numpy()
 
 
-def test_a_short_clip_does_not_wait_for_long_ones(pools):
+@contextlib.contextmanager
+def sending(content: bytes, count: int, timeout: float):
+    """Sends a file so many times at once, and gives the futures. The block ends after all of them."""
+    with ThreadPoolExecutor(count) as pool:
+        yield [pool.submit(fetch_audio, content, public_only=True, timeout=timeout) for _ in range(count)]
+
+
+@contextlib.contextmanager
+def refused(message: str, within: float):
+    """Expects an error of the audio within some seconds."""
+    start = time.monotonic()
+    with pytest.raises(AudioError, match=message):
+        yield
+    assert time.monotonic() - start < within
+
+
+def test_a_short_clip_does_not_wait_for_long_ones(pools, clip):
     """The clip comes after two files each of which takes all of the 4 s that it has."""
     pools(0.25, 8)
-    clip = fetch_audio(RECORDINGS / "jfk.mp3")[:16_000].numpy()
-    strangers = start_strangers(BOMBS["mp3 with many tags"](clip), 2, timeout=4)
-    assert len(fetch_audio(encode(clip, "clip.mp3"), public_only=True)) == 16_000
-    assert any(stranger.is_alive() for stranger in strangers)
-    for stranger in strangers:
-        stranger.join()
+    with sending(BOMBS["mp3 with many tags"](clip), 2, timeout=4) as slow:
+        time.sleep(0.1)
+        assert len(fetch_audio(encode(clip, "clip.mp3"), public_only=True)) == 16_000
+        assert not all(future.done() for future in slow)
 
 
-def test_one_timeout_for_download_wait_and_decoding(pools, web, monkeypatch):
+def test_one_timeout_for_download_wait_and_decoding(pools, web, clip, monkeypatch):
     pools(8)
     monkeypatch.setattr(audio_download, "is_public", lambda address: True)
-    slow = BOMBS["mp3 with many tags"](fetch_audio(RECORDINGS / "jfk.mp3")[:16_000].numpy())
-    (stranger,) = start_strangers(slow, 1, timeout=2)
-    start = time.monotonic()
-    with pytest.raises(AudioError, match="every process that decodes files is busy when `timeout` ends"):
-        fetch_audio(f"{web}late-to=/clip.wav", public_only=True, timeout=1.4)  # after 1 s of which it is downloaded
-    assert time.monotonic() - start < 1.8
-    stranger.join()
-    start = time.monotonic()
-    with pytest.raises(AudioError, match="is not decoded when `timeout` ends"):
+    slow = BOMBS["mp3 with many tags"](clip)
+    with sending(slow, 1, timeout=2):
+        time.sleep(0.1)
+        with refused("every process that decodes files is busy when `timeout` ends", within=1.8):
+            fetch_audio(f"{web}late-to=/clip.wav", public_only=True, timeout=1.4)  # it is downloaded after 1 s
+    with refused("is not decoded when `timeout` ends", within=0.7):
         fetch_audio(slow, public_only=True, timeout=0.3)
-    assert time.monotonic() - start < 0.7
 
 
 def test_who_waits_the_longest_is_next(pools):
@@ -182,33 +170,23 @@ def test_who_waits_the_longest_is_next(pools):
             fetch_audio(content, public_only=True)
             order.append(number)
 
-    threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(send, range(8)))
     for number in range(8):
         places = np.flatnonzero(np.array(order) == number)
         assert np.diff(places).max() <= 16, order
 
 
-def test_what_people_send_fits_into_the_memory():
-    """Eight channels in the longest frames, and a song with a cover of 15 MB."""
-    clip = fetch_audio(RECORDINGS / "jfk.mp3")[:16_000].numpy()
+def test_what_people_send_fits_into_the_memory(clip):
+    """Eight channels in the longest frames, a song with a cover of 15 MB, and 200 MB of wav after a few."""
     cover = id3([(b"APIC", b"\x00image/png\x00\x03cover\x00" + bytes(15_000_000))])
     surround = [encode(clip, name, "7.1") for name in ("s24.flac", "aac.m4a", "f64.wav")]
-    for content in (cover + encode(clip, "clip.mp3"), *surround):
-        assert torch.equal(fetch_audio(content, public_only=True), fetch_audio(content))
-
-
-def test_a_large_file_after_a_small_one():
-    """The memory of the process that decodes does not depend on the size of a file, so each may have 256 MiB."""
-    content = (RECORDINGS / "english.wav").read_bytes()
-    place = content.index(b"data")
-    assert content[12:16] == b"fmt " and place == 36
-    large = content[:place] + b"JUNK" + (2 * 10**8).to_bytes(4, "little") + bytes(2 * 10**8) + content[place:]
-    for file in (content, large, content):
-        assert torch.equal(fetch_audio(file, public_only=True), fetch_audio(content))
+    small = encode(clip, "s16.wav")
+    place = small.index(b"data")
+    large = small[:place] + b"JUNK" + (2 * 10**8).to_bytes(4, "little") + bytes(2 * 10**8) + small[place:]
+    for content in (cover + encode(clip, "clip.mp3"), *surround, small, large, small):
+        samples = fetch_audio(content, public_only=True)
+        assert len(samples) >= 16_000 and torch.equal(samples, fetch_audio(content))
 
 
 def test_a_worker_that_ends_at_its_start_is_an_error_of_the_audio(pools, monkeypatch):
@@ -222,7 +200,8 @@ def test_a_worker_that_ends_at_its_start_is_an_error_of_the_audio(pools, monkeyp
     assert len(fetch_audio(content, public_only=True)) == 176_000
 
 
-def test_a_worker_that_died_is_replaced(worker):
+def test_a_worker_that_died_is_replaced(pools):
+    (worker,) = pools(8)
     clip, limits = RECORDINGS / "jfk.mp3", (time.monotonic() + 60, 8)
     for _ in range(2):
         samples, rate = worker.decode(clip.open("rb"), "clip", 60, *limits)
@@ -234,12 +213,12 @@ def test_a_worker_that_died_is_replaced(worker):
         worker.decode(file, "clip", 60, *limits)
 
 
-def test_an_answer_that_ends_early_does_not_hold_up_the_next(worker, monkeypatch, tmp_path):
+def test_an_answer_that_ends_early_does_not_hold_up_the_next(pools, clip, monkeypatch, tmp_path):
     """A file whose rate changes midway is refused at once; what its decoder still sends must not meet the next file."""
-    clip = fetch_audio(RECORDINGS / "jfk.wav").numpy()
     monkeypatch.setitem(ENCODINGS, "high.aac", ("aac", "adts", 44_100, "fltp"))
-    changing, limits = tmp_path / "changing.aac", (time.monotonic() + 60, 8)
-    changing.write_bytes(encode(clip[:16_000], "high.aac") + encode(np.tile(clip, 20), "clip.aac"))
+    (worker,), limits = pools(8), (time.monotonic() + 60, 8)
+    changing = tmp_path / "changing.aac"
+    changing.write_bytes(encode(clip, "high.aac") + encode(np.tile(clip, 220), "clip.aac"))
     for _ in range(2):
         with pytest.raises(AudioError, match="changes its sampling rate from 44100 to 22050 Hz midway"):
             worker.decode(changing.open("rb"), "clip", 600, *limits)
@@ -247,13 +226,12 @@ def test_an_answer_that_ends_early_does_not_hold_up_the_next(worker, monkeypatch
         assert len(samples) > 10**5
 
 
-def test_covers_are_not_decoded_in_the_own_process_either():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    clip = fetch_audio(RECORDINGS / "jfk.wav")[:16_000].numpy()
+def test_covers_are_not_decoded_in_the_own_process_either(clip):
+    before = peak_memory()
     assert len(fetch_audio(BOMBS["mp3 with covers"](clip))) == 16_000
     with pytest.raises(AudioError, match="limit of 600 s"):
         fetch_audio(BOMBS["matroska with compressed blocks"](clip), max_seconds=600)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 500  # 600 s at 48 kHz are 115 MB
+    assert peak_memory() - before < 500  # 600 s at 48 kHz are 115 MB
 
 
 def test_a_header_that_lies_about_its_length():
@@ -266,73 +244,9 @@ def test_a_header_that_lies_about_its_length():
 
 
 @pytest.fixture
-def serve():
-    """Starts real HTTP servers that behave as their paths say; gives the address of the root."""
-    recording = (RECORDINGS / "english.wav").read_bytes()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def do_GET(self):
-            with contextlib.suppress(OSError):
-                self.answer(self.path[1:])
-
-        def start(self, status: int, **headers):
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), str(value))
-            self.end_headers()
-
-        def answer(self, path):
-            wait, (name, _, target) = self.server.stopped.wait, path.partition("=")
-            if path == "slow-header":
-                while not wait(0.2):
-                    self.wfile.write(b"H")
-            elif path == "missing":
-                self.send_error(404)
-            elif name in ("to", "late-to"):
-                wait(name == "late-to")  # 1 s
-                self.start(302, Location=urllib.parse.unquote(target))
-            elif path == "loop":
-                self.start(302, Location="/loop")
-            elif path in ("endless", "endless-redirect", "slow"):
-                self.start(302 if path == "endless-redirect" else 200, Location="/clip.wav")
-                while not wait(0.2 if path == "slow" else 0):
-                    self.wfile.write(bytes(1 if path == "slow" else 2**16))
-            elif path == "chunked":
-                self.protocol_version = "HTTP/1.1"
-                self.start(200, Transfer_Encoding="chunked")
-                for start in range(0, len(recording), 50_000):
-                    piece = recording[start : start + 50_000]
-                    self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-                self.wfile.write(b"0\r\n\r\n")
-            else:
-                self.start(206 if path == "partial" else 200, Content_Length=len(recording) + 1000 * (path == "short"))
-                self.wfile.write(recording)
-
-    def serve(certificate: trustme.LeafCert | None = None) -> str:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.stopped = threading.Event()
-        if certificate is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            certificate.configure_cert(context)
-            server.socket = context.wrap_socket(server.socket, server_side=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http{'s' if certificate else ''}://127.0.0.1:{server.server_address[1]}/"
-
-    servers = []
-    yield serve
-    for server in servers:
-        server.stopped.set()
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture
-def web(serve) -> str:
-    return serve()
+def web():
+    with serve_by_path() as address:
+        yield address
 
 
 def test_broken_files_are_decoded_or_refused():
@@ -351,16 +265,11 @@ def test_broken_files_are_decoded_or_refused():
 
 
 def test_downloads(web):
-    expected = fetch_audio(RECORDINGS / "english.wav")
-    for path in ("clip.wav", "chunked", f"to={web}clip.wav", "to=/to%3D/chunked"):
-        assert torch.equal(fetch_audio(web + path), expected), path
-
-
-def test_the_content_of_a_redirect_is_not_read(web):
-    """urllib would read it to its end, whatever its size, before it follows."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert len(fetch_audio(f"{web}endless-redirect", timeout=1)) == len(fetch_audio(RECORDINGS / "english.wav"))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
+    """urllib would read the content of a redirect to its end, whatever its size, before it follows."""
+    expected, before = fetch_audio(RECORDINGS / "english.wav"), peak_memory()
+    for path in ("clip.wav", "chunked", f"to={web}clip.wav", "to=/to%3D/chunked", "endless-redirect"):
+        assert torch.equal(fetch_audio(web + path, timeout=5), expected), path
+    assert peak_memory() - before < 50
 
 
 def test_an_address_that_does_not_answer_leaves_time_for_the_next(web, monkeypatch):
@@ -382,24 +291,26 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next(web, monkeypat
     assert torch.equal(samples, fetch_audio(RECORDINGS / "english.wav"))
 
 
-def test_secure_downloads(serve, monkeypatch, tmp_path):
+@pytest.mark.parametrize("limits", [{}, {"public_only": True}])
+def test_secure_downloads(limits, monkeypatch, tmp_path):
     """Certificates are checked, also where the address is, and a server that never speaks costs no more than time."""
     authority = trustme.CA()
-    web, other = serve(authority.issue_cert("127.0.0.1")), serve(authority.issue_cert("elsewhere.example"))
-    expected = fetch_audio(RECORDINGS / "english.wav")
     monkeypatch.setattr(audio_download, "is_public", lambda address: True)
-    for limits in ({}, {"public_only": True}):
-        monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with (
+        serve_by_path() as plain,
+        serve_by_path(authority.issue_cert("127.0.0.1")) as web,
+        serve_by_path(authority.issue_cert("elsewhere.example")) as other,
+    ):
         with pytest.raises(AudioError, match="CERTIFICATE_VERIFY_FAILED"):
             fetch_audio(f"{web}clip.wav", **limits)
         authority.cert_pem.write_to_path(tmp_path / "authority.pem")
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
-        for path in ("clip.wav", "chunked", f"to={web}clip.wav", f"to={serve()}clip.wav"):
-            assert torch.equal(fetch_audio(web + path, **limits), expected)
+        for path in ("clip.wav", "chunked", f"to={web}clip.wav", f"to={plain}clip.wav"):
+            assert torch.equal(fetch_audio(web + path, **limits), fetch_audio(RECORDINGS / "english.wav"))
         with pytest.raises(AudioError, match="mismatch"):
             fetch_audio(f"{web}to={other}clip.wav", **limits)
         for path in ("slow", "slow-header"):
-            with pytest.raises(AudioError, match="took longer than the limit of 1 s"):
+            with refused("took longer than the limit of 1 s", within=4):
                 fetch_audio(web + path, timeout=1, **limits)
 
 
@@ -409,20 +320,15 @@ def test_secure_downloads(serve, monkeypatch, tmp_path):
         ("missing", {}, "cannot be read: HTTP Error 404"),
         ("short", {}, "ended 1000 bytes early|IncompleteRead"),
         ("partial", {}, "answered with HTTP status 206 instead of 200"),
-        ("endless", {"max_bytes": 10**6}, "larger than the limit of 1000000 bytes"),
         ("clip.wav", {"max_bytes": 1000}, "larger than the limit of 1000 bytes"),
-        ("slow", {"timeout": 1}, "took longer than the limit of 1 s"),
-        ("slow-header", {"timeout": 1}, "took longer than the limit of 1 s"),
         ("loop", {}, "infinite loop"),
         ("to=file:///etc/hostname", {}, "file:///etc/hostname. is not allowed"),
         ("to=ftp://127.0.0.1/clip.wav", {}, "which is not on the web"),
     ],
 )
 def test_downloads_have_limits(path, limits, message, web):
-    start = time.monotonic()
-    with pytest.raises(AudioError, match=message):
+    with refused(message, within=4):
         fetch_audio(web + path, **limits)
-    assert time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize("limits", [{}, {"public_only": True}])
@@ -440,20 +346,15 @@ def test_one_deadline_for_redirects_and_handshakes(limits, web, monkeypatch):
 
         thread = threading.Thread(target=drip)
         thread.start()
-        start = time.monotonic()
-        with pytest.raises(AudioError, match="took longer than the limit of 1.5 s"):
+        with refused("took longer than the limit of 1.5 s", within=2):
             fetch_audio(f"{web}late-to=https://127.0.0.1:{server.getsockname()[1]}/", timeout=1.5, **limits)
-        assert 1.5 <= time.monotonic() - start < 2
         thread.join()
 
 
 def test_a_server_opens_public_addresses_only(web, monkeypatch):
-    """Loopback, private and link-local addresses, by number, by name, in every spelling and after a redirect."""
+    """Other addresses are refused by number, by name, in every spelling and after a redirect."""
     port = urllib.parse.urlsplit(web).port
-    hosts = ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "10.0.0.1", "192.168.1.1", "169.254.169.254", "2130706433"]
-    hosts += ["[::ffff:127.0.0.1]", "[fe80::1]", "[fd00::1]", "100.64.0.1", "224.0.0.1", "127.1", "[2002:7f00:1::]"]
-    hosts += ["[64:ff9b::7f00:1]", "[64:ff9b:1::1]", "[fec0::1]", "192.0.0.192", "168.63.129.16"]
-    for host in hosts:
+    for host in ("127.0.0.1", "localhost", "[::1]", "0.0.0.0", "2130706433", "127.1", "[::ffff:127.0.0.1]", "10.0.0.1"):
         for scheme in ("http", "https"):
             with pytest.raises(AudioError, match="not a public address|cannot be read"):
                 fetch_audio(f"{scheme}://{host}:{port}/clip.wav", public_only=True, timeout=5)
@@ -474,22 +375,24 @@ def test_a_server_opens_public_addresses_only(web, monkeypatch):
     assert checked[0] == "127.0.0.1"
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "224.0.0.1", "233.252.0.1"])
-def test_addresses_that_are_not_public(address):
-    """Loopback, private, link-local and multicast IPv4, also inside an IPv6 address; then those of IPv6 itself."""
+# Loopback, private, link-local, shared and multicast addresses, and those of a cloud.
+IPV4 = ("127.0.0.1", "10.0.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "233.252.0.1")
+IPV4 += ("192.0.0.192", "168.63.129.16")
+IPV6 = ("::", "::1", "fe80::1", "fd00::1", "fec0::1", "2001:db8::1", "ff02::1", "ff05::2", "ff0e::1", "ff3e::1")
+
+
+def addresses_with(address: str) -> list[str]:
+    """An IPv4 address, and all IPv6 addresses that carry it."""
     high, low = divmod(int(ipaddress.ip_address(address)), 2**16)
     number, inverted = f"{high:x}:{low:x}", f"{high ^ 0xFFFF:x}:{low ^ 0xFFFF:x}"
     mapped, compatible, translated = f"::ffff:{number}", f"::{number}", f"::ffff:0:{number}"
     nat64, local_nat64 = f"64:ff9b::{number}", f"64:ff9b:1::{number}"
     six_to_four, teredo = f"2002:{number}::1", f"2001:0:808:808:0:0:{inverted}"
     teredo_server = f"2001:0:{number}:0:0:f7f7:f7f7"
-    for form in (address, mapped, compatible, translated, nat64, local_nat64, six_to_four, teredo, teredo_server):
-        assert not audio_download.is_public(ipaddress.ip_address(form)), form
-    others = ["::", "::1", "fe80::1", "fd00::1", "fec0::1", "2001:db8::1", "ff02::1", "ff05::2", "ff0e::1", "ff3e::1"]
-    for own in others:
-        assert not audio_download.is_public(ipaddress.ip_address(own)), own
+    return [address, mapped, compatible, translated, nat64, local_nat64, six_to_four, teredo, teredo_server]
 
 
-def test_public_addresses_pass():
-    for address in ("93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "::ffff:8.8.8.8"):
-        assert audio_download.is_public(ipaddress.ip_address(address))
+def test_public_addresses():
+    public = ["93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "::ffff:8.8.8.8"]
+    others = [*IPV6, *(form for address in IPV4 for form in addresses_with(address))]
+    assert [address for address in public + others if audio_download.is_public(ipaddress.ip_address(address))] == public

@@ -3,7 +3,6 @@
 import base64
 import copy
 import functools
-import inspect
 import itertools
 import json
 import shutil
@@ -13,14 +12,11 @@ import pytest
 import qwen_vl_utils
 import torch
 import torchvision
-from helpers import TOKENS, audio, image, text, video
+from helpers import CHAT, TOKENS, audio, image, text, video
 from PIL import Image
-from serving import serve
+from serving import serve_by_path
 from sounds import encode
-from starlette.applications import Starlette
-from starlette.routing import Mount
-from starlette.staticfiles import StaticFiles
-from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin, Qwen2VLProcessor, WhisperFeatureExtractor
+from transformers import AutoProcessor, AutoTokenizer, Qwen2VLProcessor, WhisperFeatureExtractor
 
 from audio_utils import AudioError, process_audio_info
 from collator import ChatCollator
@@ -42,8 +38,7 @@ def render(processor):
 
     def make(messages, **settings):
         messages = messages if "role" in messages[0] else [{"role": "user", "content": messages}]
-        settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **settings}
-        return processor.apply_chat_template(messages, **settings)
+        return processor.apply_chat_template(messages, **CHAT, **settings)
 
     return make
 
@@ -54,7 +49,8 @@ def runs(ids) -> list[tuple[int, int]]:
     return [(token, len(list(run))) for token, run in itertools.groupby(tokens)]
 
 
-CLIP = [(BOS, 1), (PAD, TOKENS), (EOS, 1)]  # the runs of a clip of one window
+def clip_runs(windows: int = 1) -> list[tuple[int, int]]:
+    return [(BOS, 1), (PAD, windows * TOKENS), (EOS, 1)]
 
 
 def test_one_window_of_whisper_is_1500_tokens(processor_30s, speech):
@@ -63,11 +59,6 @@ def test_one_window_of_whisper_is_1500_tokens(processor_30s, speech):
     assert ids[0] == BOS and ids[1:1501] == [PAD] * 1500 and ids[1501] == EOS
     assert processor_30s.tokenizer.decode(ids[1502:]) == "What is said?"
     assert inputs["mm_token_type_ids"][0].tolist() == [0] + [3] * 1500 + [0] * (len(ids) - 1501)
-    extractor = WhisperFeatureExtractor(feature_size=128)
-    samples = np.frombuffer(speech.read_bytes()[78:], np.int16).astype(np.float32) / 32768  # after the header
-    expected = extractor(samples, sampling_rate=16000, return_tensors="pt")["input_features"]
-    assert inputs["input_features"].shape == (1, 128, 3000) and inputs["input_features"].dtype == torch.float32
-    torch.testing.assert_close(inputs["input_features"], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -96,20 +87,19 @@ def test_prompt_longer_than_the_model_is_an_error(processor_30s):
 @pytest.mark.parametrize("after", ["", "<|audio_eos|>"])
 def test_markers_are_not_doubled(before, after, processor, sound):
     written = f"{before}<|audio_pad|>{after}"
-    assert runs(processor(text=f"a{written}b", audio=sound(0.5))["input_ids"][0]) == CLIP
+    ids = processor(text=f"a{written}b", audio=sound(0.5))["input_ids"][0]
+    assert runs(ids) == clip_runs() and processor.decode(ids, skip_special_tokens=True) == "ab"
     twice = processor(text=written * 2, audio=[sound(0.5), sound(1.5)])["input_ids"][0]
-    assert runs(twice) == [*CLIP, (BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
+    assert runs(twice) == clip_runs() + clip_runs(2)
 
 
 def test_reading_order(ask, photo, sound):
     picture = Image.open(photo).resize((56, 56))
     frames = np.zeros((4, 56, 56, 3), np.uint8)
     inputs = ask(image(picture), audio(sound(1.5, 1)), video(frames), audio(sound(0.5, 2)), image(picture), text("?"))
-    two_windows = [(BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
-    assert runs(inputs["input_ids"][0]) == [(IMAGE, 4), *two_windows, (VIDEO, 8), *CLIP, (IMAGE, 4)]
-    types = inputs["mm_token_type_ids"][0]
-    for kind, token in ((1, IMAGE), (2, VIDEO), (3, PAD)):
-        assert torch.equal(types == kind, inputs["input_ids"][0] == token)
+    assert runs(inputs["input_ids"][0]) == [(IMAGE, 4), *clip_runs(2), (VIDEO, 8), *clip_runs(), (IMAGE, 4)]
+    for token_type, token in ((1, IMAGE), (2, VIDEO), (3, PAD)):
+        assert torch.equal(inputs["mm_token_type_ids"] == token_type, inputs["input_ids"] == token)
 
 
 def test_batch_is_left_padded_and_windows_follow_reading_order(ask, processor, sound):
@@ -126,26 +116,26 @@ def test_batch_is_left_padded_and_windows_follow_reading_order(ask, processor, s
 def test_audio_flat_or_one_list_per_text(processor, sound):
     clips = [sound(0.5, seed) for seed in range(3)]
     texts = ["<|audio_pad|> and <|audio_pad|>", "", "<|audio_pad|>"]
-    given = copy.deepcopy([clips[:2], [], clips[2:]])
+    rows = [clips[:2], [], clips[2:]]
+    before = copy.deepcopy((texts, rows))
     flat = processor(text=texts, audio=clips, padding=True, return_tensors="pt")
-    nested = processor(text=texts, audio=given, padding=True, return_tensors="pt")
+    nested = processor(text=texts, audio=rows, padding=True, return_tensors="pt")
     assert all(torch.equal(flat[name], nested[name]) for name in flat)
-    assert texts[0] == "<|audio_pad|> and <|audio_pad|>"  # the caller's lists are not changed
-    assert [len(row) for row in given] == [2, 0, 1] and np.array_equal(given[0][0], clips[0])
+    np.testing.assert_equal((texts, rows), before)
 
 
 @pytest.mark.parametrize(
     "texts, clips, message",
     [
-        (["<|audio_pad|>"], 2, r"the prompts have \[1\] .* `audio` has 2\."),
-        (["<|audio_pad|><|audio_pad|>"], 1, r"the prompts have \[2\] .* `audio` has 1\."),
-        (["<|audio_pad|>", "<|audio_pad|>"], [2, 0], r"the prompts have \[1, 1\] .* `audio` has \[2, 0\]\."),
-        (["none"], 1, r"the prompts have \[0\] .* `audio` has 1\."),
+        (["<|audio_pad|>"], ["x.wav"] * 2, r"the prompts have \[1\] .* `audio` has 2\."),
+        (["<|audio_pad|><|audio_pad|>"], ["x.wav"], r"the prompts have \[2\] .* `audio` has 1\."),
+        (["<|audio_pad|>"] * 2, [["x.wav"] * 2, []], r"the prompts have \[1, 1\] .* `audio` has \[2, 0\]\."),
+        (["none"], ["x.wav"], r"the prompts have \[0\] .* `audio` has 1\."),
         (["<|audio_pad|>"], None, r"the prompts have \[1\] .* `audio` has 0\."),
     ],
 )
-def test_counts_must_agree(texts, clips, message, processor, sound):
-    clips = [[sound(0.5)] * number for number in clips] if isinstance(clips, list) else clips and [sound(0.5)] * clips
+def test_counts_must_agree(texts, clips, message, processor):
+    """They are compared before a clip is opened."""
     with pytest.raises(ValueError, match=message):
         processor(text=texts, audio=clips)
 
@@ -158,7 +148,7 @@ def test_truncation_never_cuts_a_clip(side, processor, sound, monkeypatch):
         with pytest.raises(ValueError, match="max_length"):
             processor(text=words, audio=clip, truncation=True, max_length=max_length)
     ids = processor(text=words, audio=clip, truncation=True, max_length=53)["input_ids"][0]
-    assert len(ids) == 53 and runs(ids) == CLIP
+    assert len(ids) == 53 and runs(ids) == clip_runs()
 
 
 def test_text_arguments_stay_with_the_text(processor, sound):
@@ -178,10 +168,8 @@ def test_text_arguments_stay_with_the_text(processor, sound):
     "arguments, message",
     [
         ({"audios": []}, "unexpected keyword argument 'audios'; did you mean 'audio'"),
-        ({"sample_rate": 8000}, "'sample_rate'"),
         ({"samplingrate": 8000}, "did you mean 'sampling_rate'"),
         ({"audio_kwargs": {"padding": True}}, "'padding'"),
-        ({"audio_kwargs": {"max_length": 5}}, "'max_length'"),
         ({"images_kwargs": {"max_pixel": 5}}, "'max_pixel'"),
         ({"raw_speech": []}, "'raw_speech'"),
     ],
@@ -200,11 +188,9 @@ def test_sampling_rate_is_honoured_everywhere(processor, render, sound):
     ways = [
         processor(text="<|audio_pad|>", audio=clip, sampling_rate=8000),
         processor(text="<|audio_pad|>", audio=clip, audio_kwargs={"sampling_rate": 8000}),
-        processor(text="<|audio_pad|>", audio=row),
         processor(text="<|audio_pad|>", audio=[(clip, 8000)]),
         processor(text="<|audio_pad|>", audio=row, sampling_rate=44100),
         render([audio(clip, sampling_rate=8000)]),
-        render([audio(row)]),
         render([audio(row, sampling_rate=44100)]),
         render([audio(clip)], processor_kwargs={"sampling_rate": 8000}),
         render([audio(clip)], sampling_rate=8000),
@@ -235,28 +221,23 @@ def test_sound_stays_on_the_device_asked_for(processor, render):
         render(content, processor_kwargs={"audio_kwargs": {"device": "meta"}}),
     ):
         assert inputs["input_features"].device.type == "meta" and inputs["input_features"].shape == (6, 128, 100)
-        assert runs(inputs["input_ids"][0]) == 2 * [(BOS, 1), (PAD, 3 * TOKENS), (EOS, 1)]
+        assert runs(inputs["input_ids"][0]) == 2 * clip_runs(3)
 
 
 def test_apply_chat_template_takes_sound_from_anywhere(processor, render):
     path = ASSETS / "audio" / "english.wav"  # 44.1 kHz
     encoded = base64.b64encode(path.read_bytes()).decode()
-    with serve(Starlette(routes=[Mount("/", StaticFiles(directory=path.parent))])) as address:
-        url = f"{address}/english.wav"
+    with serve_by_path() as address:
+        url = f"{address}english.wav"
         items = [
             {"type": "audio", "audio": str(path)},
             {"type": "audio", "path": str(path)},
-            {"type": "audio", "path": path},
-            {"type": "audio", "url": path.as_uri()},
             {"type": "audio", "url": url},
             {"type": "audio", "audio_url": url},
             {"type": "audio_url", "audio_url": {"url": url}},
             {"type": "audio_url", "audio_url": url},
-            {"type": "audio", "audio": path.read_bytes()},
             {"type": "audio", "bytes": path.read_bytes()},
-            {"type": "audio", "audio": encoded},
             {"type": "audio", "base64": encoded},
-            {"type": "audio", "url": f"data:audio/wav;base64,{encoded}"},
             {"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}},
             {"type": None, "text": None, "audio": str(path)},
         ]
@@ -264,7 +245,7 @@ def test_apply_chat_template_takes_sound_from_anywhere(processor, render):
         before = copy.deepcopy(messages)
         inputs = render(messages)
     assert messages == before
-    assert runs(inputs["input_ids"][0]) == [(BOS, 1), (PAD, 3 * TOKENS), (EOS, 1)] * len(items)
+    assert runs(inputs["input_ids"][0]) == clip_runs(3) * len(items)
     expected = processor(audio=str(path))["input_features"]
     assert expected.shape == (3, 128, 100)  # 2.74 s
     for features in inputs["input_features"].split(3):
@@ -290,7 +271,6 @@ def test_messages_with_pictures_in_any_form(render, photo, sound):
     "item, message",
     [
         ({"type": "sound", "sound": "x.wav"}, r"type 'sound' and keys \['type', 'sound'\] cannot be taken: expected"),
-        ({"type": "audios", "audio": "x.wav"}, "type 'audios'"),
         ({"speech": "x.wav"}, r"type None and keys \['speech'\]"),
         ("just words", "Python type str"),
         ({"type": "text", "content": "words"}, "needs a string under 'text'"),
@@ -325,16 +305,16 @@ def test_template_alone_drops_nothing(processor, sound):
     assert "Picture 1: <|vision_start|>" in numbered and "Audio 2: <|audio_pad|>" in numbered
 
 
-@pytest.mark.parametrize("with_system", [False, True])
-def test_template_equals_qwen2_vl_without_audio(with_system, processor):
+@pytest.mark.parametrize("first", [[], [{"role": "system", "content": "Be brief."}]])
+def test_template_equals_qwen2_vl_without_audio(first, processor):
     published = json.loads((ASSETS / "qwen2-vl-7b" / "chat_template.json").read_text())["chat_template"]
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
     messages = [
+        *first,
         {"role": "user", "content": [{"type": "image"}, text("What\nis this? "), {"type": "video"}]},
         {"role": "assistant", "content": "A cat.\n"},
         {"role": "user", "content": "  Sure?"},
     ]
-    messages = [{"role": "system", "content": "Be brief."}, *messages] if with_system else messages
     for options in ({}, {"add_generation_prompt": True}, {"add_vision_id": True}):
         ours = processor.apply_chat_template(messages, **options)
         assert ours == tokenizer.apply_chat_template(messages, chat_template=published, tokenize=False, **options)
@@ -358,7 +338,7 @@ def test_sound_track_of_a_video(sampling, processor, render, sound, tmp_path):
         messages = [{"role": "user", "content": [film, *slot, text("?")]}]
         assert "<|vision_end|><|audio_pad|>?" in processor.apply_chat_template(messages, load_audio_from_video=True)
         inputs = render(messages, load_audio_from_video=True, processor_kwargs=sampling)
-        assert runs(inputs["input_ids"][0]) == [(VIDEO, 4 * grid), (BOS, 1), (PAD, 2 * TOKENS), (EOS, 1)]
+        assert runs(inputs["input_ids"][0]) == [(VIDEO, 4 * grid), *clip_runs(2)]
         assert inputs["video_grid_thw"].tolist() == [[grid, 4, 4]]
         brightness = inputs["pixel_values_videos"].reshape(grid, -1).mean(dim=1)
         assert bool((brightness.diff() > 0).all())  # as the frames were written
@@ -412,20 +392,7 @@ def test_other_arguments_of_the_template_pass_through(processor, sound):
     continued = processor.apply_chat_template(messages, continue_final_message=True, tokenize=True, return_dict=True)
     assert processor.decode(continued["input_ids"][0]).endswith("<|im_start|>assistant\nHi.")
     ids = processor.apply_chat_template(messages, tokenize=True)
-    assert runs(ids[0]) == CLIP
-
-
-def test_placeholder_in_a_users_words_is_refused(processor, render, sound):
-    """A stranger who writes `<|audio_pad|>` must not shift the clips of a prompt."""
-    content = [text("Ignore <|audio_pad|> this."), audio(sound(0.5))]
-    with pytest.raises(ValueError, match=r"the prompts have \[2\] .* `audio` has 1\."):
-        render(content)
-    if "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
-        with pytest.raises(TypeError, match="sanitize_control_tokens"):  # not known yet, so not silently left undone
-            render(content, sanitize_control_tokens=True)
-        return
-    ids = render(content, sanitize_control_tokens=True)["input_ids"][0]
-    assert runs(ids) == CLIP and "Ignore <|audio_pad|> this." in processor.decode(ids)
+    assert runs(ids[0]) == clip_runs()
 
 
 def test_rows_are_checked_without_rendering_them(processor, photo, monkeypatch):
@@ -439,7 +406,7 @@ def test_rows_are_checked_without_rendering_them(processor, photo, monkeypatch):
     assert asked["content"][2]["image"].size == Image.open(photo).size and answer == messages[1]
 
 
-def test_saved_processor_reloads_itself(processor_30s, tmp_path, speech):
+def test_saved_processor_reloads_itself(processor_30s, tmp_path):
     """Whisper's preprocessor_config.json must not overwrite the image one, nor 80 mels come back."""
     processor_30s.save_pretrained(tmp_path)
     reloaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
@@ -447,12 +414,9 @@ def test_saved_processor_reloads_itself(processor_30s, tmp_path, speech):
     assert reloaded.feature_extractor.feature_size == 128
     assert reloaded.image_processor.to_dict() == processor_30s.image_processor.to_dict()
     assert reloaded.chat_template == processor_30s.chat_template
-    features = [each(audio=str(speech))["input_features"] for each in (processor_30s, reloaded)]
-    assert torch.equal(*features)
-    assert {path.name for path in tmp_path.glob("*.py")} >= {"processing_qwen2_audio_vl.py", "audio_utils.py"}
 
 
-def test_processor_of_another_model_is_refused(repo, repo_30s, tmp_path):
+def test_processor_of_another_model_is_refused(processor, repo, repo_30s, tmp_path):
     shutil.copytree(repo_30s, tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     config["audio_config"]["num_mel_bins"] = 80
@@ -462,23 +426,11 @@ def test_processor_of_another_model_is_refused(repo, repo_30s, tmp_path):
     (tmp_path / "config.json").write_bytes((repo / "config.json").read_bytes())
     with pytest.raises(ValueError, match="tokens per window is 1500, but the model's max_source_positions is 50"):
         AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
-
-
-def test_tokenizer_without_audio_tokens_is_refused(processor):
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
     with pytest.raises(ValueError, match=r"no <\|audio_pad\|> token"):
         type(processor)(processor.image_processor, tokenizer, processor.video_processor, processor.feature_extractor)
 
 
-def test_special_tokens_do_not_show_in_answers(processor, sound):
-    ids = processor(text="a<|audio_pad|>b", audio=sound(0.5))["input_ids"][0]
-    assert processor.decode(ids, skip_special_tokens=True) == "ab"
-
-
-def test_audio_without_text(processor, sound):
-    assert processor(audio=[sound(0.5), sound(1.5)])["input_features"].shape == (3, 128, 100)
-
-
-def test_numpy_tensors(processor, sound):
-    inputs = processor(text="<|audio_pad|>", audio=sound(0.5), return_tensors="np")
-    assert isinstance(inputs["input_features"], np.ndarray) and inputs["input_features"].dtype == np.float32
+def test_audio_without_text_as_numpy(processor, sound):
+    features = processor(audio=[sound(0.5), sound(1.5)], return_tensors="np")["input_features"]
+    assert isinstance(features, np.ndarray) and features.dtype == np.float32 and features.shape == (3, 128, 100)
