@@ -8,6 +8,7 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
+from data_rows import prediction, write_lines
 from PIL import Image
 
 from audio_utils import fetch_audio
@@ -47,12 +48,6 @@ MANIFEST = {
     "generation": {"max_new_tokens": 128, "do_sample": False},
     "command": "evaluation predict DIR --data data.jsonl",
 }
-
-
-def prediction(row: int, text: str, pred_text: str | None = None, **more) -> dict:
-    answer = {"error": "out of memory"} if pred_text is None else {"pred_text": pred_text}
-    facts = {"row": row, "place": f"data.jsonl:{row + 1}", "group": "transcribe", "audio_filepath": None}
-    return {**facts, "duration": 1.4, "time": 0.25, "prompt": "Transcribe the audio.", "text": text, **answer, **more}
 
 
 class Page(HTMLParser):
@@ -103,12 +98,12 @@ def written(folder, rows: list[dict], scores: dict = SCORES, limit: int = 200, *
 
 def test_rows_are_in_order_worst_first(folder):
     rows = [
-        prediction(0, "one red star", "one red star"),
-        prediction(1, "one red star", "two red stars"),
-        prediction(2, "one", "two"),
-        prediction(3, "one red star"),
-        prediction(4, "red star", "blue square"),
-        prediction(5, "", "thank you for your attention"),
+        prediction("one red star", "one red star", 0),
+        prediction("one red star", "two red stars", 1),
+        prediction("one", "two", 2),
+        prediction("one red star", None, 3),
+        prediction("red star", "blue square", 4),
+        prediction("", "thank you for your attention", 5),
     ]
     page = written(folder, rows)
     assert [heading.text for heading in page.all("h3")] == [f"data.jsonl:{n}" for n in (4, 6, 5, 3, 2, 1)]
@@ -123,7 +118,7 @@ def test_rows_are_in_order_worst_first(folder):
 
 
 def test_limit_is_told(folder):
-    rows = [prediction(row, "one", "one") for row in range(1200)]
+    rows = [prediction("one", "one", row) for row in range(1200)]
     page = written(folder, rows, limit=7)
     assert len(page.all("article")) == 7
     assert "The worst 7 of 1,200 rows are shown" in page.all("main")[0].text
@@ -132,23 +127,23 @@ def test_limit_is_told(folder):
 
 
 def test_difference_is_read_by_form(folder):
-    page = written(folder, [prediction(0, "two red stars here", "two blue stars or")])
+    page = written(folder, [prediction("two red stars here", "two blue stars or")])
     (row,) = page.all("article")
     (difference,) = page.all("span", "difference", inside=row)
     pairs = page.all("span", "substituted", inside=difference)
     assert [pair.text for pair in pairs] == ["red blue", "here or"]
-    page = written(folder, [prediction(0, "red stars", "two red")])
+    page = written(folder, [prediction("red stars", "two red")])
     assert [word.text for word in page.all("ins")][-1] == "2"
     assert [word.text for word in page.all("del")][-1] == "stars"
     assert not page.all("span", "substituted", inside=page.all("article")[0])
-    page = written(folder, [prediction(0, "Red stars!", "red stars"), prediction(1, "", "")])
+    page = written(folder, [prediction("Red stars!", "red stars"), prediction("", "", 1)])
     assert not page.all("span", "difference")
     assert page.all("article")[1].text.count("(empty)") == 2
 
 
 def test_answers_of_other_arms_are_beside(folder):
-    rows = [prediction(0, "red star", "red star"), prediction(1, "one", "two")]
-    silence = [prediction(1, "one", "nothing at all"), prediction(0, "red star")]
+    rows = [prediction("red star", "red star"), prediction("one", "two", 1)]
+    silence = [prediction("one", "nothing at all", 1), prediction("red star", None)]
     page = written(folder, rows, silence=silence, text=silence[:1])
     tables = [
         ["".join(row.text.split("\n")) for row in page.all("tr", inside=table)[1:]]
@@ -161,7 +156,7 @@ def test_answers_of_other_arms_are_beside(folder):
 
 
 def test_scores_and_confusions_are_tables(folder):
-    page = written(folder, [prediction(0, "one", "one")])
+    page = written(folder, [prediction("one", "one")])
     rates, accuracy, figures, confusion = page.all("table")
     cells = [[cell.text for cell in page.elements if row in cell.inside[-1:]] for row in page.all("tr", inside=rates)]
     assert cells == [
@@ -187,7 +182,7 @@ def test_scores_and_confusions_are_tables(folder):
 
 def test_rates_may_be_undefined(folder):
     scores = {"rule": SCORES["rule"], "arms": {"as given": {"all": {**NOTHING, "words": 0}}}}
-    page = written(folder, [prediction(0, "one")], scores)
+    page = written(folder, [prediction("one", None)], scores)
     assert "the word error rate is not defined over 5 rows with 0 words" in page.all("main")[0].text
     assert "None" not in page.all("main")[0].text
 
@@ -198,8 +193,8 @@ def test_media_are_inside_and_missing_ones_are_named(folder):
     (folder / "media" / "1.exe").write_bytes(b"any bytes")
     (folder.parent / "outside.mp3").write_bytes(b"secret")
     names = ["media/1.mp3", "media/1.jpg", "media/2.mp3", "media/1.exe", "../outside.mp3"]
-    rows = [prediction(0, "one", "one", audio_filepath="media/1.mp3", media=names)]
-    rows += [prediction(1, "one", "one", audio_filepath="media/1.mp3")]
+    rows = [prediction("one", "one", audio_filepath="media/1.mp3", media=names)]
+    rows += [prediction("one", "one", 1, audio_filepath="media/1.mp3")]
     page = written(folder, rows)
     players, pictures = page.all("audio"), page.all("img")
     assert [player.attributes["src"] for player in players] == ["data:audio/mpeg;base64,YW55IGJ5dGVz"] * 2
@@ -220,7 +215,8 @@ def hostile(value):
 
 def test_nothing_in_the_data_is_markup(folder):
     (folder / "manifest.json").write_text(json.dumps(hostile(MANIFEST) | {HOSTILE: {HOSTILE: HOSTILE}}))
-    rows = [hostile(prediction(0, "one", "two")), hostile(prediction(1, "one")), hostile(prediction(2, "", ""))]
+    lines = prediction("one", "two"), prediction("one", None, 1), prediction("", "", 2)
+    rows = [hostile({**line, "group": "transcribe", "prompt": "Transcribe the audio."}) for line in lines]
     rows[0] |= {"media": [HOSTILE, "x" * 5000], "text": "one", "pred_text": f"a {HOSTILE}"}
     scores = hostile(SCORES)
     scores["arms"] = {name: arm | {HOSTILE: arm["agree"]} for name, arm in copy.deepcopy(scores["arms"]).items()}
@@ -231,12 +227,12 @@ def test_nothing_in_the_data_is_markup(folder):
     assert not [name for element in page.elements for name in element.attributes if name.startswith("on")]
     assert "onerror=alert(1)" in page.all("title")[0].text
     tags = {element.tag for element in page.elements}
-    plain = {element.tag for element in written(folder, [prediction(0, "one", "two")]).elements}
+    plain = {element.tag for element in written(folder, [prediction("one", "two", prompt="Why?")]).elements}
     assert tags <= plain | {"audio", "img", "table", "caption"}
 
 
 def test_page_is_self_contained(folder):
-    page = written(folder, [prediction(0, "one", "two", group=None)])
+    page = written(folder, [prediction("one", "two")])
     for element in page.elements:
         assert not {"href", "srcset", "style", "action", "data"} & set(element.attributes)
         assert element.attributes.get("src", "data:").startswith("data:")
@@ -276,7 +272,7 @@ def test_colours_have_contrast():
 @pytest.fixture
 def report(folder):
     """The page of some answers to the examples of the demo, with their audio and pictures."""
-    given = {1: "two yellow squares", 2: "yellow stars", 4: None, 6: "three small red circles", 7: "one", 8: "maybe"}
+    answers = {1: "two yellow squares", 2: "yellow stars", 4: None, 6: "three small red circles", 7: "one", 8: "maybe"}
     rows, silence = [], []
     for row, example in enumerate(read_examples()):
         media = []
@@ -289,8 +285,8 @@ def report(folder):
             Image.open(EXAMPLES / example["image"]).convert("RGB").save(folder / media[-1])
         more = {"audio_filepath": audio, "media": media, "group": example["skill"]}
         more["prompt"] = SKILLS[example["skill"]]["instruction"]
-        rows.append(prediction(row, example["answer"], given.get(row + 1, example["answer"]), **more))
-        silence.append(prediction(row, example["answer"], "no", **more))
+        rows.append(prediction(example["answer"], answers.get(row + 1, example["answer"]), row, **more))
+        silence.append(prediction(example["answer"], "no", row, **more))
     for row in rows[-1:] + silence[-1:]:  # with nothing in it where a line could break
         row |= {"group": "g" * 80, "place": f"{'p' * 80}:20", "prompt": "q" * 80, "pred_text": "w" * 80}
     written(folder, rows, silence=silence)
@@ -344,14 +340,14 @@ def test_page_in_a_browser(report, browser, tmp_path):
 
 
 def test_a_text_that_is_too_long_is_shown_by_its_start(folder):
-    page = written(folder, [prediction(0, "one red star", "[" * 1_000_000), prediction(1, "one " * 3_000, "one")])
+    page = written(folder, [prediction("one red star", "[" * 1_000_000), prediction("one " * 3_000, "one", 1)])
     second, first = page.all("article")  # the worst one first
     assert "3 errors in 3 words" in first.text and "3,000 errors in 3,000 words" in second.text
     assert "the start of 1,000,000 characters" in first.text
     assert first.text.count("too long to be aligned") == second.text.count("too long to be aligned") == 1
     scores = copy.deepcopy(SCORES)
     scores["arms"]["as given"]["all"]["too_long"] = 2
-    page = written(folder, [prediction(0, "one", "two")], scores)
+    page = written(folder, [prediction("one", "two")], scores)
     assert "1 row failed; 2 rows too long to be aligned." in page.all("main")[0].text
 
 
@@ -373,7 +369,7 @@ DOCUMENTED = {"row": 0, "place": "data.jsonl:1", "group": None, "audio_filepath"
 )
 def test_every_row_that_is_documented_has_a_page(folder, row):
     for name in ("predictions.jsonl", "predictions-silence.jsonl"):
-        (folder / name).write_text(json.dumps(DOCUMENTED | row) + "\n")
+        write_lines(folder / name, [DOCUMENTED | row])
     scores = score_folder(folder)
     assert json.loads((folder / "scores.json").read_text()) == scores
     page = Page(folder / "report.html")
