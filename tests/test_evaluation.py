@@ -6,31 +6,30 @@ import random
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
 import types
-import zlib
 from collections import Counter
 from pathlib import Path
 
-import av
 import datasets
-import numpy as np
 import pytest
 from accelerate.commands import launch
+from bombs import gif
 from data_rows import chat, damage_png, write_lines
 from filelock import FileLock
 from helpers import text
 from huggingface_hub import ModelCard
 from PIL import Image
 from serving import serve
+from sounds import encode
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 import upload
+from audio_utils import fetch_audio
 from demo.ask import EXAMPLES, read_examples, read_rows, transcription_examples, write_questions
 from demo.world import WORLD
 from evaluation import __main__ as evaluation
@@ -191,27 +190,18 @@ def test_rows_that_fail_are_counted_and_named(demo_repo, recordings, tmp_path, c
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory) -> Path:
+def broken(tmp_path_factory, photo) -> Path:
     """Files that their decoders refuse with errors of many types, and a video, a picture and a clip that are whole."""
     folder = tmp_path_factory.mktemp("broken")
-    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
-    Image.fromarray(noise).save(folder / "good.png")
-    (folder / "damaged.png").write_bytes(damage_png((folder / "good.png").read_bytes()))  # SyntaxError
-    content = bytearray((folder / "good.png").read_bytes())
-    content[16:24] = struct.pack(">II", 60_000, 60_000)  # width and height: DecompressionBombError
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    (folder / "huge.png").write_bytes(content)
+    clip, picture = (EXAMPLES / read_examples()[0]["audio"][0]).read_bytes(), photo.read_bytes()
+    film = encode(fetch_audio(clip).numpy(), "aac.m4a", video=True)
     Image.new("RGB", (32, 32)).save(folder / "whole.avif")
-    (folder / "zeroed.avif").write_bytes((folder / "whole.avif").read_bytes()[:-20] + bytes(20))  # RuntimeError
-    with av.open(folder / "good.mp4", "w") as file:
-        stream = file.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        file.mux([*stream.encode(av.VideoFrame.from_ndarray(noise[:64, :64].copy())), *stream.encode(None)])
-    (folder / "cut.mp4").write_bytes((folder / "good.mp4").read_bytes()[:-500])
-    (folder / "nothing.webm").write_bytes(b"\x1a\x45\xdf\xa3 and nothing more")
-    clip = (EXAMPLES / read_examples()[0]["audio"][0]).read_bytes()
-    (folder / "good.wav").write_bytes(clip)
-    (folder / "cut.wav").write_bytes(clip[:40])
+    contents = {"good.png": picture, "damaged.png": damage_png(picture), "huge.gif": gif(60_000)}
+    contents["zeroed.avif"] = (folder / "whole.avif").read_bytes()[:-20] + bytes(20)  # RuntimeError
+    contents |= {"good.mp4": film, "cut.mp4": film[:-500], "nothing.webm": b"\x1a\x45\xdf\xa3 and nothing more"}
+    contents |= {"good.wav": clip, "cut.wav": clip[:40]}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
     return folder
 
 
@@ -221,7 +211,7 @@ def about(modality: str, name: str) -> dict:
 
 def test_content_that_no_decoder_reads_is_an_error_of_its_row(demo_repo, broken, tmp_path):
     names = {
-        "image": ["good.png", "damaged.png", "huge.png", "zeroed.avif"],
+        "image": ["good.png", "damaged.png", "huge.gif", "zeroed.avif"],
         "video": ["good.mp4", "cut.mp4", "nothing.webm"],
         "audio": ["cut.wav", "good.wav"],
     }

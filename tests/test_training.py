@@ -143,15 +143,17 @@ def test_summary_after_an_interruption_is_of_the_whole_run(run, trained, tmp_pat
     assert 24 / resumed["seconds"] < resumed["rows per second"] < 24 / (3 * 0.5)
 
 
-def test_one_run_at_a_time_writes_into_a_folder(settings, tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit, match="is in use by another run"):
+def test_one_run_at_a_time_writes_into_a_folder(settings, tmp_path, capsys):
+    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit):
         main(words(settings(tmp_path)))
+    assert "is in use by another run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [{"data": "nowhere.jsonl"}, {"eval": "nowhere.jsonl"}, {"data": "/no/where"}])
-def test_data_that_is_not_there_is_named(settings, tmp_path, option):
-    with pytest.raises(SystemExit, match="training: There is no file"):
+def test_data_that_is_not_there_is_named(settings, tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
         main(words(settings(tmp_path, **option)))
+    assert "training: There is no file" in capsys.readouterr().err
 
 
 def test_two_processes_equal_one_with_twice_the_batch(settings, tones, trained, tmp_path):
