@@ -180,7 +180,7 @@ def test_rows_that_fail_are_counted_and_named(demo_repo, recordings, tmp_path, c
     (tmp_path / "broken.wav").write_bytes(b"RIFF nothing")
     gone, broken, typed = ({**good, **other} for other in ({"wav": "gone.wav"}, {"wav": "broken.wav"}, {"sentence": 3}))
     data = write_lines(tmp_path / "some.jsonl", [gone, good, broken, "{", typed])
-    rows = predict(demo_repo, data, tmp_path / "results", *RECORDINGS)
+    rows = predict(demo_repo, data, tmp_path / "results", *RECORDINGS, "--group-column", "sentence")
     assert ["error" in row for row in rows] == [True, False, True, True, True]
     assert "some.jsonl:1: there is no file" in rows[0]["error"] and "some.jsonl:3: " in rows[2]["error"]
     assert rows[1]["pred_text"] == good["sentence"]
@@ -297,9 +297,9 @@ def write_set(folder: Path, form: str, text: str) -> Path:
     clip = folder / "clip.wav"
     shutil.copyfile(EXAMPLES / transcription_examples()[0]["audio"][0], clip)
     if form == "lines":
-        return write_lines(folder / "data.jsonl", [{"wav": clip.name, "sentence": text}])
-    features = {"wav": datasets.Audio(), "sentence": datasets.Value("string"), "id": datasets.Value("int64")}
-    rows = [{"wav": {"bytes": clip.read_bytes()}, "sentence": text, "id": 7}]
+        return write_lines(folder / "data.jsonl", [{"wav": clip.name, "sentence": text, "voice": text}])
+    features = {"wav": datasets.Audio(), "sentence": datasets.Value("string"), "voice": datasets.Value("string")}
+    rows = [{"wav": {"bytes": clip.read_bytes()}, "sentence": text, "voice": text}]
     clip.unlink()
     dataset = datasets.Dataset.from_list(rows, features=datasets.Features(features))
     dataset.save_to_disk(folder) if form == "saved" else dataset.to_parquet(folder / "train.parquet")
@@ -339,22 +339,18 @@ def test_a_clip_that_changed_is_refused(demo_repo, tmp_path, capsys):
 
 @pytest.mark.parametrize("form", ["lines", "saved"])
 def test_a_group_named_all_is_refused_before_the_model_is_loaded(tmp_path, capsys, form):
-    rows = [{"wav": "clip.wav", "sentence": "one", "voice": voice} for voice in ("low", "all")]
-    if form == "saved":
-        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
-    else:
-        write_lines(tmp_path / "data.jsonl", ["{", *rows[1:]])
-    data = tmp_path / ("data" if form == "saved" else "data.jsonl")
+    data = write_set(tmp_path / "data", form, "all")
     (tmp_path / "no-model").mkdir()
     for name in ("config.json", "processor_config.json", "tokenizer.json", "model.safetensors"):
         (tmp_path / "no-model" / name).touch()  # an error once they are loaded
-    error = refusal(capsys, tmp_path / "no-model", data, tmp_path / "results", "--group-column", "voice", *RECORDINGS)
-    assert f"{data}:2: the group is named 'all', as the scores over all rows are" in error
+    more = (*RECORDINGS, "--group-column", "voice")
+    error = refusal(capsys, tmp_path / "no-model", data, tmp_path / "results", *more)
+    assert f"{data}:1: the group is named 'all', as the scores over all rows are" in error
 
 
 def test_a_streamed_group_named_all_is_an_error_of_its_row(demo_repo, tmp_path):
     data = write_set(tmp_path / "data", "lines", "all")
-    more = (*RECORDINGS, "--group-column", "sentence", "--streaming")
+    more = (*RECORDINGS, "--group-column", "voice", "--streaming")
     (row,) = predict(demo_repo, data, tmp_path / "results", *more)
     assert "the group is named 'all'" in row["error"]
 
@@ -382,32 +378,34 @@ def test_the_card_has_the_scores(scored):
     assert (scored / "README.md").read_text().count("## Scores") == 1
 
 
-def test_scores_that_the_predictions_do_not_give_are_refused(scored, results, tmp_path):
-    """Each edit with checksums of its own, as someone would who means to mislead."""
+@pytest.mark.parametrize(
+    "name, old, new, message",
+    [
+        ("README.md", "value: 100.0", "value: 100.1", "metadata of README.md and the predictions"),
+        ("README.md", r"\| as given \| transcribe", "| as given | transcribed", "table of scores in README.md"),
+        ("scores.json", r'("silence".*?"macro_wer": )[\d.]+', r"\g<1>0.5", "says silence/all/macro_wer = 0.5, but"),
+        ("manifest.json", '"[0-9a-f]{64}"', f'"{"0" * 64}"', "are of other weights"),  # those of the weights come first
+        ("manifest.json", '"rows": ', '"rows": 0, "all": ', "of an unfinished run"),
+        (
+            "predictions.jsonl",
+            '"pred_text": "[^"]+"',
+            '"pred_text": "nothing"',
+            "given/all/.* but its predictions give",
+        ),
+    ],
+)
+def test_scores_that_the_predictions_do_not_give_are_refused(scored, name, old, new, message):
+    """Checksums are written again, as someone would who means to mislead."""
+    path = scored / name if name == "README.md" else scored / "evaluation" / name
+    text, count = re.subn(old, new, path.read_text(), count=1, flags=re.DOTALL)
+    assert count
+    path.write_text(text)
+    paths.write_checksums(scored, {})
+    with pytest.raises(ValueError, match=message):
+        card.check_results(scored)
 
-    def refusal(name: str, old: str, new: str) -> str:
-        path = scored / name
-        kept = path.read_text()
-        assert old in kept
-        path.write_text(kept.replace(old, new, 1))
-        paths.write_checksums(scored, {})
-        with pytest.raises(ValueError) as found:
-            card.check_results(scored)
-        path.write_text(kept)
-        paths.write_checksums(scored, {})
-        return str(found.value)
 
-    assert "metadata of README.md and the predictions" in refusal("README.md", "value: 100.0", "value: 100.1")
-    row = read_predictions(results / "predictions.jsonl")[0]
-    edited = refusal("evaluation/predictions.jsonl", f'"pred_text": "{row["text"]}"', '"pred_text": "nothing"')
-    assert "scores.json says as given/all/" in edited and "but its predictions give" in edited
-    figure = json.dumps(json.loads((results / "scores.json").read_text())["arms"]["silence"]["all"]["macro_wer"])
-    assert "scores.json says silence/all/macro_wer = 0.5" in refusal("evaluation/scores.json", figure, "0.5")
-    weights = paths.weights_of(scored)["model.safetensors"]
-    assert "are of other weights" in refusal("evaluation/manifest.json", weights, "0" * 64)
-    assert "table of scores in README.md" in refusal("README.md", "| as given | transcribe", "| as given | transcribed")
-    assert "of an unfinished run" in refusal("evaluation/manifest.json", '"rows": ', '"rows": 0, "all": ')
-    card.check_results(scored)
+def test_scores_without_predictions_are_refused(scored):
     shutil.rmtree(scored / "evaluation")
     paths.write_checksums(scored, {})
     with pytest.raises(ValueError, match="with the predictions they come from"):

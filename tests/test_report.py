@@ -1,10 +1,8 @@
 """make test ONLY=tests/test_report.py: the page of results shows the worst rows first, and nothing in the data acts."""
 
-import copy
 import json
 import re
 import types
-from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -16,31 +14,11 @@ from demo.ask import EXAMPLES, read_examples
 from demo.world import SKILLS
 from evaluation.generate import write_sound
 from evaluation.report import MEDIA_TYPES, SCRIPT, SHADES, STYLE, score_folder, write_page
-from evaluation.scoring import compare
+from evaluation.scoring import compare, score, summarize_arms
 
 
 HOSTILE = '</script><script>alert(1)</script>"><img src=x onerror=alert(1)>&lt;\ud800\x00'
 VOID = {"meta", "img", "input", "br", "link"}
-RATE = {"value": 0.25, "low": 0.125, "high": 0.5}
-NO_RATE = dict.fromkeys(RATE)
-SCORE = {
-    **{"rows": 5, "failed": 1, "wer": RATE, "cer": RATE, "macro_wer": None},
-    **{"insertions": 1, "deletions": 1, "substitutions": 2, "words": 1234, "rtfx": 12.34, "empty": 1, "repeating": 0},
-    "nothing_said": {"rows": 2, "answered": 1},
-}
-NOTHING = {**SCORE, "wer": NO_RATE, "cer": NO_RATE, "rtfx": None, "nothing_said": {"rows": 0, "answered": 0}}
-CONFUSION = {"references": ["yes", "no"], "answers": ["yes", "no", "other"], "counts": [[6, 2, 0], [1, 7, 1]]}
-SCORES = {
-    "rule": {"normalizer": "lower case, no punctuation", "alignment": "Levenshtein"},
-    "arms": {
-        "as given": {
-            "all": SCORE,
-            "transcribe": SCORE,
-            "agree": {**SCORE, "accuracy": RATE, "confusion": CONFUSION},
-        },
-        "silence": {"all": SCORE, "transcribe": NOTHING, "agree": {**SCORE, "accuracy": NO_RATE}},
-    },
-}
 MANIFEST = {
     "model": {"name": "someone/a-model", "revision": "0123456789abcdef"},
     **{"data": [{"name": "data.jsonl"}], "date": "2026-01-02T03:04:05+00:00", "device": "cpu", "seed": 0},
@@ -90,10 +68,10 @@ def folder(tmp_path):
     return folder
 
 
-def written(folder, rows: list[dict], scores: dict = SCORES, limit: int = 200, **arms) -> Page:
+def written(folder, rows: list[dict], limit: int = 200, **arms) -> Page:
     """The page of some predictions."""
     compared = {arm: [*map(compare, lines)] for arm, lines in {"as given": rows, **arms}.items()}
-    return Page(write_page(folder, compared, scores, limit))
+    return Page(write_page(folder, compared, summarize_arms(compared), limit))
 
 
 def test_rows_are_in_order_worst_first(folder):
@@ -156,34 +134,44 @@ def test_answers_of_other_arms_are_beside(folder):
 
 
 def test_scores_and_confusions_are_tables(folder):
-    page = written(folder, [prediction("one", "one")])
+    pairs = [("yes", "yes")] * 6 + [("yes", "no")] * 2 + [("no", "yes")] + [("no", "no")] * 7 + [("no", "maybe")]
+    rows = [prediction(text, answer, number, "agree") for number, (text, answer) in enumerate(pairs)]
+    texts = [("red blue tree star " * 300, "red blue tree moon " * 300), ("", "thank you"), ("", ""), ("one", None)]
+    rows += [prediction(text, answer, number, "transcribe") for number, (text, answer) in enumerate(texts, start=17)]
+    page = written(folder, rows, silence=[prediction("one", None, 21, "transcribe")])
     rates, accuracy, figures, confusion = page.all("table")
     cells = [[cell.text for cell in page.elements if row in cell.inside[-1:]] for row in page.all("tr", inside=rates)]
+    all_rows, agree = (
+        "{value:.1f} {low:.1f} to {high:.1f}".format(**{name: 100 * rate for name, rate in score(part)["wer"].items()})
+        for part in (rows, rows[:17])
+    )
+    none = "\u2013"
+    assert all_rows.startswith("25.0 ") and agree.startswith("23.5 ")
     assert cells == [
         ["group", "rows", "as given", "silence"],
-        ["all", "5", "25.0 12.5 to 50.0", "25.0 12.5 to 50.0"],
-        ["transcribe", "5", "25.0 12.5 to 50.0", unescape("&ndash;")],
-        ["agree", "5", "25.0 12.5 to 50.0", "25.0 12.5 to 50.0"],
+        ["all", "21", all_rows, none],
+        ["agree", "17", agree, none],
+        ["transcribe", "4", "25.0 25.0 to 25.0", none],
     ]
     assert page.all("caption", inside=accuracy)[0].text == "Accuracy, %"
     assert len(page.all("tr", inside=accuracy)) == 2
-    assert len(page.all("tr", inside=figures)) == 7
-    assert "1 of 2" in figures.text and "1,234" in figures.text
+    assert len(page.all("tr", inside=figures)) == 6
+    assert "1 of 2" in figures.text and "1,217" in figures.text
     shades = [cell.attributes.get("class") for cell in page.all("td", inside=confusion)]
-    assert shades == ["shade-6 right", "shade-2", "shade-0", "shade-1", "shade-7 right", "shade-1"]
-    assert "25.0 % (12.5 to 50.0) over 5 rows with 1,234 words; 1 row failed." in page.all("main")[0].text
+    assert shades == ["shade-7 right", "shade-1", "shade-1", "shade-2", "shade-6 right", "shade-0"]
+    interval = all_rows.replace(" ", " % (", 1)
+    assert f"{interval}) over 21 rows with 1,217 words; 1 row failed." in page.all("main")[0].text
     assert "max_new_tokens: 128" in page.all("details")[-1].text
     assert {"someone/a-model", "0123456789abcdef", "data.jsonl"} <= {
         element.text for element in page.elements if element.tag in ("h1", "dd")
     }
     levels = [int(element.tag[1]) for element in page.elements if re.fullmatch(r"h\d", element.tag)]
-    assert levels == [1, 2, 2, 3]
+    assert levels == [1, 2, 2] + [3] * 21
 
 
 def test_rates_may_be_undefined(folder):
-    scores = {"rule": SCORES["rule"], "arms": {"as given": {"all": {**NOTHING, "words": 0}}}}
-    page = written(folder, [prediction("one", None)], scores)
-    assert "the word error rate is not defined over 5 rows with 0 words" in page.all("main")[0].text
+    page = written(folder, [prediction("one", None)])
+    assert "the word error rate is not defined over 1 row with 0 words" in page.all("main")[0].text
     assert "None" not in page.all("main")[0].text
 
 
@@ -215,13 +203,14 @@ def hostile(value):
 
 def test_nothing_in_the_data_is_markup(folder):
     (folder / "manifest.json").write_text(json.dumps(hostile(MANIFEST) | {HOSTILE: {HOSTILE: HOSTILE}}))
-    lines = prediction("one", "two"), prediction("one", None, 1), prediction("", "", 2)
-    rows = [hostile({**line, "group": "transcribe", "prompt": "Transcribe the audio."}) for line in lines]
-    rows[0] |= {"media": [HOSTILE, "x" * 5000], "text": "one", "pred_text": f"a {HOSTILE}"}
-    scores = hostile(SCORES)
-    scores["arms"] = {name: arm | {HOSTILE: arm["agree"]} for name, arm in copy.deepcopy(scores["arms"]).items()}
-    scores["arms"][HOSTILE] = scores["arms"]["as given"]
-    page = written(folder, rows, scores, **{HOSTILE: rows})
+    more = {"group": HOSTILE, "prompt": HOSTILE, "place": HOSTILE}
+    rows = [
+        prediction("one", f"a {HOSTILE}", media=[HOSTILE, "x" * 5000], **more),
+        prediction("one", "two", 1, audio_filepath=HOSTILE, **more),
+        {**prediction("one", None, 2, **more), "error": HOSTILE},
+        prediction(HOSTILE, HOSTILE, 3),
+    ]
+    page = written(folder, rows, **{HOSTILE: rows})
     assert len(page.all("script")) == 1 and page.all("script")[0].text == SCRIPT
     assert page.all("img") == []
     assert not [name for element in page.elements for name in element.attributes if name.startswith("on")]
@@ -345,10 +334,7 @@ def test_a_text_that_is_too_long_is_shown_by_its_start(folder):
     assert "3 errors in 3 words" in first.text and "3,000 errors in 3,000 words" in second.text
     assert "the start of 1,000,000 characters" in first.text
     assert first.text.count("too long to be aligned") == second.text.count("too long to be aligned") == 1
-    scores = copy.deepcopy(SCORES)
-    scores["arms"]["as given"]["all"]["too_long"] = 2
-    page = written(folder, [prediction("one", "two")], scores)
-    assert "1 row failed; 2 rows too long to be aligned." in page.all("main")[0].text
+    assert "2 rows too long to be aligned." in page.all("main")[0].text
 
 
 DOCUMENTED = {"row": 0, "place": "data.jsonl:1", "group": None, "audio_filepath": None, "duration": None, "time": None}
