@@ -157,6 +157,7 @@ def test_scores_and_confusions_are_tables(folder):
     assert len(page.all("tr", inside=accuracy)) == 2
     assert len(page.all("tr", inside=figures)) == 6
     assert "1 of 2" in figures.text and "1,217" in figures.text
+    assert "76.5 " in accuracy.text and "76.5 " in figures.text
     shades = [cell.attributes.get("class") for cell in page.all("td", inside=confusion)]
     assert shades == ["shade-7 right", "shade-1", "shade-1", "shade-2", "shade-6 right", "shade-0"]
     interval = all_rows.replace(" ", " % (", 1)
