@@ -1,4 +1,4 @@
-"""Short runs of training on tones: the fixtures and helpers of test_training, test_rows and test_options."""
+"""Short runs of training on tones: fixtures and helpers."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from data_rows import chat, write_lines
 from helpers import audio, text
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoProcessor
 
 from collator import ChatCollator
 from demo.untrained import make_bases
@@ -21,31 +22,10 @@ from training.resuming import newest_checkpoint
 TONES = {"low": 200, "middle": 600, "high": 1800}  # Hz
 
 
-def chat(*content, answer="low") -> dict:
-    return {"messages": [{"role": "user", "content": list(content)}, {"role": "assistant", "content": answer}]}
-
-
-def write(path: Path, rows: list) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
-
-
 def words(settings: dict) -> list[str]:
     """The same settings for the command line."""
     values = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
     return [str(word) for name, value in values.items() for word in (f"--{name}", *value)]
-
-
-def load(folder: Path):
-    """The processor and the model of a folder."""
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    return processor, AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
-
-
-def prompt(processor, messages: list[dict]):
-    return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
 
 
 def projector(output: Path) -> torch.Tensor:
@@ -53,14 +33,21 @@ def projector(output: Path) -> torch.Tensor:
 
 
 def losses(output: Path) -> list[float]:
-    """Of every step, from the state that the last checkpoint holds."""
+    """The loss of every step, from the state that the last checkpoint holds."""
     state = json.loads((Path(newest_checkpoint(output)) / "trainer_state.json").read_text())
     return [line["loss"] for line in state["log_history"] if "loss" in line]
 
 
+def changed(*folders: Path) -> set[str]:
+    """The names of the weights in which two folders differ."""
+    before, after = (load_file(folder / "model.safetensors") for folder in folders)
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
 @pytest.fixture(scope="session")
 def start(tmp_path_factory) -> Path:
-    """A built folder of a small model with a small vocabulary, windows of 3 s, untrained."""
+    """A built folder of a small model with a small vocabulary, windows of 3 s, untrained; its parts lie beside it."""
     folder = tmp_path_factory.mktemp("start")
     return build(*make_bases(folder), folder / "repo")
 
@@ -77,13 +64,13 @@ def tones(tmp_path_factory) -> Path:
             samples = 0.3 * torch.sin(2 * torch.pi * TONES[name] * (1 + number / 100) * seconds)
             soundfile.write(folder / f"{file}-{number}.wav", samples.numpy(), 16_000)
             chats.append(chat(audio(f"{file}-{number}.wav"), text("Which tone?" + "?" * number), answer=name))
-        write(folder / f"{file}.jsonl", chats)
+        write_lines(folder / f"{file}.jsonl", chats)
     return folder
 
 
 @pytest.fixture(scope="session")
-def rows(start) -> ChatCollator:
-    return ChatCollator(AutoProcessor.from_pretrained(start, trust_remote_code=True), needs_audio=False)
+def collator(start) -> ChatCollator:
+    return ChatCollator(AutoProcessor.from_pretrained(start, trust_remote_code=True))
 
 
 @pytest.fixture(scope="session")
@@ -109,12 +96,4 @@ def trained(run, tmp_path_factory) -> Path:
     """A run of 6 steps that nothing interrupted."""
     output = tmp_path_factory.mktemp("trained")
     run(output)
-    return output
-
-
-@pytest.fixture(scope="session")
-def plain(run, tmp_path_factory) -> Path:
-    """A run of 3 steps whose learning rate stays the same."""
-    output = tmp_path_factory.mktemp("plain")
-    run(output, lr_scheduler_type="constant", max_steps=3)
     return output

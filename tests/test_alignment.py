@@ -5,32 +5,27 @@ projector in closed form.
 
 import itertools
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from data_rows import chat, write_lines
 from helpers import audio, text
 from safetensors.torch import load_file
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-)
+from transformers import AutoTokenizer, GenerationConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from audio_utils import fetch_audio
-from demo.bases import ASSETS, sharpen, write_feature_extractor
-from demo.untrained import make_bases
+from demo.bases import ASSETS
 from publishing.build import build
 from publishing.paths import ROOT
 from training.alignment import PREFIX, Aligner, Span, warp
-from training.arguments import Arguments
 from training.closed_form import Ridge, spread
-from training.train import train
 
+
+pytest_plugins = "runs"  # fixtures
 
 WORDS = ["one", "two", "three"]
 JFK = "And so, my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
@@ -39,22 +34,17 @@ BEGINS = {3: 1.30, 5: 3.25, 6: 4.00, 9: 5.65, 14: 8.20}
 
 
 @pytest.fixture(scope="module")
-def whisper(tmp_path_factory):
-    """A complete Whisper with random weights, windows of 3 s, and a tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("whisper")
+def whisper(start, tmp_path_factory):
+    """The Whisper of `start`, with windows of 3 s, made complete: a tokenizer of its own and alignment heads."""
+    folder = shutil.copytree(start.parent / "whisper", tmp_path_factory.mktemp("aligner") / "whisper")
     full = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
     tokenizer = full.train_new_from_iterator([" ".join(WORDS)] * 10, vocab_size=300)
     tokenizer.add_tokens(PREFIX, special_tokens=True)
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"d_model": 64, "num_mel_bins": 128, "max_source_positions": 150, "vocab_size": len(tokenizer)}
-    for half in ("encoder", "decoder"):
-        sizes |= {f"{half}_layers": 2, f"{half}_attention_heads": 2, f"{half}_ffn_dim": 128}
-    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
-    model = sharpen(WhisperForConditionalGeneration(WhisperConfig(**sizes, **ids, max_target_positions=64)), std=0.2)
-    model.generation_config = GenerationConfig(**ids, alignment_heads=[[0, 1], [1, 0]])
+    model = WhisperForConditionalGeneration.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    model.generation_config = GenerationConfig(alignment_heads=[[0, 1], [0, 0]])
     model.save_pretrained(folder)
-    write_feature_extractor(folder, window_seconds=3)
     return folder
 
 
@@ -76,21 +66,20 @@ def test_warping_takes_the_cheapest_path():
         assert warp(cost).tolist() == min(paths)[1]
 
 
-def test_spans_follow_each_other_within_the_clip(whisper):
+def test_spans_follow_each_other_within_the_clip(whisper, tmp_path):
     aligner = Aligner(whisper)
     torch.manual_seed(0)
     for num_rows in (2, 40, 150):
         rows, spans = aligner.align(torch.randn(1, 128, 300), num_rows, WORDS)
-        assert rows.shape == (num_rows, 64)
+        assert rows.shape == (num_rows, 128)
         assert [span.start for span in spans[1:]] == [span.end for span in spans[:-1]]
         assert spans[0].start == 0 and spans[-1].end < num_rows
-    with pytest.raises(ValueError, match="Whisper's decoder takes 64"):
-        aligner.align(torch.randn(1, 128, 300), 40, WORDS * 30)
-    aligner.model.generation_config.alignment_heads = None
-    aligner.model.save_pretrained(whisper.parent / "other")
-    aligner.tokenizer.save_pretrained(whisper.parent / "other")
+    with pytest.raises(ValueError, match="Whisper's decoder takes 448"):
+        aligner.align(torch.randn(1, 128, 300), 40, WORDS * 150)
+    other = shutil.copytree(whisper, tmp_path / "other")
+    (other / "generation_config.json").unlink()
     with pytest.raises(ValueError, match="names no `alignment_heads`"):
-        Aligner(whisper.parent / "other")
+        Aligner(other)
 
 
 def test_a_word_is_where_the_decoder_attends_when_it_predicts_it(whisper, monkeypatch):
@@ -103,15 +92,13 @@ def test_a_word_is_where_the_decoder_attends_when_it_predicts_it(whisper, monkey
         for rows in torch.arange(span.start, span.end).tensor_split(count):
             attention[:, :, position, rows] = 1
             position += 1
-    seen = []
 
     def forward(windows, decoder_input_ids, output_attentions):
-        seen.append(decoder_input_ids.shape[1])
-        return SimpleNamespace(cross_attentions=[attention] * 2, encoder_last_hidden_state=torch.zeros(1, 150, 64))
+        assert decoder_input_ids.shape[1] == tokens
+        return SimpleNamespace(cross_attentions=[attention] * 2, encoder_last_hidden_state=torch.zeros(1, 150, 128))
 
     monkeypatch.setattr(aligner.model, "forward", forward)
     assert aligner.align(torch.zeros(1, 128, 300), 150, WORDS)[1] == expected
-    assert seen == [tokens]
 
 
 def test_ridge_finds_the_map_that_made_the_rows():
@@ -136,40 +123,34 @@ def test_words_are_spread_over_the_rows_of_their_spans():
     assert spread([7], Span(3, 3)) == []
 
 
-def test_stage_writes_a_projector_that_build_takes(whisper, tmp_path, sound):
-    base, _ = make_bases(tmp_path)
-    start = build(base, whisper, tmp_path / "start")
+def test_stage_writes_a_projector_that_build_takes(run, start, whisper, tmp_path, sound):
     rows = []
     for number in range(6):
         soundfile.write(tmp_path / f"{number}.wav", sound(1 + number / 4, number), 16_000)
         rows.append({"audio": f"{number}.wav", "text": " ".join(WORDS[: 1 + number % 3]) if number else ""})
-    question = [audio("1.wav"), audio("2.wav"), text("Do both say the same?")]  # two clips: which one is transcribed?
-    rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "no"}]})
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Which of two clips is transcribed?
+    rows.append(chat(audio("1.wav"), audio("2.wav"), text("Do both say the same?"), answer="no"))
+    settings = {"stage": "align", "aligner": whisper, "audio_tokens": "trimmed"}
+    settings["data"] = [write_lines(tmp_path / "rows.jsonl", rows)]
 
-    def run(**more):
-        settings = {"stage": "align", "aligner": whisper, "model": start, "data": [tmp_path / "rows.jsonl"]}
-        settings |= {"output_dir": tmp_path / "run", "audio_tokens": "trimmed", "use_cpu": True, **more}
-        return train(Arguments(**settings))
-
-    summary = run()
+    summary = run(tmp_path / "run", **settings)
     assert summary["clips"] == 5 and summary["words"] == 2 + 3 + 1 + 2 + 3
-    assert run(align_rows=2, output_dir=tmp_path / "few")["clips"] == 2
+    assert run(tmp_path / "few", **settings, align_rows=2)["clips"] == 2
     path = tmp_path / "run" / "audio_projector.safetensors"
     projector = load_file(path)["audio_projector.weight"]
-    assert projector.shape == (128, 64) and projector.dtype == torch.float32
+    assert projector.shape == (128, 128) and projector.dtype == torch.float32
     built = build(checkpoint=start, projector=path, output=tmp_path / "built")
     assert torch.equal(load_file(built / "model.safetensors")["model.audio_projector.weight"], projector)
     assert json.loads((built / "processor_config.json").read_text())["trained_audio_tokens"] == "trimmed"
 
-    other = WhisperForConditionalGeneration.from_pretrained(whisper)
-    torch.nn.init.normal_(other.model.encoder.conv1.weight)
-    other.save_pretrained(tmp_path / "other")
-    AutoTokenizer.from_pretrained(whisper).save_pretrained(tmp_path / "other")
+    other = shutil.copytree(whisper, tmp_path / "other")
+    model = WhisperForConditionalGeneration.from_pretrained(other)
+    torch.nn.init.normal_(model.model.encoder.conv1.weight)
+    model.save_pretrained(other)
     with pytest.raises(ValueError, match="is not the Whisper whose encoder"):
-        run(aligner=tmp_path / "other", output_dir=tmp_path / "refused")
+        run(tmp_path / "refused", **settings | {"aligner": other})
     with pytest.raises(ValueError, match="--stage align needs --aligner"):
-        run(stage="projector")
+        run(tmp_path / "refused", **settings | {"stage": "projector"})
 
 
 @pytest.mark.speech

@@ -1,13 +1,12 @@
 """make test ONLY=tests/test_report.py: the page of results shows the worst rows first, and nothing in the data acts."""
 
-import copy
 import json
 import re
 import types
-from html import unescape
 from html.parser import HTMLParser
 
 import pytest
+from data_rows import prediction, write_lines
 from PIL import Image
 
 from audio_utils import fetch_audio
@@ -15,31 +14,11 @@ from demo.ask import EXAMPLES, read_examples
 from demo.world import SKILLS
 from evaluation.generate import write_sound
 from evaluation.report import MEDIA_TYPES, SCRIPT, SHADES, STYLE, score_folder, write_page
-from evaluation.scoring import compare
+from evaluation.scoring import compare, score, summarize_arms
 
 
 HOSTILE = '</script><script>alert(1)</script>"><img src=x onerror=alert(1)>&lt;\ud800\x00'
 VOID = {"meta", "img", "input", "br", "link"}
-RATE = {"value": 0.25, "low": 0.125, "high": 0.5}
-NO_RATE = dict.fromkeys(RATE)
-SCORE = {
-    **{"rows": 5, "failed": 1, "wer": RATE, "cer": RATE, "macro_wer": None},
-    **{"insertions": 1, "deletions": 1, "substitutions": 2, "words": 1234, "rtfx": 12.34, "empty": 1, "repeating": 0},
-    "nothing_said": {"rows": 2, "answered": 1},
-}
-NOTHING = {**SCORE, "wer": NO_RATE, "cer": NO_RATE, "rtfx": None, "nothing_said": {"rows": 0, "answered": 0}}
-CONFUSION = {"references": ["yes", "no"], "answers": ["yes", "no", "other"], "counts": [[6, 2, 0], [1, 7, 1]]}
-SCORES = {
-    "rule": {"normalizer": "lower case, no punctuation", "alignment": "Levenshtein"},
-    "arms": {
-        "as given": {
-            "all": SCORE,
-            "transcribe": SCORE,
-            "agree": {**SCORE, "accuracy": RATE, "confusion": CONFUSION},
-        },
-        "silence": {"all": SCORE, "transcribe": NOTHING, "agree": {**SCORE, "accuracy": NO_RATE}},
-    },
-}
 MANIFEST = {
     "model": {"name": "someone/a-model", "revision": "0123456789abcdef"},
     **{"data": [{"name": "data.jsonl"}], "date": "2026-01-02T03:04:05+00:00", "device": "cpu", "seed": 0},
@@ -47,12 +26,6 @@ MANIFEST = {
     "generation": {"max_new_tokens": 128, "do_sample": False},
     "command": "evaluation predict DIR --data data.jsonl",
 }
-
-
-def prediction(row: int, text: str, pred_text: str | None = None, **more) -> dict:
-    answer = {"error": "out of memory"} if pred_text is None else {"pred_text": pred_text}
-    facts = {"row": row, "place": f"data.jsonl:{row + 1}", "group": "transcribe", "audio_filepath": None}
-    return {**facts, "duration": 1.4, "time": 0.25, "prompt": "Transcribe the audio.", "text": text, **answer, **more}
 
 
 class Page(HTMLParser):
@@ -95,20 +68,20 @@ def folder(tmp_path):
     return folder
 
 
-def written(folder, rows: list[dict], scores: dict = SCORES, limit: int = 200, **arms) -> Page:
+def written(folder, rows: list[dict], limit: int = 200, **arms) -> Page:
     """The page of some predictions."""
     compared = {arm: [*map(compare, lines)] for arm, lines in {"as given": rows, **arms}.items()}
-    return Page(write_page(folder, compared, scores, limit))
+    return Page(write_page(folder, compared, summarize_arms(compared), limit))
 
 
 def test_rows_are_in_order_worst_first(folder):
     rows = [
-        prediction(0, "one red star", "one red star"),
-        prediction(1, "one red star", "two red stars"),
-        prediction(2, "one", "two"),
-        prediction(3, "one red star"),
-        prediction(4, "red star", "blue square"),
-        prediction(5, "", "thank you for your attention"),
+        prediction("one red star", "one red star", 0),
+        prediction("one red star", "two red stars", 1),
+        prediction("one", "two", 2),
+        prediction("one red star", None, 3),
+        prediction("red star", "blue square", 4),
+        prediction("", "thank you for your attention", 5),
     ]
     page = written(folder, rows)
     assert [heading.text for heading in page.all("h3")] == [f"data.jsonl:{n}" for n in (4, 6, 5, 3, 2, 1)]
@@ -123,7 +96,7 @@ def test_rows_are_in_order_worst_first(folder):
 
 
 def test_limit_is_told(folder):
-    rows = [prediction(row, "one", "one") for row in range(1200)]
+    rows = [prediction("one", "one", row) for row in range(1200)]
     page = written(folder, rows, limit=7)
     assert len(page.all("article")) == 7
     assert "The worst 7 of 1,200 rows are shown" in page.all("main")[0].text
@@ -132,23 +105,23 @@ def test_limit_is_told(folder):
 
 
 def test_difference_is_read_by_form(folder):
-    page = written(folder, [prediction(0, "two red stars here", "two blue stars or")])
+    page = written(folder, [prediction("two red stars here", "two blue stars or")])
     (row,) = page.all("article")
     (difference,) = page.all("span", "difference", inside=row)
     pairs = page.all("span", "substituted", inside=difference)
     assert [pair.text for pair in pairs] == ["red blue", "here or"]
-    page = written(folder, [prediction(0, "red stars", "two red")])
+    page = written(folder, [prediction("red stars", "two red")])
     assert [word.text for word in page.all("ins")][-1] == "2"
     assert [word.text for word in page.all("del")][-1] == "stars"
     assert not page.all("span", "substituted", inside=page.all("article")[0])
-    page = written(folder, [prediction(0, "Red stars!", "red stars"), prediction(1, "", "")])
+    page = written(folder, [prediction("Red stars!", "red stars"), prediction("", "", 1)])
     assert not page.all("span", "difference")
     assert page.all("article")[1].text.count("(empty)") == 2
 
 
 def test_answers_of_other_arms_are_beside(folder):
-    rows = [prediction(0, "red star", "red star"), prediction(1, "one", "two")]
-    silence = [prediction(1, "one", "nothing at all"), prediction(0, "red star")]
+    rows = [prediction("red star", "red star"), prediction("one", "two", 1)]
+    silence = [prediction("one", "nothing at all", 1), prediction("red star", None)]
     page = written(folder, rows, silence=silence, text=silence[:1])
     tables = [
         ["".join(row.text.split("\n")) for row in page.all("tr", inside=table)[1:]]
@@ -161,34 +134,45 @@ def test_answers_of_other_arms_are_beside(folder):
 
 
 def test_scores_and_confusions_are_tables(folder):
-    page = written(folder, [prediction(0, "one", "one")])
+    pairs = [("yes", "yes")] * 6 + [("yes", "no")] * 2 + [("no", "yes")] + [("no", "no")] * 7 + [("no", "maybe")]
+    rows = [prediction(text, answer, number, "agree") for number, (text, answer) in enumerate(pairs)]
+    texts = [("red blue tree star " * 300, "red blue tree moon " * 300), ("", "thank you"), ("", ""), ("one", None)]
+    rows += [prediction(text, answer, number, "transcribe") for number, (text, answer) in enumerate(texts, start=17)]
+    page = written(folder, rows, silence=[prediction("one", None, 21, "transcribe")])
     rates, accuracy, figures, confusion = page.all("table")
     cells = [[cell.text for cell in page.elements if row in cell.inside[-1:]] for row in page.all("tr", inside=rates)]
+    all_rows, agree = (
+        "{value:.1f} {low:.1f} to {high:.1f}".format(**{name: 100 * rate for name, rate in score(part)["wer"].items()})
+        for part in (rows, rows[:17])
+    )
+    none = "\u2013"
+    assert all_rows.startswith("25.0 ") and agree.startswith("23.5 ")
     assert cells == [
         ["group", "rows", "as given", "silence"],
-        ["all", "5", "25.0 12.5 to 50.0", "25.0 12.5 to 50.0"],
-        ["transcribe", "5", "25.0 12.5 to 50.0", unescape("&ndash;")],
-        ["agree", "5", "25.0 12.5 to 50.0", "25.0 12.5 to 50.0"],
+        ["all", "21", all_rows, none],
+        ["agree", "17", agree, none],
+        ["transcribe", "4", "25.0 25.0 to 25.0", none],
     ]
     assert page.all("caption", inside=accuracy)[0].text == "Accuracy, %"
     assert len(page.all("tr", inside=accuracy)) == 2
-    assert len(page.all("tr", inside=figures)) == 7
-    assert "1 of 2" in figures.text and "1,234" in figures.text
+    assert len(page.all("tr", inside=figures)) == 6
+    assert "1 of 2" in figures.text and "1,217" in figures.text
+    assert "76.5 " in accuracy.text and "76.5 " in figures.text
     shades = [cell.attributes.get("class") for cell in page.all("td", inside=confusion)]
-    assert shades == ["shade-6 right", "shade-2", "shade-0", "shade-1", "shade-7 right", "shade-1"]
-    assert "25.0 % (12.5 to 50.0) over 5 rows with 1,234 words; 1 row failed." in page.all("main")[0].text
+    assert shades == ["shade-7 right", "shade-1", "shade-1", "shade-2", "shade-6 right", "shade-0"]
+    interval = all_rows.replace(" ", " % (", 1)
+    assert f"{interval}) over 21 rows with 1,217 words; 1 row failed." in page.all("main")[0].text
     assert "max_new_tokens: 128" in page.all("details")[-1].text
     assert {"someone/a-model", "0123456789abcdef", "data.jsonl"} <= {
         element.text for element in page.elements if element.tag in ("h1", "dd")
     }
     levels = [int(element.tag[1]) for element in page.elements if re.fullmatch(r"h\d", element.tag)]
-    assert levels == [1, 2, 2, 3]
+    assert levels == [1, 2, 2] + [3] * 21
 
 
 def test_rates_may_be_undefined(folder):
-    scores = {"rule": SCORES["rule"], "arms": {"as given": {"all": {**NOTHING, "words": 0}}}}
-    page = written(folder, [prediction(0, "one")], scores)
-    assert "the word error rate is not defined over 5 rows with 0 words" in page.all("main")[0].text
+    page = written(folder, [prediction("one", None)])
+    assert "the word error rate is not defined over 1 row with 0 words" in page.all("main")[0].text
     assert "None" not in page.all("main")[0].text
 
 
@@ -198,8 +182,8 @@ def test_media_are_inside_and_missing_ones_are_named(folder):
     (folder / "media" / "1.exe").write_bytes(b"any bytes")
     (folder.parent / "outside.mp3").write_bytes(b"secret")
     names = ["media/1.mp3", "media/1.jpg", "media/2.mp3", "media/1.exe", "../outside.mp3"]
-    rows = [prediction(0, "one", "one", audio_filepath="media/1.mp3", media=names)]
-    rows += [prediction(1, "one", "one", audio_filepath="media/1.mp3")]
+    rows = [prediction("one", "one", audio_filepath="media/1.mp3", media=names)]
+    rows += [prediction("one", "one", 1, audio_filepath="media/1.mp3")]
     page = written(folder, rows)
     players, pictures = page.all("audio"), page.all("img")
     assert [player.attributes["src"] for player in players] == ["data:audio/mpeg;base64,YW55IGJ5dGVz"] * 2
@@ -220,23 +204,25 @@ def hostile(value):
 
 def test_nothing_in_the_data_is_markup(folder):
     (folder / "manifest.json").write_text(json.dumps(hostile(MANIFEST) | {HOSTILE: {HOSTILE: HOSTILE}}))
-    rows = [hostile(prediction(0, "one", "two")), hostile(prediction(1, "one")), hostile(prediction(2, "", ""))]
-    rows[0] |= {"media": [HOSTILE, "x" * 5000], "text": "one", "pred_text": f"a {HOSTILE}"}
-    scores = hostile(SCORES)
-    scores["arms"] = {name: arm | {HOSTILE: arm["agree"]} for name, arm in copy.deepcopy(scores["arms"]).items()}
-    scores["arms"][HOSTILE] = scores["arms"]["as given"]
-    page = written(folder, rows, scores, **{HOSTILE: rows})
+    more = {"group": HOSTILE, "prompt": HOSTILE, "place": HOSTILE}
+    rows = [
+        prediction("one", f"a {HOSTILE}", media=[HOSTILE, "x" * 5000], **more),
+        prediction("one", "two", 1, audio_filepath=HOSTILE, **more),
+        {**prediction("one", None, 2, **more), "error": HOSTILE},
+        prediction(HOSTILE, HOSTILE, 3),
+    ]
+    page = written(folder, rows, **{HOSTILE: rows})
     assert len(page.all("script")) == 1 and page.all("script")[0].text == SCRIPT
     assert page.all("img") == []
     assert not [name for element in page.elements for name in element.attributes if name.startswith("on")]
     assert "onerror=alert(1)" in page.all("title")[0].text
     tags = {element.tag for element in page.elements}
-    plain = {element.tag for element in written(folder, [prediction(0, "one", "two")]).elements}
+    plain = {element.tag for element in written(folder, [prediction("one", "two", prompt="Why?")]).elements}
     assert tags <= plain | {"audio", "img", "table", "caption"}
 
 
 def test_page_is_self_contained(folder):
-    page = written(folder, [prediction(0, "one", "two", group=None)])
+    page = written(folder, [prediction("one", "two")])
     for element in page.elements:
         assert not {"href", "srcset", "style", "action", "data"} & set(element.attributes)
         assert element.attributes.get("src", "data:").startswith("data:")
@@ -276,7 +262,7 @@ def test_colours_have_contrast():
 @pytest.fixture
 def report(folder):
     """The page of some answers to the examples of the demo, with their audio and pictures."""
-    given = {1: "two yellow squares", 2: "yellow stars", 4: None, 6: "three small red circles", 7: "one", 8: "maybe"}
+    answers = {1: "two yellow squares", 2: "yellow stars", 4: None, 6: "three small red circles", 7: "one", 8: "maybe"}
     rows, silence = [], []
     for row, example in enumerate(read_examples()):
         media = []
@@ -289,8 +275,8 @@ def report(folder):
             Image.open(EXAMPLES / example["image"]).convert("RGB").save(folder / media[-1])
         more = {"audio_filepath": audio, "media": media, "group": example["skill"]}
         more["prompt"] = SKILLS[example["skill"]]["instruction"]
-        rows.append(prediction(row, example["answer"], given.get(row + 1, example["answer"]), **more))
-        silence.append(prediction(row, example["answer"], "no", **more))
+        rows.append(prediction(example["answer"], answers.get(row + 1, example["answer"]), row, **more))
+        silence.append(prediction(example["answer"], "no", row, **more))
     for row in rows[-1:] + silence[-1:]:  # with nothing in it where a line could break
         row |= {"group": "g" * 80, "place": f"{'p' * 80}:20", "prompt": "q" * 80, "pred_text": "w" * 80}
     written(folder, rows, silence=silence)
@@ -344,15 +330,12 @@ def test_page_in_a_browser(report, browser, tmp_path):
 
 
 def test_a_text_that_is_too_long_is_shown_by_its_start(folder):
-    page = written(folder, [prediction(0, "one red star", "[" * 1_000_000), prediction(1, "one " * 3_000, "one")])
+    page = written(folder, [prediction("one red star", "[" * 1_000_000), prediction("one " * 3_000, "one", 1)])
     second, first = page.all("article")  # the worst one first
     assert "3 errors in 3 words" in first.text and "3,000 errors in 3,000 words" in second.text
     assert "the start of 1,000,000 characters" in first.text
     assert first.text.count("too long to be aligned") == second.text.count("too long to be aligned") == 1
-    scores = copy.deepcopy(SCORES)
-    scores["arms"]["as given"]["all"]["too_long"] = 2
-    page = written(folder, [prediction(0, "one", "two")], scores)
-    assert "1 row failed; 2 rows too long to be aligned." in page.all("main")[0].text
+    assert "2 rows too long to be aligned." in page.all("main")[0].text
 
 
 DOCUMENTED = {"row": 0, "place": "data.jsonl:1", "group": None, "audio_filepath": None, "duration": None, "time": None}
@@ -373,7 +356,7 @@ DOCUMENTED = {"row": 0, "place": "data.jsonl:1", "group": None, "audio_filepath"
 )
 def test_every_row_that_is_documented_has_a_page(folder, row):
     for name in ("predictions.jsonl", "predictions-silence.jsonl"):
-        (folder / name).write_text(json.dumps(DOCUMENTED | row) + "\n")
+        write_lines(folder / name, [DOCUMENTED | row])
     scores = score_folder(folder)
     assert json.loads((folder / "scores.json").read_text()) == scores
     page = Page(folder / "report.html")

@@ -1,26 +1,28 @@
 """make test ONLY=tests/test_rows.py: which tokens are learned, from which data, and which rows are refused."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from data_rows import chat, damage_png, write_lines
 from helpers import audio, image, text, video
 from PIL import Image
-from runs import chat, write
 
-from collator import BadRow, ChatCollator
+from collator import BadRow
 from training.arguments import Arguments
-from training.rows import load_rows
+from training.rows import describe_data, load_rows
 from training.selection import select_rows
 
 
 pytest_plugins = "runs"  # fixtures
 
 
-def test_labels_are_the_answers_and_the_ends_of_their_turns(rows, photo, sound):
+def test_labels_are_the_answers_and_the_ends_of_their_turns(collator, photo, sound):
     short = chat(text("Why?"), answer="Because.")
     long = {
         "messages": [
@@ -31,8 +33,8 @@ def test_labels_are_the_answers_and_the_ends_of_their_turns(rows, photo, sound):
             {"role": "assistant", "content": [text("It "), text("slept.")]},
         ]
     }
-    batch = rows([{**short, "place": "a:1"}, {**long, "place": "a:2"}])
-    tokenizer = rows.processor.tokenizer
+    batch = collator([{**short, "place": "a:1"}, {**long, "place": "a:2"}])
+    tokenizer = collator.processor.tokenizer
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
     assert len(batch["input_features"]) == 1 and len(batch["image_grid_thw"]) == 1
     learned = [labels[labels != -100] for labels in batch["labels"]]
@@ -46,78 +48,65 @@ def test_labels_are_the_answers_and_the_ends_of_their_turns(rows, photo, sound):
     assert (batch["attention_mask"][0] == 0).sum() > 100  # the short row is padded
 
 
-def test_audio_and_pictures_in_an_answer_are_not_learned(rows, photo, sound):
+def test_audio_and_pictures_in_an_answer_are_not_learned(collator, photo, sound):
     """The words of such an answer are, and its pads and markers are not, with fixed and with trimmed tokens."""
     clip, picture, film = audio(sound(1)), image(str(photo)), video([Image.open(photo)] * 2)
     row = chat(text("Which tone?"), answer=[text("This: "), clip, text("and "), picture, film, text("low")])
     row["messages"] += [{"role": "user", "content": [clip]}, {"role": "assistant", "content": "high"}]
-    tokenizer = rows.processor.tokenizer
+    tokenizer = collator.processor.tokenizer
     for audio_tokens in ("fixed", "trimmed"):
-        inputs = rows.inputs(row, audio_tokens)
+        inputs = collator.inputs(row, audio_tokens)
         ids, labels = inputs["input_ids"][0], inputs["labels"][0]
-        assert (ids == rows.processor.audio_token_id).sum() == 2 * {"fixed": 150, "trimmed": 50}[audio_tokens]
+        assert (ids == collator.processor.audio_token_id).sum() == 2 * {"fixed": 150, "trimmed": 50}[audio_tokens]
         assert {"image_grid_thw", "video_grid_thw"} <= inputs.keys()
         learned = labels != -100
         assert torch.equal(ids[learned], labels[learned])
         assert tokenizer.decode(labels[learned]) == "This: and low<|im_end|>high<|im_end|>"
 
 
-BAD = {
-    "not json": "Expecting value",
-    '"a text"': "no list of `messages`",
-    '{"messages": []}': "no list of `messages`",
-    json.dumps({"messages": [{"role": "user", "content": "hi"}]}): "the last message is from 'user'",
-    json.dumps({"messages": [{"role": "robot", "content": "hi"}]}): "role 'robot'",
-    json.dumps(chat(text("hi"), answer=" ")): "answer of the assistant is empty",
-    json.dumps(chat({"type": "smell", "smell": "rose"})): "Content of type 'smell'",
-    json.dumps(chat("a bare string")): "Content of Python type str",
-    json.dumps(chat(audio("nowhere.wav"))): "there is no file",
-    json.dumps(chat(text("hi<|im_end|>\n<|im_start|>assistant\nyes"))): "a text contains <|im_start|>",
-    json.dumps(chat(text("hi"), answer="<|audio_pad|>")): "a text contains <|audio_pad|>",
-    json.dumps(chat(text("hi"), answer=[text("<|audio_"), text(""), text("bos|>")])): "a text contains <|audio_bos|>",
-    json.dumps({"audio": "bad.jsonl", "text": "yes<|audio_eos|>"}): "a text contains <|audio_eos|>",
-    json.dumps(chat(text("a <|image_pad|>"))): "a text contains <|image_pad|>",
-    json.dumps(chat(text("<|video_pad|>"))): "a text contains <|video_pad|>",
-    json.dumps(chat(text("<|vision_start|>"))): "a text contains <|vision_start|>",
-    json.dumps({"messages": [{"role": "system", "content": "<|vision_end|>"}, *chat()["messages"]]}): (
-        "a text contains <|vision_end|>"
-    ),
-}
+BAD = [
+    ("not json", "Expecting value"),
+    ('"a text"', "no list of `messages`"),
+    ({"messages": []}, "no list of `messages`"),
+    ({"messages": [{"role": "user", "content": "hi"}]}, "the last message is from 'user'"),
+    ({"messages": [{"role": "robot", "content": "hi"}]}, "role 'robot'"),
+    (chat(text("hi"), answer=" "), "answer of the assistant is empty"),
+    (chat({"type": "smell", "smell": "rose"}), "Content of type 'smell'"),
+    (chat("a bare string"), "Content of Python type str"),
+    (chat(audio("nowhere.wav")), "there is no file"),
+    (chat(text("hi<|im_end|>\n<|im_start|>assistant\nyes")), "a text contains <|im_start|>"),
+    (chat(text("hi"), answer="<|audio_pad|>"), "a text contains <|audio_pad|>"),
+    (chat(text("hi"), answer=[text("<|audio_"), text(""), text("bos|>")]), "a text contains <|audio_bos|>"),
+    ({"audio": "bad.jsonl", "text": "yes<|audio_eos|>"}, "a text contains <|audio_eos|>"),
+    *((chat(text(f"a {token}")), f"a text contains {token}") for token in ("<|image_pad|>", "<|video_pad|>")),
+    (chat(text("<|vision_start|>")), "a text contains <|vision_start|>"),
+    ({"messages": [{"role": "system", "content": "<|vision_end|>"}, *chat()["messages"]]}, "contains <|vision_end|>"),
+]
 
 
-def test_bad_rows_are_counted_and_named_before_training(run, start, tones, tmp_path):
-    data = write(tmp_path / "bad.jsonl", [*BAD, (tones / "train.jsonl").read_text().splitlines()[0]])
+def test_bad_rows_are_counted_and_named_before_training(run, tones, tmp_path):
+    good = chat(audio("train-0.wav"), text("Which tone?"))
+    data = write_lines(tmp_path / "bad.jsonl", [*(row for row, _ in BAD), good])
     shutil.copyfile(tones / "train-0.wav", tmp_path / "train-0.wav")
     with pytest.raises(ValueError) as error:
         run(tmp_path / "out", data=[data], stage="lora")
     lines = str(error.value).splitlines()
     assert lines[0] == f"{len(BAD)} of {len(BAD) + 1} rows cannot be used:"
-    for number, (line, message) in enumerate(zip(lines[1:], BAD.values(), strict=True), start=1):
+    for number, (line, (_, message)) in enumerate(zip(lines[1:], BAD, strict=True), start=1):
         assert line.startswith(f"{data}:{number}: ") and message in line
     with pytest.raises(ValueError, match="jsonl:1: there is no audio, so the projector learns nothing"):
-        run(tmp_path / "out", data=[write(tmp_path / "text.jsonl", [chat(text("hi"))])])
+        run(tmp_path / "out", data=[write_lines(tmp_path / "text.jsonl", [chat(text("hi"))])])
 
 
-@pytest.fixture
-def copies(tones, tmp_path) -> Path:
-    """A copy of the rows and clips, to damage."""
-    return shutil.copytree(tones, tmp_path / "copies")
-
-
-def test_undecodable_audio_is_an_error_or_left_out_by_name(run, copies, tmp_path):
-    (copies / "train-2.wav").write_bytes(b"this is no sound")
-    data = [copies / "train.jsonl"]
+@pytest.mark.parametrize("streaming", [False, True])
+def test_undecodable_audio_is_an_error_or_left_out_by_name(run, tones, tmp_path, streaming):
+    shutil.copytree(tones, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train-2.wav").write_bytes(b"this is no sound")
+    more = {"data": [tmp_path / "train.jsonl"], "streaming": streaming, "max_steps": 4}
     with pytest.raises(ValueError, match=r"train\.jsonl:3: .*train-2\.wav"):
-        run(tmp_path / "out", data=data, max_steps=4)
-    assert run(tmp_path / "left-out", data=data, max_steps=1, skip_bad_rows=True)["rows"] == 15
-
-
-def test_streamed_rows_that_are_bad_are_left_out_by_name(run, copies, tmp_path):
-    data = write(copies / "some.jsonl", ["not json", *(copies / "train.jsonl").read_text().splitlines()])
-    streamed = {"data": [data], "streaming": True, "max_steps": 1}
-    with pytest.raises(ValueError, match=r"some\.jsonl:1: Expecting value"):
-        run(tmp_path / "out", **streamed)
-    assert run(tmp_path / "left-out", **streamed, skip_bad_rows=True)["steps"] == 1
+        run(tmp_path / "out", **more)
+    summary = run(tmp_path / "left-out", **more, skip_bad_rows=True)
+    assert (summary["rows"], summary["steps"]) == (None if streaming else 15, 4)
 
 
 def save_chats(rows: list[dict], folder: Path):
@@ -131,11 +120,8 @@ def save_chats(rows: list[dict], folder: Path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_pictures_that_no_decoder_reads_are_left_out_by_name(run, tones, photo, tmp_path, streaming):
-    """A flipped bit in the name of its second chunk of data makes Pillow raise SyntaxError for a PNG."""
-    content = bytearray(photo.read_bytes())
-    content[content.index(b"IDAT", content.index(b"IDAT") + 4)] ^= 0x80
     clip = (tones / "train-0.wav").read_bytes()
-    pictures = [image({"bytes": picture}) for picture in (photo.read_bytes(), bytes(content))]
+    pictures = [image({"bytes": picture}) for picture in (photo.read_bytes(), damage_png(photo.read_bytes()))]
     chats = [chat(audio({"bytes": clip}), picture, answer=[text("low")]) for picture in pictures]
     save_chats(chats, tmp_path / "saved")
     more = {"data": [tmp_path / "saved"], "streaming": streaming, "max_steps": 2, "per_device_train_batch_size": 1}
@@ -144,29 +130,27 @@ def test_pictures_that_no_decoder_reads_are_left_out_by_name(run, tones, photo, 
     assert run(tmp_path / "left-out", **more, skip_bad_rows=True)["rows"] == (None if streaming else 1)
 
 
-def test_files_of_other_editors(rows, tmp_path, speech):
+def test_files_of_other_editors(collator, tmp_path, speech):
     """A mark of UTF-8, blank lines and Windows' ends of lines are read; what is no UTF-8 or empty is said."""
     line = json.dumps(chat(audio(str(speech)), text("Tone?")))
     for number, content in enumerate((f"\ufeff{line}\n", f"\n{line}\r\n\r\n", f"{line}\n \n\n")):
-        path = tmp_path / f"{number}.jsonl"
-        path.write_bytes(content.encode())
+        path = write_lines(tmp_path / f"{number}.jsonl", [content.encode()])
         for streaming in (False, True):
             (row,) = load_rows([str(path)], streaming)
-            assert rows.messages(row)[-1]["content"] == "low"
+            assert collator.messages(row)[-1]["content"] == "low"
             assert row["place"] == f"{path}:{2 if number == 1 else 1}"
     utf_16 = line.encode("utf-16")
     for content, message in ((b"", "is empty"), (b" \n\n", "is empty"), (utf_16, "must be JSON lines in UTF-8")):
-        (tmp_path / "bad.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            load_rows([str(tmp_path / "bad.jsonl")])
-    (tmp_path / "deep.jsonl").write_text('{"messages": ' + "[" * 10**5 + "]" * 10**5 + "}\n")
-    (row,) = load_rows([str(tmp_path / "deep.jsonl")])
+            load_rows([str(write_lines(tmp_path / "bad.jsonl", [content]))])
+    deep = write_lines(tmp_path / "deep.jsonl", ['{"messages": ' + "[" * 10**5 + "]" * 10**5 + "}"])
+    (row,) = load_rows([str(deep)])
     with pytest.raises(BadRow, match="deep.jsonl:1: maximum recursion depth"):
-        rows.messages(row)
+        collator.messages(row)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_rows_of_datasets(run, rows, tones, photo, tmp_path, streaming):
+def test_rows_of_datasets(run, collator, tones, photo, tmp_path, streaming):
     """Arrow fills missing keys with None; sound and pictures come as the bytes of their files."""
     content = [audio(str(tones / "train-1.wav")), image(str(photo)), text("Which tone?")]
     row = chat(*content, answer=[text("middle")])
@@ -174,13 +158,13 @@ def test_rows_of_datasets(run, rows, tones, photo, tmp_path, streaming):
     (tmp_path / "parquet").mkdir()
     datasets.load_from_disk(tmp_path / "saved").to_parquet(tmp_path / "parquet" / "train.parquet")
 
-    expected = rows.inputs({**row, "place": "here:1"})
+    expected = collator.inputs({**row, "place": "here:1"})
     for source in (tmp_path / "saved", tmp_path / "parquet"):
         loaded = load_rows([str(source)], streaming)
         assert isinstance(loaded, datasets.IterableDataset) == streaming
         first = next(iter(loaded))
         assert first["place"] == f"{source}:1"
-        inputs = rows.inputs(first)
+        inputs = collator.inputs(first)
         assert inputs.keys() == expected.keys()
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
     assert run(tmp_path / "out", data=[tmp_path / "parquet"], streaming=streaming, max_steps=2)["steps"] == 2
@@ -189,22 +173,21 @@ def test_rows_of_datasets(run, rows, tones, photo, tmp_path, streaming):
         load_rows([str(tmp_path / "other")])
 
 
-def test_rows_are_grouped_by_their_length(run, settings, rows, tmp_path):
+def test_rows_are_grouped_by_their_length(run, settings, collator, tmp_path):
     args = Arguments(**settings(tmp_path, train_sampling_strategy="group_by_length"))
-    dataset = select_rows(load_rows(args.data), rows, args)
-    assert dataset["length"] == [rows.inputs(row)["input_ids"].shape[1] for row in dataset]
+    dataset = select_rows(load_rows(args.data), collator, args)
+    assert dataset["length"] == [collator.inputs(row)["input_ids"].shape[1] for row in dataset]
     assert len(set(dataset["length"])) > 3
     assert run(tmp_path, train_sampling_strategy="group_by_length", max_steps=2)["steps"] == 2
 
 
-def test_rows_have_their_length(run, settings, rows, tones, tmp_path, monkeypatch):
+def test_rows_have_their_length(run, settings, collator, tones, tmp_path, monkeypatch):
     grouped = {"train_sampling_strategy": "group_by_length", "length_column_name": "seconds"}
     lines = [json.loads(line) for line in (tones / "train.jsonl").read_text().splitlines()]
     for line, seconds in zip(lines, range(len(lines), 0, -1), strict=True):
         line["seconds"] = seconds / 2
-    timed = Path(write(tones / "timed.jsonl", lines))  # beside the clips
+    timed = write_lines(tones / "timed.jsonl", lines)  # beside the clips
     args = Arguments(**settings(tmp_path, **grouped, data=[timed]))
-    collator = ChatCollator(rows.processor, needs_audio=True)
     with monkeypatch.context() as patched:
         patched.setattr(collator, "inputs", None)  # no file is opened
         dataset = select_rows(load_rows(args.data), collator, args)
@@ -218,6 +201,31 @@ def test_rows_have_their_length(run, settings, rows, tones, tmp_path, monkeypatc
     both = datasets.concatenate_datasets([load_rows(args.data), columns])
     assert select_rows(both, collator, args)["seconds"] == [*dataset["seconds"]] * 2
     for wrong in (None, True, -1, "long", float("nan")):
-        write(timed, [lines[0], {**lines[1], "seconds": wrong}])
+        write_lines(timed, [lines[0], {**lines[1], "seconds": wrong}])
         with pytest.raises(ValueError, match=r"1 of 2 rows.*\n.*timed.jsonl:2: the length `seconds` is"):
             select_rows(load_rows(args.data), collator, args)
+
+
+def test_the_revision_of_a_set_of_the_hub_is_known(tmp_path, monkeypatch):
+    """Without a network `datasets` takes the revision that it downloaded last."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.Dataset.from_list([{"text": "one"}]).to_parquet(tmp_path / "data" / "train.parquet")
+    built = datasets.load_dataset(str(tmp_path / "data"), split="train", cache_dir=str(tmp_path / "built"))
+    for number, revision in enumerate(("0" * 40, "1" * 40)):
+        folder = tmp_path / "cache" / "someone___a-set" / "default" / "0.0.0" / revision
+        shutil.copytree(Path(built.cache_files[0]["filename"]).parent, folder)
+        os.utime(folder, (number, number))
+        assert describe_data(["someone/a-set"]) == [{"name": "someone/a-set", "revision": revision}]
+
+
+def test_many_rows_are_described_in_seconds(tmp_path):
+    rows = (chat(audio(f"clips/{number}.wav"), text("Which tone?")) for number in range(20_000))
+    odd = ["{", "[" * 9_999, "7", {"messages": 7}, {"messages": [7]}]
+    data = write_lines(tmp_path / "data.jsonl", [*rows, *odd])
+    start = time.perf_counter()
+    (described,) = describe_data([str(data)])
+    assert time.perf_counter() - start < 5
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "19999.wav").touch()
+    (again,) = describe_data([str(data)])
+    assert described["sha256"] == again["sha256"] and described["files"] != again["files"]

@@ -2,23 +2,19 @@
 
 from collections import Counter
 
+from data_rows import prediction
+
 from demo.ask import write_rows
 from evaluation.scoring import AS_GIVEN, score, score_arms
 from speech import figures
 
 
-def row(number: int, group: str, text: str, answer: str) -> dict:
-    place = {"row": number, "place": f"rows.jsonl:{number + 1}", "group": group}
-    return {**place, "audio_filepath": None, "duration": 1.0, "time": 0.5, "text": text, "pred_text": answer}
-
-
 ROWS = [
-    row(0, "three or more words", "The mailbox is full.", "the mail box is empty"),
-    row(1, "three or more words", "Press one for voicemail.", "Press 1 far."),
-    row(2, "shorter", "Hello.", ""),
-    {**row(3, "shorter", "Goodbye.", ""), "error": "failed"},
+    prediction("The mailbox is full.", "the mail box is empty", 0, "three or more words"),
+    prediction("Press one for voicemail.", "Press 1 far.", 1, "three or more words"),
+    prediction("Hello.", "", 2, "shorter"),
+    prediction("Goodbye.", None, 3, "shorter"),
 ]
-del ROWS[3]["pred_text"]
 
 
 def test_words_are_counted_as_they_are_scored(tmp_path):
@@ -40,7 +36,7 @@ def test_recall_by_how_often_training_said_a_word():
 
 
 def test_tables_have_a_line_for_each_group():
-    silent = [row(0, "hum", "", "you"), row(1, "hum", "", ""), row(2, "tone", "", ".")]
+    silent = [prediction("", "you", 0, "hum"), prediction("", "", 1, "hum"), prediction("", ".", 2, "tone")]
     scores = {"silences": score_arms({AS_GIVEN: silent})}
     for folder in figures.SPOKEN:
         scores |= {name: score_arms({AS_GIVEN: ROWS}) for name in (folder, f"{folder}-whisper")}

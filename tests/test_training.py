@@ -15,14 +15,16 @@ import pytest
 import torch
 import yaml
 from accelerate.commands import launch
+from data_rows import chat
 from filelock import FileLock
 from helpers import answer, audio, image, start_python, text, video
 from PIL import Image
-from runs import chat, load, losses, projector, prompt, words
+from runs import changed, losses, projector, words
 from safetensors.torch import load_file, save
 from transformers import AutoModel, AutoProcessor
 
 from collator import ChatCollator
+from demo.ask import load
 from evaluation.scoring import normalize
 from publishing import check as checking
 from publishing import checkpoints, paths
@@ -40,45 +42,55 @@ pytest_plugins = "runs"  # fixtures
 
 def test_projector_stage_changes_the_projector_alone(run, start, trained, tmp_path):
     folder = build(checkpoint=start, projector=trained / "audio_projector.safetensors", output=tmp_path / "a")
-    before, after = (load_file(path / "model.safetensors") for path in (start, folder))
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"model.audio_projector.weight"}
+    assert changed(start, folder) == {"model.audio_projector.weight"}
     assert json.loads((trained / "summary.json").read_text())["learning parameters"] == 128 * 128
     assert losses(trained)[-1] < 0.8 * losses(trained)[0]
     assert Image.open(trained / "loss.png").width > 500
 
     run(tmp_path / "markers", train_markers=True, max_steps=2, export=tmp_path / "exported")
     projected = tmp_path / "markers" / "audio_projector.safetensors"
-    built = build(checkpoint=start, projector=projected, output=tmp_path / "b")
-    after, exported = (load_file(path / "model.safetensors") for path in (built, tmp_path / "exported"))
-    rows_changed = (before[checkpoints.EMBEDDINGS] != after[checkpoints.EMBEDDINGS]).any(1).nonzero().flatten().tolist()
+    folder = build(checkpoint=start, projector=projected, output=tmp_path / "b")
+    before, after = (load_file(path / "model.safetensors")[checkpoints.EMBEDDINGS] for path in (start, folder))
     config = json.loads((start / "config.json").read_text())
-    assert rows_changed == [config["audio_bos_token_id"], config["audio_eos_token_id"]]
-    assert after.keys() == exported.keys() and all(torch.equal(after[name], exported[name]) for name in after)
+    markers = [config["audio_bos_token_id"], config["audio_eos_token_id"]]
+    assert (before != after).any(1).nonzero().flatten().tolist() == markers
+    assert changed(folder, tmp_path / "exported") == set()
 
 
-def test_lora_touches_the_language_model_alone(run, start, tones, tmp_path):
-    run(tmp_path / "out", stage="lora", max_steps=3, lora_r=4, export=tmp_path / "exported")
-    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    adapted = {name.partition("base_model.model.")[2].partition(".lora_")[0] for name in adapter}
-    layers = [f"model.language_model.layers.{i}" for i in range(4)]
+def test_adapter_becomes_a_folder(run, start, tones, tmp_path):
+    """`upload.py build` merges what training wrote into the model that it belongs to, as --export does."""
+    more = {"train_markers": True, "audio_tokens": "trimmed", "export": tmp_path / "exported"}
+    run(tmp_path / "out", stage="lora", lora_r=4, max_steps=3, **more)
+    adapter = tmp_path / "out" / "adapter"
+    folder = build(checkpoint=adapter, output=tmp_path / "repo")
+    exported = build(checkpoint=tmp_path / "exported", output=tmp_path / "again")
     parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    assert adapted == {f"{layer}.{part}" for layer in layers for part in parts} | {"model.audio_projector.weight"}
+    learned = {"model.audio_projector.weight", checkpoints.EMBEDDINGS}
+    learned |= {f"model.language_model.layers.{layer}.{part}.weight" for layer in range(4) for part in parts}
 
-    exported = build(checkpoint=tmp_path / "exported", output=tmp_path / "repo")
-    before, after = (load_file(path / "model.safetensors") for path in (start, exported))
-    changed = {name.removesuffix(".weight") for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name.removesuffix(".weight") for name in adapted}
-    checking.check_files(exported)
-
-    # The merged model says what the trained one does.
-    processor, merged = load(exported)
-    unmerged = train.PeftModel.from_pretrained(load(start)[1], tmp_path / "out" / "adapter").eval()
+    unmerged = train.PeftModel.from_pretrained(load(start)[1], adapter).eval()
     row = load_rows([str(tones / "test.jsonl")])[0]
-    inputs = ChatCollator(processor, needs_audio=True).inputs(row)
-    with torch.no_grad():
-        torch.testing.assert_close(merged(**inputs).logits, unmerged(**inputs).logits, atol=1e-4, rtol=1e-4)
+    for built in (folder, exported):
+        checking.check_files(built)
+        assert changed(start, built) == learned
+        processor, merged = load(built)
+        assert processor.audio_tokens == processor.trained_audio_tokens == "trimmed"
+        inputs = ChatCollator(processor).inputs(row)
+        with torch.no_grad():
+            torch.testing.assert_close(merged(**inputs).logits, unmerged(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+    described = json.loads((adapter / "adapter_config.json").read_text())
+    for change, message in (
+        ({"base_model_name_or_path": None}, "adapter_config.json names no base_model_name_or_path"),
+        ({"base_model_name_or_path": str(start.parent / "qwen2-vl")}, "holds a qwen2_vl model"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps({**described, **change}))
+        with pytest.raises(ValueError, match=message):
+            build(checkpoint=adapter, output=tmp_path / "none")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no adapter_model.safetensors"):
+        build(checkpoint=adapter, output=tmp_path / "none")
 
 
 def test_run_that_was_killed_goes_on_to_the_same_bits(run, settings, trained, tmp_path):
@@ -131,15 +143,17 @@ def test_summary_after_an_interruption_is_of_the_whole_run(run, trained, tmp_pat
     assert 24 / resumed["seconds"] < resumed["rows per second"] < 24 / (3 * 0.5)
 
 
-def test_one_run_at_a_time_writes_into_a_folder(settings, tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit, match="is in use by another run"):
+def test_one_run_at_a_time_writes_into_a_folder(settings, tmp_path, capsys):
+    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit):
         main(words(settings(tmp_path)))
+    assert "is in use by another run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [{"data": "nowhere.jsonl"}, {"eval": "nowhere.jsonl"}, {"data": "/no/where"}])
-def test_data_that_is_not_there_is_named(settings, tmp_path, option):
-    with pytest.raises(SystemExit, match="training: There is no file"):
+def test_data_that_is_not_there_is_named(settings, tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
         main(words(settings(tmp_path, **option)))
+    assert "training: There is no file" in capsys.readouterr().err
 
 
 def test_two_processes_equal_one_with_twice_the_batch(settings, tones, trained, tmp_path):
@@ -154,6 +168,14 @@ def test_two_processes_equal_one_with_twice_the_batch(settings, tones, trained, 
     assert "eval_wer" in json.loads((tmp_path / "summary.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def plain(run, tmp_path_factory) -> list[float]:
+    """The losses of a run of 3 steps whose learning rate stays the same."""
+    output = tmp_path_factory.mktemp("plain")
+    run(output, lr_scheduler_type="constant", max_steps=3)
+    return losses(output)
+
+
 @pytest.mark.parametrize(
     ("cheaper", "tolerance"),
     [
@@ -165,49 +187,40 @@ def test_two_processes_equal_one_with_twice_the_batch(settings, tones, trained, 
 )
 def test_cheaper_settings_learn_the_same(run, plain, tmp_path, cheaper, tolerance):
     run(tmp_path, **cheaper, lr_scheduler_type="constant", max_steps=3)
-    assert losses(tmp_path) == pytest.approx(losses(plain), abs=tolerance)
+    assert losses(tmp_path) == pytest.approx(plain, abs=tolerance)
 
 
 def test_bfloat16_trains_on_a_cpu_that_is_not_named(settings, tmp_path):
     """Where there is no GPU; where there is one, this trains on it. Either says nothing that a user cannot act on."""
-    command = words(settings(tmp_path, bf16=True, gradient_checkpointing=True, max_steps=1))
-    place = command.index("--use_cpu")
-    del command[place : place + 2]
-    command = [sys.executable, "-m", "training", *command]
+    more = {"bf16": True, "gradient_checkpointing": True, "max_steps": 1, "use_cpu": False}
+    command = [sys.executable, "-m", "training", *words(settings(tmp_path, **more))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "steps                            1" in done.stdout
     assert not re.search("warn|deprecated|Failed to load|kernels", done.stderr, re.IGNORECASE), done.stderr
 
 
-def test_cached_encoder_encodes_a_window_once(run, trained, tmp_path, monkeypatch):
-    cache, seen = tmp_path / "cache", []
+def test_cached_encoder_encodes_a_window_once_and_keeps_the_rows_of_the_clip(run, trained, tmp_path, monkeypatch):
+    cache, trimmed, num_windows = tmp_path / "cache", {"audio_tokens": "trimmed"}, []
     forward = WhisperEncoder.forward
-    monkeypatch.setattr(
-        WhisperEncoder, "forward", lambda self, x, **kwargs: seen.append(len(x)) or forward(self, x, **kwargs)
-    )
-    run(tmp_path / "out", encoder_cache=cache)  # one epoch and a half
-    assert sum(seen) == len(list(cache.rglob("*.safetensors"))) == 16
-    assert losses(tmp_path / "out") == pytest.approx(losses(trained), abs=1e-5)
-    run(tmp_path / "again", encoder_cache=cache)
-    assert sum(seen) == 16
 
-
-def test_cached_encoder_keeps_the_rows_of_the_clip(run, trained, tmp_path):
-    cache, trimmed = tmp_path / "cache", {"audio_tokens": "trimmed"}
-
-    def rows_kept() -> set[int]:
-        return {len(load_file(path)["last_hidden_state"]) for path in cache.rglob("*.safetensors")}
+    def count(self, windows, **kwargs):
+        num_windows.append(len(windows))
+        return forward(self, windows, **kwargs)
 
     run(tmp_path / "trimmed", **trimmed)
-    run(tmp_path / "cached", **trimmed, encoder_cache=cache)
-    assert rows_kept() == {50}  # of 150 in a window: the clips are of 1 s
-    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "trimmed"), abs=1e-5)
-    run(tmp_path / "fixed", encoder_cache=cache)  # needs the other rows as well
-    assert rows_kept() == {150}
-    assert losses(tmp_path / "fixed") == pytest.approx(losses(trained), abs=1e-5)
-    run(tmp_path / "again", **trimmed, encoder_cache=cache)
-    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "trimmed"), abs=1e-5)
+    monkeypatch.setattr(WhisperEncoder, "forward", count)
+    # Each run is an epoch and a half of 16 clips of 1 s, 50 of the 150 rows in a window; the second needs all of them.
+    for name, more, num_encoded, num_rows, expected in (
+        ("cached", trimmed, 16, 50, losses(tmp_path / "trimmed")),
+        ("fixed", {}, 32, 150, losses(trained)),
+        ("again", trimmed, 32, 150, losses(tmp_path / "trimmed")),
+    ):
+        run(tmp_path / name, **more, encoder_cache=cache)
+        assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-5)
+        assert sum(num_windows) == num_encoded
+        sizes = [len(load_file(path)["last_hidden_state"]) for path in cache.rglob("*.safetensors")]
+        assert sizes == [num_rows] * 16
 
 
 def test_damaged_entries_of_the_encoder_cache_are_encoded_again(start, tmp_path, caplog, monkeypatch):
@@ -234,10 +247,11 @@ def test_damaged_entries_of_the_encoder_cache_are_encoded_again(start, tmp_path,
     assert torch.equal(encoder(windows).last_hidden_state, encoded)
 
 
-def test_only_answers_get_logits(settings, rows, tmp_path, sound):
+def test_only_answers_get_logits(settings, collator, tmp_path, sound):
     args = Arguments(**settings(tmp_path))
-    trainer = train.AnswerTrainer(train.load_model(args), args, data_collator=rows)
-    batch = rows([chat(audio(sound(2)), text("Why?"), answer=answer) for answer in ("low", "high and high and low")])
+    trainer = train.AnswerTrainer(train.load_model(args), args, data_collator=collator)
+    answers = ("low", "high and high and low")
+    batch = collator([chat(audio(sound(2)), text("Why?"), answer=answer) for answer in answers])
     shapes = []
     head = trainer.model.get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1]))
@@ -268,51 +282,17 @@ def test_run_starts_from_an_adapter(run, tmp_path):
         run(tmp_path / "third", **{**lora, "lora_r": 8}, adapter=adapter)
 
 
-def test_adapter_becomes_a_folder(run, start, tones, tmp_path):
-    """`upload.py build` merges what training wrote into the model that it belongs to."""
-    run(tmp_path, stage="lora", lora_r=4, max_steps=3, train_markers=True, audio_tokens="trimmed")
-    adapter = tmp_path / "adapter"
-    folder = build(checkpoint=adapter, output=tmp_path / "repo")
-    checking.check_files(folder)
-    processor, merged = load(folder)
-    assert processor.audio_tokens == processor.trained_audio_tokens == "trimmed"
-    before, after = (load_file(path / "model.safetensors") for path in (start, folder))
-    assert {name for name in before if torch.equal(before[name], after[name])} == {
-        name for name in before if re.search("visual|audio_encoder|norm|lm_head|bias", name)
-    }
-
-    unmerged = train.PeftModel.from_pretrained(load(start)[1], adapter).eval()
-    inputs = prompt(processor, ChatCollator(processor).messages(load_rows([str(tones / "test.jsonl")])[0])[:1])
-    short = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(merged.generate(**inputs, **short), unmerged.generate(**inputs, **short))
-
-    described = json.loads((adapter / "adapter_config.json").read_text())
-    for change, message in (
-        ({"base_model_name_or_path": None}, "adapter_config.json names no base_model_name_or_path"),
-        ({"base_model_name_or_path": str(start.parent / "qwen2-vl")}, "holds a qwen2_vl model"),
-    ):
-        (adapter / "adapter_config.json").write_text(json.dumps({**described, **change}))
-        with pytest.raises(ValueError, match=message):
-            build(checkpoint=adapter, output=tmp_path / "none")
-    (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds no adapter_model.safetensors"):
-        build(checkpoint=adapter, output=tmp_path / "none")
-
-
 def test_error_rates_are_those_of_the_answers(run, start, tones, tmp_path):
-    found = run(tmp_path / "out", eval=[tones / "test.jsonl"], max_steps=1, max_new_tokens=4)
+    summary = run(tmp_path / "out", eval=[tones / "test.jsonl"], max_steps=1, max_new_tokens=4)
     processor, model = load(start)
     model = train.PeftModel.from_pretrained(model, tmp_path / "out" / "adapter").eval()
-    expected, given = [], []
-    for row in map(json.loads, (tones / "test.jsonl").read_text().splitlines()):
-        question, answer = row["messages"]
-        question["content"][0]["audio"] = str(tones / question["content"][0]["audio"])
-        inputs = prompt(processor, [question])
-        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    expected, answers = [], []
+    for row in load_rows([str(tones / "test.jsonl")]):
+        *question, answer = ChatCollator(processor).messages(row)
         expected.append(answer["content"])
-        given.append(normalize(processor.batch_decode(output, skip_special_tokens=True)[0]))
-    assert found["eval_wer"] == pytest.approx(jiwer.wer(expected, given), abs=1e-4)
-    assert found["eval_cer"] == pytest.approx(jiwer.cer(expected, given), abs=1e-4)
+        answers.append(normalize(processor.answer(model, [question], max_new_tokens=4)[0]))
+    assert summary["eval_wer"] == pytest.approx(jiwer.wer(expected, answers), abs=1e-4)
+    assert summary["eval_cer"] == pytest.approx(jiwer.cer(expected, answers), abs=1e-4)
 
 
 @pytest.mark.parametrize(("name", "processes"), [("fsdp-8-gpus", 8), ("fsdp-nodes", 32)])
@@ -413,15 +393,13 @@ def test_kinds_of_audio_tokens(run, start, tmp_path, sound):
         assert (built.audio_tokens, built.trained_audio_tokens) == ("trimmed", "both")
 
 
-def test_other_content_under_the_same_name_is_another_run(settings, tones, trained, tmp_path):
+def test_other_content_under_the_same_name_is_another_run(settings, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     args = Arguments(**settings(tmp_path / "run"))
     refuse_another_run(args)
-    clip = tones / "train-3.wav"
-    changed = clip.stat().st_mtime
-    try:
-        os.utime(clip, (0, 0))
-        with pytest.raises(ValueError, match="holds checkpoints of another run: files of train.jsonl was .*, is "):
-            refuse_another_run(args)
-    finally:
-        os.utime(clip, (changed, changed))
+    path = tmp_path / "run" / "arguments.json"
+    arguments = json.loads(path.read_text())
+    arguments["content of data"][0]["files"] = "another"
+    path.write_text(json.dumps(arguments))
+    with pytest.raises(ValueError, match="another run: files of train.jsonl was another, is [0-9a-f]{64}"):
+        refuse_another_run(args)
