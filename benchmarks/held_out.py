@@ -2,9 +2,9 @@
 Asks the demo checkpoint about phrases that training never said or drew, by voices and at paces that it never used, and
 again with the audio taken away; with fixed and with trimmed audio tokens. Needs the synthesizers of `demo/make.py`.
 
-    python -m benchmarks.held_out [--checkpoint DIR] [--questions N] [--readme]
+    python -m benchmarks.held_out [--questions N] [--readme]
 
-The default is 500 questions for each skill, to the checkpoint of this repository.
+The default is 500 questions for each skill.
 """
 
 import random
@@ -12,10 +12,9 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.parts import built_demo
 from benchmarks.report import report, table
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
-from demo.ask import DEMO, ask, load
+from demo.ask import ask, load_demo
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SKILLS, Examples, cast, content, draw, say
 
 
@@ -50,9 +49,8 @@ def evaluate(processor, model, questions: int, seed: int = 0) -> Iterator[tuple[
         yield skill, shares
 
 
-def main(checkpoint: str = str(DEMO), questions: int = 500) -> list[str]:
-    with built_demo(checkpoint=checkpoint) as repo:
-        processor, model = load(repo)
+def main(questions: int = 500) -> list[str]:
+    processor, model = load_demo()
     model.float()  # many CPUs have no products of bfloat16
     columns = [(audio_tokens, name) for audio_tokens in AUDIO_TOKEN_COUNTS for name in CONDITIONS]
     rows = []

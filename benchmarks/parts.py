@@ -61,7 +61,7 @@ def make_model(config, dtype: torch.dtype, device: str = "cpu") -> PreTrainedMod
 def built_demo(**options) -> Iterator[Path]:
     """Yields a temporary folder with the demo checkpoint; `options` are those of `build`."""
     with tempfile.TemporaryDirectory() as folder:
-        yield build(**{"checkpoint": str(DEMO), "output": Path(folder) / "demo", **options})
+        yield build(checkpoint=str(DEMO), output=Path(folder) / "demo", **options)
 
 
 def count_parameters(module: torch.nn.Module) -> int:

@@ -5,10 +5,15 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 
-from audio_utils import SAMPLING_RATE
-from publishing.paths import ROOT
+from publishing.paths import ROOT, write_json
 
 
 ASSETS = ROOT / "assets"
@@ -70,7 +75,10 @@ def make_whisper(folder: Path, window_seconds: int = 30, dtype: torch.dtype = to
 
 def write_feature_extractor(folder: Path, window_seconds: int):
     """Writes Whisper's own, with windows of another length."""
-    extractor = json.loads((ASSETS / "whisper-large-v3-turbo" / "preprocessor_config.json").read_text())
-    lengths = {"n_samples": SAMPLING_RATE * window_seconds, "nb_max_frames": 100 * window_seconds}
-    extractor |= {"chunk_length": window_seconds, **lengths}
-    (folder / "preprocessor_config.json").write_text(json.dumps(extractor))
+    WhisperFeatureExtractor(feature_size=128, chunk_length=window_seconds).save_pretrained(folder)
+
+
+def write_image_processor(folder: Path, min_pixels: int, max_pixels: int):
+    """Writes Qwen2-VL's own, with pictures of another size."""
+    settings = json.loads((ASSETS / "qwen2-vl-7b" / "preprocessor_config.json").read_text())
+    write_json(folder / "preprocessor_config.json", {**settings, "min_pixels": min_pixels, "max_pixels": max_pixels})

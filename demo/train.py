@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import random
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from audio_utils import SAMPLING_RATE, log_mel
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, IGNORED_LABEL, count_audio
-from demo.ask import DEMO, load
+from demo.ask import load_demo
 from demo.clips import BUILD, WINDOW, augment_features, held_out_clips, training_clips
 from demo.untrained import PICTURE, STD, load_untrained
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SEEN, SKILLS, WORLD, Examples, draw
-from publishing.build import build
 
 
 WORDS = sorted({word for text in PHRASES + QUESTIONS for word in text.split()})
@@ -95,7 +93,8 @@ def train_encoder(steps: int, seed: int, batch: int = 40):
         texts = clips.rng.choices(list(clips.by_text), k=batch)
         targets = [torch.tensor([WORDS.index(word) + 1 for word in text.split()]) for text in texts]
         rough = (1 if again else min(1, max(0, number - 200) / (0.6 * steps))) * clips.rng.random() ** 0.5
-        scores = logits(clips.windows(texts, rough), rough).log_softmax(-1).transpose(0, 1)
+        rows, _ = clips.windows(texts, rough)
+        scores = logits(rows, rough).log_softmax(-1).transpose(0, 1)
         lengths = torch.full((batch,), len(scores)), torch.tensor([len(target) for target in targets])
         loss = F.ctc_loss(scores, torch.cat(targets), *lengths)
         loss.backward()
@@ -105,7 +104,8 @@ def train_encoder(steps: int, seed: int, batch: int = 40):
         right = []
         for _ in range(3):
             texts = test.rng.choices(PHRASES + QUESTIONS, k=64)
-            guesses = logits(test.windows(texts, 0), 0).argmax(-1)
+            rows, _ = test.windows(texts, 0)
+            guesses = logits(rows, 0).argmax(-1)
             right += [spell(ids) == text for ids, text in zip(guesses, texts, strict=True)]
         return {"held_out": float(np.mean(right))}
 
@@ -132,7 +132,8 @@ def train_vision(steps: int, seed: int, batch: int = 64):
         return [head(pooled[:, index]) for index, head in enumerate(heads)]
 
     def targets(texts):
-        return [torch.tensor([w.index(t.split()[i]) for t in texts]) for i, w in enumerate(kinds)]
+        columns = zip(*(text.split() for text in texts), strict=True)
+        return [torch.tensor(list(map(words.index, column))) for words, column in zip(kinds, columns, strict=True)]
 
     def backward(_) -> float:
         texts = rng.choices(SEEN, k=batch)
@@ -265,8 +266,7 @@ def train_both(steps: int, seed: int):
     Part 4: half of the steps with fixed audio tokens, half with trimmed ones. It starts from its own weights, else from
     those of part 3, else from the checkpoint in `demo/`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        processor, model = load(build(checkpoint=DEMO, output=Path(folder) / "demo"))
+    processor, model = load_demo()
     model.float()
     paths = (BUILD / f"{name}.safetensors" for name in ("both", "joint"))
     if path := next((path for path in paths if path.exists()), None):
@@ -285,17 +285,17 @@ def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: flo
         num_windows = 2 if training and skill != "compare" and rng.random() < 0.1 else 1
         texts = [text for said, _, _ in examples for text in said]
         pictures = [draw(phrase, rng) for _, phrase, _ in examples if phrase]
-        ends = [] if audio_tokens == "trimmed" else None
+        is_trimmed, lengths = audio_tokens == "trimmed", []
         if texts:
-            rows = (clips if training else test).windows(texts, rng.random() if training else 0, num_windows, ends)
-        lengths = ends or [WINDOW_SAMPLES * num_windows] * len(texts)
+            rough = rng.random() if training else 0
+            rows, lengths = (clips if training else test).windows(texts, rough, num_windows, is_trimmed)
         counts = [count_audio(length, 50 * WINDOW, audio_tokens) for length in lengths]
         tokens = iter([[model.config.audio_token_id] * count.tokens for count in counts])
         slots = [[next(tokens) for _ in said] for said, _, _ in examples]
         odd = training and rng.random() < 0.25
         batch = make_prompts(processor, model, skill, slots, pictures, [answer for *_, answer in examples], odd)
         if texts:
-            if ends is not None:
+            if is_trimmed:
                 batch["input_features_mask"] = torch.cat([processor.mask_frames(count) for count in counts])
             pairs = zip(rows, counts, strict=True)  # windows behind the end of a clip are left out
             windows = [window for row, count in pairs for window in row.split(WINDOW_SAMPLES)[: count.windows]]

@@ -1,17 +1,17 @@
 """The demo checkpoint before its training: sizes, a tokenizer of its own, random weights."""
 
-import json
 import math
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from demo.ask import load
-from demo.bases import ASSETS, small_whisper, text_config, write_feature_extractor
+from demo.bases import ASSETS, small_whisper, text_config, write_feature_extractor, write_image_processor
 from demo.clips import BUILD, WINDOW
 from demo.world import PHRASES, QUESTIONS, SKILLS, WORLD
+from evaluation.generate import load
 from publishing.build import build
+from publishing.paths import write_json
 
 
 PICTURE = 112  # pixels a side, which become 16 tokens
@@ -46,10 +46,8 @@ def make_bases(folder: Path) -> tuple[Path, Path]:
     Qwen2VLForConditionalGeneration(config).save_pretrained(base)
     end, pad = ends["eos_token_id"], ends["bos_token_id"]
     generation = {"eos_token_id": [end, pad], "pad_token_id": pad, "do_sample": False}
-    (base / "generation_config.json").write_text(json.dumps(generation))
-    pixels = json.loads((ASSETS / "qwen2-vl-7b" / "preprocessor_config.json").read_text())
-    pixels |= {"min_pixels": PICTURE**2, "max_pixels": PICTURE**2}
-    (base / "preprocessor_config.json").write_text(json.dumps(pixels))
+    write_json(base / "generation_config.json", generation)
+    write_image_processor(base, PICTURE**2, PICTURE**2)
 
     whisper = small_whisper(WINDOW, width=128, heads=4, ffn=512, layers={"encoder": 3, "decoder": 1}, init_std=STD)
     whisper.save_pretrained(encoder)

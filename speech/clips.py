@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import random
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -29,20 +28,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from audio_utils import SAMPLING_RATE, fetch_audio
+from audio_utils import SAMPLING_RATE
 from demo.ask import read_rows, write_rows
 from demo.clips import augment_samples
-from demo.world import (
-    ACCENTS,
-    HELD_OUT_ACCENT,
-    HELD_OUT_VOICES,
-    VOICES,
-    Speech,
-    change_speaker,
-    espeak_variants,
-    pick,
-    write_speech,
-)
+from demo.world import HELD_OUT_VOICES, TRAINING_VOICES, Speech, espeak_variants, pick, say
 from evaluation.generate import write_sound
 from speech.sentences import MIXES, Text, deal, read_excluded
 from speech.sounds import SOUNDS, make_sound
@@ -64,9 +53,10 @@ def cast(text: str, rng: random.Random, variants: list[str], held_out: bool) -> 
     """Chooses the voice of a text, its pace and pitch, and perhaps another speaker's formants."""
     engine = pick(HELD_OUT_ENGINES if held_out else ENGINES, rng)
     if engine == "espeak-ng":
-        voice = f"{HELD_OUT_ACCENT if held_out else rng.choice(ACCENTS)}+{rng.choice(variants)}"
+        accent = HELD_OUT_VOICES["accent"] if held_out else rng.choice(TRAINING_VOICES["accents"])
+        voice = f"{accent}+{rng.choice(variants)}"
     else:
-        voice = rng.choice((HELD_OUT_VOICES if held_out else VOICES)[engine])
+        voice = rng.choice((HELD_OUT_VOICES if held_out else TRAINING_VOICES)["voices"][engine])
     speech = Speech(text, engine, voice, round(rng.uniform(0.85, 1.2), 2), rng.randint(15, 85))
     is_changed = engine != "espeak-ng" and not held_out and rng.random() < OTHER_SPEAKER
     return speech.by_other_speaker(rng) if is_changed else speech
@@ -75,20 +65,7 @@ def cast(text: str, rng: random.Random, variants: list[str], held_out: bool) -> 
 def is_whole(clip: torch.Tensor, text: str, longest: float) -> bool:
     """Whether a clip is not silent, long enough for its text, and at most `longest` seconds long."""
     seconds = len(clip) / SAMPLING_RATE
-    return max(SHORTEST, len(text) / FASTEST) <= seconds <= longest and clip.abs().max() > 0.01
-
-
-def synthesize(speeches: list[Speech], longest: float) -> list[torch.Tensor | None]:
-    """Returns float32 `[samples]` at 16 kHz for each, or None where a clip is not whole."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number}.wav" for number in range(len(speeches))]
-        write_speech(speeches, paths)
-        clips = [fetch_audio(path) if path.is_file() else torch.zeros(0) for path in paths]
-    for number, speech in enumerate(speeches):
-        is_spoken = len(clips[number]) > SHORTEST * SAMPLING_RATE  # Praat takes no shorter clips
-        clip = change_speaker(clips[number], speech) if is_spoken else torch.zeros(1)
-        clips[number] = clip if is_whole(clip, speech.text, longest) else None
-    return clips
+    return seconds > SHORTEST and len(text) / FASTEST <= seconds <= longest and clip.abs().max() > 0.01
 
 
 def pad(clip: torch.Tensor, rng: random.Random, longest: float) -> torch.Tensor:
@@ -140,8 +117,8 @@ def make_clips(
             clips[number] = (make_sound(sound, noises), row)
         else:
             speeches[number] = cast(text, rng, variants, held_out)
-    synthesized = zip(speeches, synthesize(list(speeches.values()), longest), strict=True)
-    spoken = {number: clip for number, clip in synthesized if clip is not None}
+    synthesized = zip(speeches, say(list(speeches.values()), allow_missing=True), strict=True)
+    spoken = {number: clip for number, clip in synthesized if is_whole(clip, speeches[number].text, longest)}
     padded = [pad(clip, rng, longest) if rng.random() < PADDED else clip for clip in spoken.values()]
     for number, clip in zip(spoken, augment(padded, rng), strict=True):
         text, source = texts[number]
@@ -186,10 +163,7 @@ def write_clips(
     settings = {"seed": seed, "held_out": held_out, "exclude": str(exclude and exclude.name), "mix": mix}
     path = folder / "settings.json"
     if path.is_file() and json.loads(path.read_text()) != settings:
-        raise ValueError(
-            f"{folder} holds clips of {path.read_text()}; they cannot be mixed with {json.dumps(settings)}. "
-            "Give another folder."
-        )
+        raise ValueError(f"{folder} holds clips of {path.read_text()}, not of {settings}. Give another folder.")
     path.write_text(json.dumps(settings))
     texts = deal(count, seed, held_out, read_excluded(exclude) if exclude else (), mix)
     chunks = {number: texts[number * CHUNK : (number + 1) * CHUNK] for number in range(-(-count // CHUNK))}

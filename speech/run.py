@@ -11,9 +11,10 @@ from transformers.utils import logging
 
 from audio_utils import SAMPLING_RATE, fetch_audio
 from configuration_qwen2_audio_vl import TRANSCRIBE, count_audio
-from demo.ask import load, read_rows, user
+from demo.ask import read_rows, user
 from demo.bases import ASSETS
 from demo.run import draw_clip
+from evaluation.generate import load
 from evaluation.scoring import percent, score
 from publishing.build import build
 from publishing.paths import ROOT
