@@ -23,15 +23,9 @@ import numpy as np
 import soundfile
 import soxr
 import torch
+import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    PreTrainedModel,
-    Qwen2_5OmniThinkerConfig,
-    Qwen2_5OmniThinkerForConditionalGeneration,
-    Qwen2AudioConfig,
-    Qwen2AudioForConditionalGeneration,
-    WhisperFeatureExtractor,
-)
+from transformers import PreTrainedModel, WhisperFeatureExtractor
 
 from audio_utils import fetch_audio, log_mel
 from benchmarks.measure import added_memory, count_operations, decode_step, in_turns, synchronize, where
@@ -132,17 +126,17 @@ def makers_of(scale: Scale) -> list[Callable[[], dict[str, Subject]]]:
     is_small = scale is SMALL
     # Sizes of Qwen/Qwen2-Audio-7B-Instruct, where they are not the defaults of its configuration.
     text = {"model_type": "qwen2", "vocab_size": 156_032, "intermediate_size": 11_008, "rms_norm_eps": 1e-5}
-    qwen2_audio = Qwen2AudioConfig(
+    qwen2_audio = transformers.Qwen2AudioConfig(
         text_config={**text, **(SMALL_TEXT if is_small else {})}, audio_config=SMALL_AUDIO if is_small else None
     )
     # The sizes of Qwen/Qwen2.5-Omni-7B's thinker are the defaults, except a token that its model reads.
     sizes = {"text_config": SMALL_TEXT, "audio_config": {**SMALL_AUDIO, "output_dim": 256}}
     sizes["vision_config"] = SMALL_VISION
-    omni = Qwen2_5OmniThinkerConfig(**(sizes if is_small else {}), vision_start_token_id=151_652)
+    omni = transformers.Qwen2_5OmniThinkerConfig(**(sizes if is_small else {}), vision_start_token_id=151_652)
     return [
         partial(make_ours, small_config(layers=1) if is_small else full_config(), scale),
-        partial(make_peer, "Qwen2-Audio", Qwen2AudioForConditionalGeneration, qwen2_audio, scale),
-        partial(make_peer, "Qwen2.5-Omni", Qwen2_5OmniThinkerForConditionalGeneration, omni, scale),
+        partial(make_peer, "Qwen2-Audio", transformers.Qwen2AudioForConditionalGeneration, qwen2_audio, scale),
+        partial(make_peer, "Qwen2.5-Omni", transformers.Qwen2_5OmniThinkerForConditionalGeneration, omni, scale),
     ]
 
 

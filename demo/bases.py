@@ -5,13 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import (
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-)
+import transformers
 
 from publishing.paths import ROOT, write_json
 
@@ -44,12 +38,12 @@ def text_config(width: int, ffn: int, layers: int, heads: int, groups: int, posi
 def make_qwen2_vl(folder: Path, dtype: torch.dtype = torch.float32, tie_word_embeddings: bool = False) -> Path:
     """Writes a Qwen2-VL checkpoint of 2 layers; its tokenizer and its 152,064 embeddings are of full size."""
     torch.manual_seed(0)
-    config = Qwen2VLConfig(
+    config = transformers.Qwen2VLConfig(
         text_config=text_config(64, 128, layers=2, heads=2, groups=1, positions=32768, words=152064, rope_theta=1e6),
         vision_config={"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64},
         tie_word_embeddings=tie_word_embeddings,
     )
-    sharpen(Qwen2VLForConditionalGeneration(config), std=0.1).to(dtype).save_pretrained(folder)
+    sharpen(transformers.Qwen2VLForConditionalGeneration(config), std=0.1).to(dtype).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
         shutil.copyfile(ASSETS / "qwen2-vl-7b" / file, folder / file)
     return folder
@@ -61,7 +55,7 @@ def small_whisper(window_seconds: int, width: int, heads: int, ffn: int, layers:
     for half, number in layers.items():
         sizes |= {f"{half}_layers": number, f"{half}_attention_heads": heads, f"{half}_ffn_dim": ffn}
     ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
-    return WhisperForConditionalGeneration(WhisperConfig(**sizes, **ids, **settings))
+    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes, **ids, **settings))
 
 
 def make_whisper(folder: Path, window_seconds: int = 30, dtype: torch.dtype = torch.float32) -> Path:
@@ -75,7 +69,7 @@ def make_whisper(folder: Path, window_seconds: int = 30, dtype: torch.dtype = to
 
 def write_feature_extractor(folder: Path, window_seconds: int):
     """Writes Whisper's own, with windows of another length."""
-    WhisperFeatureExtractor(feature_size=128, chunk_length=window_seconds).save_pretrained(folder)
+    transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=window_seconds).save_pretrained(folder)
 
 
 def write_image_processor(folder: Path, min_pixels: int, max_pixels: int):
