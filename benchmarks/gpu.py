@@ -5,8 +5,8 @@ beside the sum of its parts and transformers' Qwen2-Audio and Qwen2.5-Omni at th
     python -m benchmarks.gpu [--limit SECONDS] [--readme]
     python -m benchmarks.gpu --small      the same with small models on the CPU, which only shows that it runs
 
-Features and prefill come first; decoding, where each model is compiled twice, takes most of the time. After `--limit`
-no further figure is begun.
+Decoding comes last, and takes most of the time, as each model is compiled twice. After `--limit` no further figure is
+begun.
 """
 
 import gc
@@ -16,8 +16,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -40,8 +40,7 @@ COLUMNS = ("this model", "sum of the parts", "Qwen2-Audio", "Qwen2.5-Omni")
 FRAMES, TOKENS, AUDIO_BOS, AUDIO_EOS = 3_000, 750, 151_647, 151_648
 
 
-@dataclass
-class Scale:
+class Scale(NamedTuple):
     """How much is measured, and on what."""
 
     device: str = "cuda"
@@ -54,29 +53,18 @@ class Scale:
 
 
 SMALL = Scale("cpu", torch.float32, clips=1, batches=(1, 2), steps=4, seconds=0, matrix=512)
-SMALL_TEXT = {
-    **{"num_hidden_layers": 1, "intermediate_size": 64, "hidden_size": 256},
-    **{"num_attention_heads": 2, "num_key_value_heads": 1},
-}
+SMALL_TEXT = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 64}
+SMALL_TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 SMALL_AUDIO = {"encoder_layers": 1, "d_model": 64, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
 SMALL_VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256}
 
 
-@dataclass
-class Subject:
-    """
-    What is measured.
+class Subject(NamedTuple):
+    """What is measured. Each row of a batch is a clip of 30 s and `TEXT` tokens of text."""
 
-    Args:
-        model: Holds the weights.
-        make_inputs: Makes inputs for a batch of rows, each a clip of 30 s and `TEXT` tokens of text.
-        prefill: Computes the logits that follow such inputs.
-        generate: Answers them.
-    """
-
-    model: PreTrainedModel
-    make_inputs: Callable[[int], dict]
-    prefill: Callable
+    model: PreTrainedModel  # holds the weights
+    make_inputs: Callable[[int], dict]  # for a batch of so many rows
+    prefill: Callable  # computes the logits that follow such inputs
     generate: Callable
 
     def bytes_per_step(self, length: int) -> int:
@@ -124,15 +112,16 @@ def make_peer(name: str, model_class: type[PreTrainedModel], config, scale: Scal
 def makers_of(scale: Scale) -> list[Callable[[], dict[str, Subject]]]:
     """Returns functions that make the subjects, because not all of them fit on the card at once."""
     is_small = scale is SMALL
+    text, audio, omni_sizes = {}, None, {}
+    if is_small:
+        text, audio = SMALL_TEXT, SMALL_AUDIO
+        omni_sizes = {"text_config": SMALL_TEXT, "audio_config": {**SMALL_AUDIO, "output_dim": 256}}
+        omni_sizes["vision_config"] = SMALL_VISION
     # Sizes of Qwen/Qwen2-Audio-7B-Instruct, where they are not the defaults of its configuration.
-    text = {"model_type": "qwen2", "vocab_size": 156_032, "intermediate_size": 11_008, "rms_norm_eps": 1e-5}
-    qwen2_audio = transformers.Qwen2AudioConfig(
-        text_config={**text, **(SMALL_TEXT if is_small else {})}, audio_config=SMALL_AUDIO if is_small else None
-    )
+    full = {"model_type": "qwen2", "vocab_size": 156_032, "intermediate_size": 11_008, "rms_norm_eps": 1e-5}
+    qwen2_audio = transformers.Qwen2AudioConfig(text_config=full | text, audio_config=audio)
     # The sizes of Qwen/Qwen2.5-Omni-7B's thinker are the defaults, except a token that its model reads.
-    sizes = {"text_config": SMALL_TEXT, "audio_config": {**SMALL_AUDIO, "output_dim": 256}}
-    sizes["vision_config"] = SMALL_VISION
-    omni = transformers.Qwen2_5OmniThinkerConfig(**(sizes if is_small else {}), vision_start_token_id=151_652)
+    omni = transformers.Qwen2_5OmniThinkerConfig(**omni_sizes, vision_start_token_id=151_652)
     return [
         partial(make_ours, small_config(layers=1) if is_small else full_config(), scale),
         partial(make_peer, "Qwen2-Audio", transformers.Qwen2AudioForConditionalGeneration, qwen2_audio, scale),

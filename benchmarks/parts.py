@@ -10,16 +10,12 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, Qwen2VLConfig, 
 
 from configuration_qwen2_audio_vl import ENCODER_STRIDE
 from demo.ask import DEMO
-from publishing.build import build
+from publishing.build import AUDIO_TOKEN_IDS, VISION_TOKENS, build
 from publishing.paths import ROOT
 
 
 PICTURE = 28  # patches a side of a picture of 384 x 384, which are 14 x 14 tokens
 DROPPED = 146_000  # words of the vocabulary that a small model does without
-SPECIAL_TOKEN_IDS = (
-    *("audio_token_id", "audio_bos_token_id", "audio_eos_token_id", "image_token_id", "video_token_id"),
-    *("vision_start_token_id", "vision_end_token_id"),
-)
 
 
 def full_config():
@@ -46,7 +42,7 @@ def small_config(window_tokens: int = 1500, layers: int = 8):
     config.vision_config.update({"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 512})
     for name in ("vocab_size", "bos_token_id", "eos_token_id"):
         setattr(config.text_config, name, getattr(config.text_config, name) - DROPPED)
-    for name in SPECIAL_TOKEN_IDS:
+    for name in (*AUDIO_TOKEN_IDS, *VISION_TOKENS):
         setattr(config, name, getattr(config, name) - DROPPED)
     return config
 
@@ -113,14 +109,13 @@ def make_prompt(
     pictures: int = 0,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
+    Returns the inputs that a processor would make of random noise and random text, and inputs of the parts: the same
+    features, and random text of as many tokens.
+
     Args:
         clips: Clips in each row, of `windows` windows each; `text` tokens of text follow each clip.
         audio_tokens: Trimmed tokens of each clip. The default is fixed tokens, those of whole windows.
         pictures: Grey pictures before each clip, of `PICTURE` patches a side.
-
-    Returns:
-        The inputs that a processor would make of random noise and random text, and inputs of the parts: the same
-        features, and random text of as many tokens.
     """
     config, audio, vision = model.config, model.config.audio_config, model.config.vision_config
     generator = torch.Generator().manual_seed(0)

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from demo.ask import DEMO, EXAMPLES, ask_example, load_demo
+from demo.bases import load_untrained
 from demo.clips import BUILD, held_out_clips, training_clips
 from demo.train import PARTS
-from demo.untrained import load_untrained
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SKILLS, Examples, cast, draw, say, write_speech
 from evaluation.generate import write_sound
 from publishing.paths import write_json

@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from audio_utils import SAMPLING_RATE, log_mel
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, IGNORED_LABEL, count_audio
 from demo.ask import load_demo
+from demo.bases import PICTURE, STD, load_untrained
 from demo.clips import BUILD, WINDOW, augment_features, held_out_clips, training_clips
-from demo.untrained import PICTURE, STD, load_untrained
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SEEN, SKILLS, WORLD, Examples, draw
 
 
@@ -27,21 +27,13 @@ SHARES = {"transcribe": 10, "picture": 8, "agree": 14, "question": 10, "compare"
 WINDOW_SAMPLES = SAMPLING_RATE * WINDOW
 
 
-def fit(
-    name: str,
-    parameters,
-    steps: int,
-    lr: float,
-    backward: Callable[[int], float],
-    evaluate: Callable[[], dict[str, float]],
-    every: int = 100,
-):
+def fit(name: str, parameters, steps: int, lr: float, backward: Callable, evaluate: Callable, every: int = 100):
     """
     Trains by AdamW with warm-up, a cosine schedule and clipped gradients. Appends lines to `log.jsonl`.
 
     Args:
         backward: Computes the gradients of a step, given its number, and returns its loss.
-        evaluate: Returns scores for the log. It is called every `every` steps, without gradients.
+        evaluate: Returns scores by their names for the log. It is called every `every` steps, without gradients.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)

@@ -1,21 +1,17 @@
 """
 Makes clips of synthetic speech with their texts, to train on: sentences -> synthesizers -> speakers, rooms, noise.
 
-    python -m speech.clips --count N --seed S --output DIR [--mix NAME] [--held-out] [--exclude FILE]
-
-writes `DIR/clips/NNNNNN.flac` (16 kHz, mono, 0.3 to 10 s, or to 20 s with `--mix lengthy`) and `DIR/rows.jsonl`, one
-object a line:
+A folder of clips has `clips/NNNNNN.flac` (16 kHz, mono, 0.3 to 10 s, or to 20 s with longer texts) and `rows.jsonl`,
+one object a line:
 
     {"audio": "clips/000123.flac", "text": "He left.", "seconds": 1.3, "engine": "piper", "voice": "joe",
      "source": "wordnet"}
 
-The text "" marks clips without speech. Run again after an interruption it goes on; with a larger count it adds to what
-is there. Texts and voices follow from the seed; the audio of piper and of changed speakers varies from run to run. It
-needs Debian's espeak-ng, flite, festival, festvox-kallpc16k, festvox-kdlpc16k, festvox-us-slt-hts, wordnet-base,
-fortunes and scowl, and `demo/requirements.txt`. It uses no recording of a person.
+The text "" marks clips without speech. Texts and voices follow from the seed; the audio of piper and of changed
+speakers varies from run to run. It needs Debian's espeak-ng, flite, festival, festvox-kallpc16k, festvox-kdlpc16k,
+festvox-us-slt-hts, wordnet-base, fortunes and scowl, and `demo/requirements.txt`. It uses no recording of a person.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -150,7 +146,8 @@ def write_clips(
     folder: Path, count: int, seed: int, held_out: bool = False, exclude: Path | None = None, mix: str = "rare"
 ):
     """
-    Writes clips and rows.jsonl into a folder, in chunks, and prints a line after each.
+    Writes clips and rows.jsonl into a folder, in chunks, and prints a line after each. Run again after an interruption
+    it goes on; with a larger count it adds to what is there.
 
     Args:
         exclude: A file of texts that are never said, see `speech.sentences.read_excluded`.
@@ -181,19 +178,3 @@ def write_clips(
             print(f"chunk {number + 1} of {len(chunks)}: {written} clips, {rate:.1f} a second", flush=True)
     rows = [row for number, chunk in chunks.items() for row in read_rows(rows_of(folder, number, len(chunk)))]
     write_rows(folder / "rows.jsonl", rows)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, required=True, help="clips; those that are too long are then left out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the clips")
-    parser.add_argument("--mix", choices=MIXES, default="rare", help="rare words, plain texts, or longer ones")
-    parser.add_argument("--held-out", action="store_true", help="texts and voices that training never has")
-    parser.add_argument("--exclude", type=Path, help="file of texts that are never said, one a line")
-    args = parser.parse_args()
-    write_clips(args.output, args.count, args.seed, args.held_out, args.exclude, args.mix)
-
-
-if __name__ == "__main__":
-    main()

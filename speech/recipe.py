@@ -63,16 +63,9 @@ ON_GPU = torch.cuda.is_available()
 # On a CPU two processes of one thread each are faster than one process of two threads.
 PROCESSES = 2 if not ON_GPU and os.cpu_count() > 1 else 1
 SETTINGS = {
-    "train_sampling_strategy": "group_by_length",
-    "length_column_name": "seconds",
-    "audio_tokens": "trimmed",
-    "adam_beta2": 0.98,
-    "warmup_steps": 20,
-    "lora_dropout": 0.0,
-    "bf16": True,
+    **RECIPE["settings"],
     "attn_implementation": "sdpa" if ON_GPU else "eager",
     "use_cpu": not ON_GPU,
-    "save_total_limit": 10,
     "dataloader_num_workers": os.cpu_count() if ON_GPU else 1,
     # A GPU encodes clips faster than it reads encoded ones.
     "encoder_cache": None if ON_GPU else BUILD / "encoded",

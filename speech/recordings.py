@@ -1,8 +1,8 @@
 """
 Writes the test data of the speech model, which it is never trained on: recordings of a person, clips without speech.
 
-    python -m speech.recordings [--output DIR]               recordings of telephone prompts
-    python -m speech.recordings --silences [--output DIR]    500 clips of noise and tones
+    python -m speech.recordings               recordings of telephone prompts, to build/speech/recordings
+    python -m speech.recordings --silences    500 clips of noise and tones, to build/speech/silences
 
 The recordings are Allison Smith's, in Debian's packages of Asterisk's sounds (CC-BY-SA-3.0). They are downloaded by
 apt-get, which need not install them, and are not part of this repository.
@@ -38,10 +38,9 @@ SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"
 
 LONGEST = 30  # seconds: one window of Whisper, which is asked beside the model
 GROUPS = ("three or more words", "shorter")
-SPELLINGS = {  # errors in the texts; the recordings say the right words
-    **{"umute": "unmute", "represenatives": "representatives", "witheld": "withheld"},
-    **{"Un-indentified": "Unidentified"},
-}
+# Errors in the texts; the recordings say the right words.
+SPELLINGS = {"umute": "unmute", "represenatives": "representatives", "witheld": "withheld"}
+SPELLINGS["Un-indentified"] = "Unidentified"
 
 SILENCES = ("silence", "white noise", "pink noise", "tone", "hum", "chord")
 SILENCE_SECONDS, SILENCE_DECIBELS = (1, 8), (-65, -12)  # length; root mean square relative to full scale
@@ -177,11 +176,10 @@ def write_silences(output: Path, count: int = 500, seed: int = 7_719) -> list[di
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--silences", action="store_true", help="clips without speech instead of recordings")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: build/speech/recordings or .../silences")
-    options = parser.parse_args()
-    output = options.output or BUILD / ("silences" if options.silences else "recordings")
+    is_silent = parser.parse_args().silences
+    output = BUILD / ("silences" if is_silent else "recordings")
     try:
-        rows, dropped = (write_silences(output), {}) if options.silences else write_recordings(output)
+        rows, dropped = (write_silences(output), {}) if is_silent else write_recordings(output)
     except RuntimeError as error:
         parser.exit(1, f"speech.recordings: {error}\n")
     minutes = sum(row["seconds"] for row in rows) / 60

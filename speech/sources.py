@@ -6,23 +6,21 @@ licences in /usr/share/doc allow what is done here.
 """
 
 import functools
+import json
 import re
 from collections import Counter
 from pathlib import Path
 
+from publishing.paths import ROOT
 from speech.generated import TEMPLATES, Templates
 
 
 WORDNET = Path("/usr/share/wordnet")
 FORTUNES = Path("/usr/share/games/fortunes")
 SCOWL = Path("/usr/share/dict/scowl")
-# These files of fortunes hold sentences, and neither verse, code, dialogues nor mockery.
-FORTUNE_FILES = (
-    *("cookie", "education", "food", "fortunes", "goedel", "kids", "law", "literature", "medicine", "miscellaneous"),
-    *("news", "people", "pets", "platitudes", "science", "sports", "tao", "wisdom", "work"),
-)
-KINDS = {"05": "animal", "06": "artifact", "13": "food", "15": "place", "18": "person"}  # WordNet's files of nouns
-MOCKERY = ("06718862", "07124340", "06717170")  # WordNet's ethnic slurs, obscenities and disparagements
+# The files of fortunes that hold sentences, and neither verse, code, dialogues nor mockery; WordNet's files of nouns by
+# number; WordNet's ethnic slurs, obscenities and disparagements.
+FORTUNE_FILES, KINDS, MOCKERY = json.loads((ROOT / "speech" / "sources.json").read_text()).values()
 INDECENT = re.compile(r"\b(sex|fuck|shit|piss|porn|nake|nude|whore|slut|bitch|damn|nigg|rap(e|ed|es|ist)\b)", re.I)
 ABBREVIATIONS = frozenset(TEMPLATES["abbreviations"])
 WORD = r"[A-Za-z]+(?:['-][A-Za-z]+)*"

@@ -22,8 +22,7 @@ from transformers import (
 )
 
 from audio_utils import fetch_audio
-from demo.bases import ASSETS, sharpen, write_feature_extractor
-from demo.untrained import make_bases
+from demo.bases import ASSETS, make_bases, sharpen, write_feature_extractor
 from publishing.build import build
 from publishing.paths import ROOT
 from training.alignment import PREFIX, Aligner, Span, warp
