@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,16 +30,15 @@ from publishing.paths import ROOT
 NOISE = os.urandom(2**22)
 
 
-def noise(size: int) -> Iterator[bytes]:
-    for start in range(0, size, len(NOISE)):
-        yield NOISE[: size - start]
-
-
 def write_shards(folder: Path, tensors: dict[str, torch.Tensor], shard_of: dict[str, str], dtype: torch.dtype):
     """Writes safetensors files of noise; only the shapes of `tensors` are used."""
     for shard in {shard_of[name] for name in tensors}:
         part = {name: tensor.to(dtype) for name, tensor in tensors.items() if shard_of[name] == shard}
-        write_safetensors(folder / shard, part, {name: noise(tensor.nbytes) for name, tensor in part.items()})
+        contents = {}
+        for name, tensor in part.items():
+            times, rest = divmod(tensor.nbytes, len(NOISE))
+            contents[name] = [*[NOISE] * times, NOISE[:rest]]
+        write_safetensors(folder / shard, part, contents)
 
 
 def make_base(folder: Path, size: str) -> Path:

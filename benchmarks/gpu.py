@@ -29,12 +29,11 @@ from transformers import PreTrainedModel, WhisperFeatureExtractor
 
 from audio_utils import fetch_audio, log_mel
 from benchmarks.measure import added_memory, count_operations, decode_step, in_turns, synchronize, where
-from benchmarks.parts import Parts, count_parameters, full_config, make_model, make_prompt, prefill, small_config
+from benchmarks.parts import TEXT, Parts, count_parameters, full_config, make_model, make_prompt, prefill, small_config
 from benchmarks.report import report, table
 from benchmarks.sound import RATE, make_speech, read_by_soundfile
 
 
-TEXT = 64  # tokens beside a clip
 COLUMNS = ("this model", "sum of the parts", "Qwen2-Audio", "Qwen2.5-Omni")
 # Both peers: a clip of 30 s is 3,000 frames and 750 tokens between two markers.
 FRAMES, TOKENS, AUDIO_BOS, AUDIO_EOS = 3_000, 750, 151_647, 151_648
@@ -80,13 +79,10 @@ class Subject(NamedTuple):
 def make_ours(config, scale: Scale) -> dict[str, Subject]:
     model = make_model(config, scale.dtype, scale.device)
     parts = Parts(model)
-
-    def make_inputs(batch):
-        return make_prompt(model, text=TEXT, batch=batch)
-
+    prompts = [lambda batch, i=i: make_prompt(model, batch=batch)[i] for i in range(2)]
     return {
-        "this model": Subject(model, lambda batch: make_inputs(batch)[0], partial(prefill, model), model.generate),
-        "sum of the parts": Subject(model, lambda batch: make_inputs(batch)[1], parts.prefill, parts.generate),
+        "this model": Subject(model, prompts[0], partial(prefill, model), model.generate),
+        "sum of the parts": Subject(model, prompts[1], parts.prefill, parts.generate),
     }
 
 
@@ -201,8 +197,7 @@ def main(small: bool = False, limit: float = float("inf")) -> list[str]:
             synchronize()
         torch.compiler.reset()
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     cells = ((name, *(figures.get(column, "") for column in COLUMNS)) for name, figures in rows.items())
     note = (
         f"{where()}; {rates[0] / 1e12:.1f} TFLOP/s and {rates[1] / 1e12:.2f} TB/s measured; random weights, "

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from benchmarks.measure import added_memory, count_operations, decode_step, in_turns, where
-from benchmarks.parts import Parts, count_parameters, full_config, make_model, make_prompt, prefill, small_config
+from benchmarks.parts import TEXT, Parts, count_parameters, full_config, make_model, make_prompt, prefill, small_config
 from benchmarks.report import report, table
 
 
@@ -111,10 +111,8 @@ def main(seconds: float = 90) -> list[str]:
     model = make_model(small_config(WINDOW), torch.float32, device)
     parts = Parts(model)
     costs, rounds = compare_costs(model, parts, seconds)
-    note = (
-        f"{where()}; {count_parameters(model) / 1e6:.0f} million parameters in float32; a clip of 5 s and 64 tokens of "
-        f"text, {rounds}, the ratio of those of each round."
-    )
+    size = f"{count_parameters(model) / 1e6:.0f} million parameters in float32"
+    note = f"{where()}; {size}; a clip of 5 s and {TEXT} tokens of text, {rounds}, the ratio of those of each round."
     return [costs, compare_operations(), measure_growth(model, parts), note]
 
 

@@ -25,8 +25,8 @@ def report(path: str, description: str, main: Callable[..., list[str]], document
     Args:
         path: `__file__` of the benchmark; the document has marks with the name of that file.
         description: The docstring of the benchmark, which `--help` shows; it explains the options.
-        main: Measures, and returns tables and paragraphs in Markdown. Each of its arguments becomes an option, and
-            must have a default, which tells its type: False for a flag.
+        main: Measures, and returns tables and paragraphs in Markdown. Each of its arguments becomes an option, whose
+            type is that of its default; False makes a flag.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true", help=f"put the tables into {document.relative_to(ROOT)}")

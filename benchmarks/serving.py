@@ -76,28 +76,22 @@ def send_to_vllm(client: OpenAI, example: dict) -> tuple[str, float]:
     return "".join(pieces), times[0]
 
 
-def time_examples(send: Callable, *clients: int) -> list[str]:
+def time_examples(send: Callable, many: int | None = CLIENTS) -> list[str]:
     """
     Returns three cells: requests per second of one client and of many, and the time to the first token of one client.
-
-    Args:
-        send: Sends an example of the demo checkpoint; returns the answer and the seconds to its first token.
-        clients: How many clients send at once; each number gets a cell.
-
-    Raises:
-        ValueError: if an answer is wrong.
+    `send` sends an example of the demo checkpoint, and returns the answer and the seconds to its first token. Raises a
+    ValueError if an answer is wrong.
     """
     examples = read_examples()
     for example in examples[:5]:
         send(example)
     requests, rates, firsts = repeat(examples), [], []
-    for number in clients:
-        answers, rate = send_all(send, requests, number)
+    for clients in (1, many) if many else (1,):
+        answers, rate = send_all(send, requests, clients)
         rates.append(f"{rate:.1f}")
         firsts.append(statistics.median(first for _, first in answers))
-        pairs = zip(requests, answers, strict=True)
-        if wrong := [example for example, (text, _) in pairs if text != example["answer"]]:
-            raise ValueError(f"{len(wrong)} answers are wrong, the first to {wrong[0]}")
+        if [text for text, _ in answers] != [example["answer"] for example in requests]:
+            raise ValueError(f"Answers are wrong: {answers}")
     return [rates[0], "".join(rates[1:]), f"{firsts[0] * 1e3:.0f} ms"]
 
 
@@ -113,15 +107,15 @@ def serve_handler(repo: Path):
 def compare_ways(repo: Path, client: httpx.Client) -> dict[str, list[str]]:
     """Returns the cells of [`time_examples`] for each way to serve."""
     processor, model = load(repo)
-    cells = {"`generate` in a loop": time_examples(partial(send_to_model, processor, model.float()), 1)}
+    cells = {"`generate` in a loop": time_examples(partial(send_to_model, processor, model.float()), None)}
     with serve_handler(repo) as address:
         cells["`handler.py` behind HTTP, the whole answer"] = time_examples(
-            lambda example: send_to_handler(client, address, handler_form(example)), 1, CLIENTS
+            lambda example: send_to_handler(client, address, handler_form(example))
         )
     if VLLM.exists():
         with serve_vllm(repo, repo.parent, VLLM_CPU_NUM_OF_RESERVED_CPU="0") as address:
             server = OpenAI(base_url=f"{address}/v1", api_key="none")
-            cells["`vllm serve`"] = time_examples(partial(send_to_vllm, server), 1, CLIENTS)
+            cells["`vllm serve`"] = time_examples(partial(send_to_vllm, server))
     return cells
 
 

@@ -93,13 +93,8 @@ def make_clips(
     texts: list[Text], seed: str, held_out: bool = False, longest: float = 10.0
 ) -> list[tuple[np.ndarray, dict] | None]:
     """
-    Makes a clip for each text, and its row without `audio`. Held-out clips have other voices, and all have speech.
-
-    Args:
-        longest: Seconds of the longest clip.
-
-    Returns:
-        (float32 `[samples]` at 16 kHz, row) for each text, or None where no clip could be made.
+    Makes a clip of at most `longest` seconds for each text: float32 `[samples]` at 16 kHz and its row without `audio`,
+    or None where no clip could be made. Held-out clips have other voices, and all have speech.
     """
     rng = random.Random(seed)
     noises = np.random.default_rng(list(seed.encode()))
@@ -147,14 +142,12 @@ def write_clips(
 ):
     """
     Writes clips and rows.jsonl into a folder, in chunks, and prints a line after each. Run again after an interruption
-    it goes on; with a larger count it adds to what is there.
+    it goes on; with a larger count it adds to what is there. Raises a ValueError if the folder holds clips of another
+    seed or of other texts.
 
     Args:
         exclude: A file of texts that are never said, see `speech.sentences.read_excluded`.
         mix: A name from `speech.sentences.MIXES`.
-
-    Raises:
-        ValueError: if the folder holds clips of another seed or of other texts.
     """
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed, "held_out": held_out, "exclude": str(exclude and exclude.name), "mix": mix}

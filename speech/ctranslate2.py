@@ -22,10 +22,8 @@ WHISPER_NAMES = json.loads((ROOT / "speech" / "whisper_names.json").read_text())
 
 def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
     """
-    Reads the arrays of a CTranslate2 `model.bin` by their names, read-only; an alias is an entry of its own.
-
-    Raises:
-        ValueError: if the file has another version, ends early, goes on after its end, or has an unknown dtype.
+    Reads the arrays of a CTranslate2 `model.bin` by their names, read-only; an alias is an entry of its own. Raises a
+    ValueError if the file has another version, ends early, goes on after its end, or has an unknown dtype.
     """
     file = io.BytesIO(path.read_bytes())
 

@@ -27,7 +27,7 @@ from evaluation.report import score_folder
 from evaluation.scoring import AS_GIVEN, align, file_of, normalize, percent, read_folder, score, score_arms
 from publishing.paths import ROOT, write_json
 from speech.recipe import ROUNDS
-from speech.recordings import BUILD
+from speech.recordings import BUILD, rows_of
 from speech.run import DTYPE, MAX_NEW_TOKENS, REPO
 
 
@@ -40,10 +40,6 @@ SPOKEN = ("recordings", "held-out")
 NUM_AGAIN = 24  # rows that are asked again: with silence, with another clip, with 1,500 tokens for each clip
 BATCH = 8
 COUNTS = {"100 times or more": 100, "10 to 99 times": 10, "1 to 9 times": 1, "never": 0}  # the least of each
-
-
-def rows_of(folder: str) -> Path:
-    return BUILD / folder / "rows.jsonl"
 
 
 def ask_model(
@@ -97,11 +93,8 @@ def count_words(paths: list[Path]) -> Counter:
 
 def recall(rows: list[dict], training: Counter) -> dict[str, dict[str, int]]:
     """
-    Counts the words of the references, and those that were recalled, by how often training said them.
-
-    Args:
-        rows: Predictions; those that failed are left out.
-        training: How often each normalized word was said.
+    Counts the words of the references, and those that were recalled, by how often training said them: `training` has
+    that for each normalized word. Predictions that failed are left out.
     """
     counts = {name: {"words": 0, "recalled": 0} for name in COUNTS}
     for row in rows:

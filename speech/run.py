@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -38,29 +39,21 @@ KNOWN = {
 def build_repo(output: Path = REPO, adapter: Path = ADAPTER) -> Path:
     """
     Downloads the pretrained parts where they are missing, and makes a folder of them and the adapter that loads like
-    any other.
-
-    Raises:
-        FileNotFoundError: if there is no adapter.
+    any other. Raises a FileNotFoundError if there is no adapter.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{adapter} holds no adapter_config.json; expected the adapter that training wrote.")
     make_parts(BUILD)
-    untrained, merged = output.with_name(f"{output.name}-untrained"), output.with_name(f"{output.name}-merged")
-    for folder in (untrained, merged, output):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(output, ignore_errors=True)
     bases = BUILD / "smollm2", BUILD / "whisper"
-    build(*bases, untrained, audio_tokens="trimmed")
-    # The sum of a weight and LoRA's update would lose most of the update in bfloat16.
-    processor, model = load(untrained, "float32")
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    processor.trained_audio_tokens = processor.audio_tokens
-    model.save_pretrained(merged)
-    processor.save_pretrained(merged)
-    build(*bases, output, adapter=merged)
-    for folder in (untrained, merged):
-        shutil.rmtree(folder)
-    return output
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        # The sum of a weight and LoRA's update would lose most of the update in bfloat16.
+        processor, model = load(build(*bases, Path(folder) / "untrained", audio_tokens="trimmed"), "float32")
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        processor.trained_audio_tokens = processor.audio_tokens
+        for part in (model, processor):
+            part.save_pretrained(Path(folder) / "merged")
+        return build(*bases, output, adapter=Path(folder) / "merged")
 
 
 def transcribe(processor, model, recording: Path) -> str:
