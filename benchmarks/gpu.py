@@ -5,8 +5,7 @@ beside the sum of its parts and transformers' Qwen2-Audio and Qwen2.5-Omni at th
     python -m benchmarks.gpu [--limit SECONDS] [--readme]
     python -m benchmarks.gpu --small      the same with small models on the CPU, which only shows that it runs
 
-Decoding comes last, and takes most of the time, as each model is compiled twice. After `--limit` no further figure is
-begun.
+Decoding comes last and takes most of the time, as each model is compiled twice. After `--limit` no figure is begun.
 """
 
 import gc

@@ -28,11 +28,11 @@ def evaluate(processor, model, questions: int, seed: int = 0) -> Iterator[tuple[
     """Yields each skill with its shares of right answers, by kind of audio tokens and by the names in `CONDITIONS`."""
     rng, examples = random.Random(seed), Examples(HELD_OUT, PHRASES, seed)
     for skill, spec in SKILLS.items():
-        made = [examples.make(skill) for _ in range(questions)]  # texts that are said, what is drawn, the answer
-        texts = [text for said, _, _ in made for text in said]
+        asked = [examples.make(skill) for _ in range(questions)]  # texts that are said, what is drawn, the answer
+        texts = [text for said, _, _ in asked for text in said]
         clips = iter(say(cast(texts, len(texts), rng, held_out=True)))
-        sounds = [[next(clips) for _ in said] for said, _, _ in made]
-        pictures = [draw(drawn, rng) if drawn else None for _, drawn, _ in made]
+        sounds = [[next(clips) for _ in said] for said, _, _ in asked]
+        pictures = [draw(drawn, rng) if drawn else None for _, drawn, _ in asked]
         others = say(cast(PHRASES + QUESTIONS, 200, rng, held_out=True))
         conditions = [sounds]
         if "audio" in spec["inputs"]:
@@ -44,7 +44,7 @@ def evaluate(processor, model, questions: int, seed: int = 0) -> Iterator[tuple[
             for audio_tokens in AUDIO_TOKEN_COUNTS:
                 processor.audio_tokens = audio_tokens
                 answers = ask(processor, model, contents)
-                right = [answer == expected for answer, (*_, expected) in zip(answers, made, strict=True)]
+                right = [answer == expected for answer, (*_, expected) in zip(answers, asked, strict=True)]
                 shares[audio_tokens, name] = sum(right) / questions
         yield skill, shares
 

@@ -20,13 +20,9 @@ def table(head: Sequence[str], rows: Iterable[Iterable]) -> str:
 
 def report(path: str, description: str, main: Callable[..., list[str]], document: Path = README):
     """
-    Runs a benchmark with the options of the command line, prints what it returns and fills a document with it.
-
-    Args:
-        path: `__file__` of the benchmark; the document has marks with the name of that file.
-        description: The docstring of the benchmark, which `--help` shows; it explains the options.
-        main: Measures, and returns tables and paragraphs in Markdown. Each of its arguments becomes an option, whose
-            type is that of its default; False makes a flag.
+    Runs the benchmark of a path with the options of the command line, prints the tables and paragraphs in Markdown that
+    `main` returns, and puts them between the marks of a document that have the name of the file. Each argument of
+    `main` becomes an option, whose type is that of its default; False makes a flag. The description explains them.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true", help=f"put the tables into {document.relative_to(ROOT)}")

@@ -38,15 +38,13 @@ class Clips:
         self, texts: list[str], rough: float, num_windows: int = 1, is_trimmed: bool = False
     ) -> tuple[torch.Tensor, list[int]]:
         """
-        Draws a clip of each text, by any voice.
+        Draws a clip of each text, by any voice: float32 `[texts, samples of the windows]`. Returns the number of samples
+        of each clip as well.
 
         Args:
             rough: How much a clip is changed, from 0 (as it was synthesized) to 1.
             num_windows: Windows of each clip.
             is_trimmed: Whether a clip ends somewhere behind its words, where zeros follow, or fills its windows.
-
-        Returns:
-            float32 `[texts, samples of the windows]`, and the number of samples of each clip.
         """
         rng, size = self.rng, num_windows * SAMPLING_RATE * WINDOW
         rows, lengths = torch.zeros(len(texts), size), []

@@ -1,8 +1,7 @@
 """
 Trains the demo checkpoint from scratch, on speech and pictures that `demo/world.py` makes: `python -m demo.make`.
 
-1. `encoder`: the audio encoder alone learns the words of a clip, in order (CTC,
-   https://doi.org/10.1145/1143844.1143891).
+1. `encoder`: the audio encoder learns the words of a clip, in order (CTC, https://doi.org/10.1145/1143844.1143891).
 2. `vision`: at the same time the vision tower alone learns number, colour and shape. `language`: then the language
    model learns all skills, with written words among silence in the place of audio, which is some ten times shorter.
 3. `joint`: all are put together and learn all skills from audio, the encoder with the rest.

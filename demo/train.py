@@ -29,11 +29,9 @@ WINDOW_SAMPLES = SAMPLING_RATE * WINDOW
 
 def fit(name: str, parameters, steps: int, lr: float, backward: Callable, evaluate: Callable, every: int = 100):
     """
-    Trains by AdamW with warm-up, a cosine schedule and clipped gradients. Appends lines to `log.jsonl`.
-
-    Args:
-        backward: Computes the gradients of a step, given its number, and returns its loss.
-        evaluate: Returns scores by their names for the log. It is called every `every` steps, without gradients.
+    Trains by AdamW with warm-up, a cosine schedule and clipped gradients. `backward` computes the gradients of a step,
+    given its number, and returns its loss. Every `every` steps `evaluate` returns scores by their names, without
+    gradients, for a line of `log.jsonl`.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -144,11 +142,8 @@ def train_vision(steps: int, seed: int, batch: int = 64):
 
 def make_prompts(processor, model, skill: str, slots: list, pictures: list, answers: list[str], odd: bool) -> dict:
     """
-    Tokenizes a batch of one skill, padded on the right, where nothing attends to it.
-
-    Args:
-        slots: For each row and clip the ids between the audio markers.
-        odd: Puts audio before the picture, and leaves out the instruction to transcribe.
+    Tokenizes a batch of one skill, padded on the right, where nothing attends to it. `slots` has the ids between the
+    audio markers for each row and clip. If `odd`, audio comes before the picture, and no instruction to transcribe.
     """
     config, tokenizer = model.config, processor.tokenizer
     inputs = SKILLS[skill]["inputs"]

@@ -1,8 +1,7 @@
 """
-Speaks and draws the small world of the demo checkpoint, `world.json`, by synthesizers and as pictures.
-
-`voices.json` has the voices of training and those that are held out from it. `clips` says how many of the clips each
-synthesizer makes, and `draws` how often training draws one of its clips.
+Speaks and draws the small world of the demo checkpoint, `world.json`, by synthesizers and as pictures. The voices of
+training, and those that are held out from it, are in `voices.json`: `clips` says how many of the clips each synthesizer
+makes, and `draws` how often training draws one of its clips.
 """
 
 import functools
@@ -113,12 +112,9 @@ def change_speaker(clip: torch.Tensor, speech: Speech) -> torch.Tensor:
 
 def write_speech(speeches: list[Speech], paths: list[Path]):
     """
-    Writes the synthesizers' own files, at 16 to 32 kHz.
-
-    Raises:
-        FileNotFoundError: if a synthesizer is missing (Debian: espeak-ng flite festival festvox-kallpc16k
-            festvox-kdlpc16k festvox-us-slt-hts).
-        ModuleNotFoundError: if one that only training uses is missing (`demo/requirements.txt`).
+    Writes the synthesizers' own files, at 16 to 32 kHz. Raises a FileNotFoundError if a synthesizer is missing (Debian:
+    espeak-ng flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts), and a ModuleNotFoundError if one is
+    missing that only training uses (`demo/requirements.txt`).
     """
     with ThreadPoolExecutor(2) as pool:
         for engine in {speech.engine for speech in speeches}:

@@ -5,8 +5,7 @@ Measures the speech model on clips that training never had, and Whisper beside i
 
 REPO is what `make speech` built. It needs the clips of speech.recordings, with and without --silences, and those that
 speech.recipe holds out; the recall of words needs the clips of its last round as well. `--limit` takes the first clips
-of each set. Started again, it goes on. DIR/figures.json has all figures, DIR/*/report.html every answer. The default of
-DIR is build/speech/figures.
+of each set. Started again, it goes on. DIR, build/speech/figures, gets figures.json and every answer in */report.html.
 """
 
 import math
@@ -158,14 +157,6 @@ def recall_table(counts: dict[str, dict[str, int]]) -> str:
     return table(("said in training", "words of a person", "recalled %"), rows)
 
 
-def compare_perplexity(repo: Path, texts: list[str]) -> dict[str, float]:
-    """Returns the perplexity of the language model before and after training."""
-    smollm2 = Qwen2VLForConditionalGeneration.from_pretrained(BUILD / "smollm2", dtype=torch.float32).eval()
-    processor, model = load(repo, "float32")  # its tokenizer is that of SmolLM2 and three tokens more
-    models = {"SmolLM2": smollm2, "with LoRA": model}
-    return {name: perplexity(processor.tokenizer, each, texts) for name, each in models.items()}
-
-
 def main(repo: Path = REPO, output: Path = BUILD / "figures", limit: int = sys.maxsize) -> list[str]:
     """Makes all predictions, writes `figures.json`, and returns the tables."""
     if missing := [str(BUILD / folder) for folder in SETS if not rows_of(folder).is_file()]:
@@ -187,7 +178,10 @@ def main(repo: Path = REPO, output: Path = BUILD / "figures", limit: int = sys.m
         figures["recall"] = recall(answers["recordings"][AS_GIVEN], count_words(trained))
         tables.append(recall_table(figures["recall"]))
     texts = [row["text"] for row in read_rows(rows_of("held-out"))[:limit]]
-    figures["perplexity"] = compare_perplexity(repo, texts)
+    smollm2 = Qwen2VLForConditionalGeneration.from_pretrained(BUILD / "smollm2", dtype=torch.float32).eval()
+    processor, model = load(repo, "float32")  # its tokenizer is that of SmolLM2 and three tokens more
+    models = {"SmolLM2": smollm2, "with LoRA": model}
+    figures["perplexity"] = {name: perplexity(processor.tokenizer, each, texts) for name, each in models.items()}
     rows = [(name, f"{value:.1f}") for name, value in figures["perplexity"].items()]
     tables.append(table(("language model", f"perplexity of {len(texts)} sentences of WordNet and fortunes"), rows))
     write_json(output / "figures.json", figures)

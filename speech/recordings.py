@@ -180,9 +180,10 @@ def main():
         parser.exit(1, f"speech.recordings: {error}\n")
     minutes = sum(row["seconds"] for row in rows) / 60
     print(f"{output}: {len(rows)} clips, {minutes:.1f} minutes.")
-    counts = Counter(row["group"] for row in rows) | {f"dropped: {reason}": dropped[reason] for reason in dropped}
-    for what, number in counts.items():
-        print(f"{number:5}  {what}")
+    for group, number in Counter(row["group"] for row in rows).items():
+        print(f"{number:5}  {group}")
+    for reason, number in dropped.items():
+        print(f"{number:5}  dropped: {reason}")
 
 
 if __name__ == "__main__":

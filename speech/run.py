@@ -28,12 +28,8 @@ REPO = BUILD / "qwen2-audio-vl"
 DTYPE = "float32"  # bfloat16 is a quarter faster on CPUs that multiply in it, and far slower on others
 MAX_NEW_TOKENS = 128
 PROMPTS = 8  # how many telephone prompts are transcribed
-KNOWN = {
-    ASSETS / "audio" / "jfk.wav": (
-        "And so my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
-    ),
-    ASSETS / "audio" / "english.wav": "One two three.",
-}
+JFK = "And so my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
+KNOWN = {ASSETS / "audio" / "jfk.wav": JFK, ASSETS / "audio" / "english.wav": "One two three."}
 
 
 def build_repo(output: Path = REPO, adapter: Path = ADAPTER) -> Path:

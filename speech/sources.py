@@ -35,16 +35,14 @@ def words_of(text: str) -> list[str]:
 
 class Sources:
     """
-    All texts that may be said, by source.
+    Holds all texts that may be said, by source. Raises a FileNotFoundError if Debian's wordnet-base, fortunes or scowl
+    is not installed.
 
     Attributes:
         common: The 15,000 commonest words, the commonest first. They are sorted by SCOWL's size class, then by how
             often they are in WordNet's examples and definitions and in the texts that its authors tagged.
         texts: Distinct texts of the sources "wordnet", "definition", "phrase", "fortune" and "word".
         templates: [`Templates`] with WordNet's words.
-
-    Raises:
-        FileNotFoundError: if one of Debian's wordnet-base, fortunes, scowl is not installed.
     """
 
     def __init__(self):
