@@ -2,9 +2,7 @@
 Asks the demo checkpoint about phrases that training never said or drew, by voices and at paces that it never used, and
 again with the audio taken away; with fixed and with trimmed audio tokens. Needs the synthesizers of `demo/make.py`.
 
-    python -m benchmarks.held_out [--questions N] [--readme]
-
-The default is 500 questions for each skill.
+    python -m benchmarks.held_out [--questions N_OF_EACH_SKILL] [--readme]
 """
 
 import random

@@ -38,8 +38,8 @@ class Clips:
         self, texts: list[str], rough: float, num_windows: int = 1, is_trimmed: bool = False
     ) -> tuple[torch.Tensor, list[int]]:
         """
-        Draws a clip of each text, by any voice: float32 `[texts, samples of the windows]`. Returns the number of samples
-        of each clip as well.
+        Draws a clip of each text, by any voice: float32 `[texts, samples of the windows]`. Also returns the number of
+        samples of each clip.
 
         Args:
             rough: How much a clip is changed, from 0 (as it was synthesized) to 1.

@@ -110,9 +110,9 @@ def train_vision(steps: int, seed: int, batch: int = 64):
     torch.manual_seed(seed)
     processor, model = load_untrained()
     tower, rng = model.model.visual, random.Random(seed)
-    kinds = list(WORLD["words"].values())
-    queries = torch.nn.Parameter(torch.randn(len(kinds), model.config.text_config.hidden_size) * STD)
-    heads = torch.nn.ModuleList(torch.nn.Linear(queries.shape[1], len(words)) for words in kinds)
+    columns = list(WORLD["words"].values())
+    queries = torch.nn.Parameter(torch.randn(len(columns), model.config.text_config.hidden_size) * STD)
+    heads = torch.nn.ModuleList(torch.nn.Linear(queries.shape[1], len(words)) for words in columns)
 
     def logits(texts):
         pixels = processor.image_processor([draw(text, rng) for text in texts], return_tensors="pt")
@@ -122,8 +122,8 @@ def train_vision(steps: int, seed: int, batch: int = 64):
         return [head(pooled[:, index]) for index, head in enumerate(heads)]
 
     def targets(texts):
-        columns = zip(*(text.split() for text in texts), strict=True)
-        return [torch.tensor(list(map(words.index, column))) for words, column in zip(kinds, columns, strict=True)]
+        spoken = zip(*(text.split() for text in texts), strict=True)
+        return [torch.tensor(list(map(words.index, said))) for words, said in zip(columns, spoken, strict=True)]
 
     def backward(_) -> float:
         texts = rng.choices(SEEN, k=batch)
@@ -183,25 +183,25 @@ def right_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) | ~asked).all(-1)
 
 
-def learn(name: str, model, steps: int, seed: int, lr: float, make_batch, kinds: tuple[str, ...] = ("fixed",)):
-    """Trains all skills in every step, with the kinds of audio tokens in turn, and saves the weights."""
+def learn(name: str, model, steps: int, seed: int, lr: float, make_batch, token_counts: tuple[str, ...]):
+    """Trains all skills in every step, with the counts of audio tokens in turn, and saves the weights."""
     examples, test_examples = Examples(SEEN, SEEN, seed), Examples(HELD_OUT, PHRASES, 0)
 
     def backward(number: int) -> float:
-        total = 0.0
+        total, audio_tokens = 0.0, token_counts[number % len(token_counts)]
         for skill, share in SHARES.items():
-            batch = make_batch(skill, [examples.make(skill) for _ in range(share)], True, kinds[number % len(kinds)])
-            loss = model(**batch, use_cache=False).loss
-            (loss * share / sum(SHARES.values())).backward()
-            total += loss.item() * share / sum(SHARES.values())
+            batch = make_batch(skill, [examples.make(skill) for _ in range(share)], True, audio_tokens)
+            loss = model(**batch, use_cache=False).loss * share / sum(SHARES.values())
+            loss.backward()
+            total += loss.item()
         return total
 
     def evaluate() -> dict[str, float]:
         scores = {}
-        for kind, skill in itertools.product(kinds, SHARES):
-            batch = make_batch(skill, [test_examples.make(skill) for _ in range(100)], False, kind)
+        for audio_tokens, skill in itertools.product(token_counts, SHARES):
+            batch = make_batch(skill, [test_examples.make(skill) for _ in range(100)], False, audio_tokens)
             right = right_answers(model(**batch, use_cache=False).logits, batch["labels"])
-            scores[skill if kind == kinds[0] else f"{skill}, {kind}"] = right.float().mean().item()
+            scores[f"{skill}, {audio_tokens}"] = right.float().mean().item()
         return scores
 
     fit(name, model.parameters(), steps, lr, backward, evaluate, every=50 if name == "both" else 100)
@@ -217,7 +217,7 @@ def train_language(steps: int, seed: int):
     tokenizer, rng = processor.tokenizer, random.Random(seed)
 
     def write(text: str, length: int) -> list[int]:
-        """The tokens of a text, some of them repeated, at random places among padding."""
+        """Returns the tokens of a text, some of them repeated, at random places among padding."""
         once = tokenizer(text)["input_ids"]
         ids = [i for i in once for _ in range(rng.choice([1, 1, 2, 3]))]
         if len(ids) > length:
@@ -234,7 +234,7 @@ def train_language(steps: int, seed: int):
         odd = training and rng.random() < 0.25
         return make_prompts(processor, model, skill, slots, pictures, [answer for *_, answer in examples], odd)
 
-    learn("language", model, steps, seed, 1.5e-3, make_batch)
+    learn("language", model, steps, seed, 1.5e-3, make_batch, AUDIO_TOKEN_COUNTS[:1])
 
 
 def train_joint(steps: int, seed: int):
@@ -261,7 +261,7 @@ def train_both(steps: int, seed: int):
     train_with_audio("both", processor, model, steps, seed, 4e-4, AUDIO_TOKEN_COUNTS)
 
 
-def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: float, kinds: tuple[str, ...]):
+def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: float, token_counts: tuple[str, ...]):
     model.model.audio_encoder.requires_grad_(True)
     model.train()
     torch.manual_seed(seed)
@@ -289,7 +289,7 @@ def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: flo
             batch["input_features"] = log_mel(windows, processor.feature_extractor)
         return batch
 
-    learn(name, model, steps, seed, lr, make_batch, kinds)
+    learn(name, model, steps, seed, lr, make_batch, token_counts)
 
 
 PARTS = {"encoder": train_encoder, "vision": train_vision, "language": train_language}

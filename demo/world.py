@@ -73,8 +73,7 @@ def cast(texts: list[str], count: int, rng: random.Random, held_out: bool = Fals
     if held_out:
         voices, accents = HELD_OUT_VOICES, [*accents, HELD_OUT_VOICES["accent"]]
     for number in range(count):
-        paces = [0.68, 1.0, 1.32] if held_out else [rng.uniform(0.74, 0.95), rng.uniform(1.05, 1.25)]
-        pace = rng.choice(paces)
+        pace = rng.choice([0.68, 1.0, 1.32] if held_out else [rng.uniform(0.74, 0.95), rng.uniform(1.05, 1.25)])
         engine = pick(voices["clips"], rng)
         if engine == "espeak-ng":
             voice = f"{rng.choice(accents)}+{rng.choice(variants)}"

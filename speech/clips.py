@@ -143,8 +143,8 @@ def write_clips(
     """
     Writes clips and rows.jsonl into a folder, in chunks, and prints a line after each. Run again after an interruption
     it goes on; with a larger count it adds to what is there. `exclude` is a file of texts that are never said, see
-    [`read_excluded`], and `mix` a name from `MIXES`. Raises a ValueError if the folder holds clips of another seed or of
-    other texts.
+    [`read_excluded`], and `mix` a name from `MIXES`. Raises a ValueError if the folder holds clips of another seed or
+    of other texts.
     """
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed, "held_out": held_out, "exclude": str(exclude and exclude.name), "mix": mix}

@@ -142,9 +142,7 @@ def write_whisper(
         raise ValueError(f"window_seconds must be from 1 to {len(positions.weight) // 50}, got {window_seconds}.")
     positions.weight = torch.nn.Parameter(positions.weight[:size].clone(), requires_grad=False)  # sinusoids, so cut
     model.config.max_source_positions = size
-    extractor = transformers.WhisperFeatureExtractor(
-        feature_size=model.config.num_mel_bins, chunk_length=window_seconds
-    )
+    extractor = transformers.WhisperFeatureExtractor(model.config.num_mel_bins, chunk_length=window_seconds)
     with unfinished(folder) as new:
         for part in (model, tokenizer, extractor):
             part.save_pretrained(new)

@@ -141,20 +141,20 @@ def write_recordings(output: Path) -> tuple[list[dict], Counter]:
     return rows, dropped
 
 
-def make_silence(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
+def make_silence(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """Makes a sound without speech: float32 `[size]` at 16 kHz."""
     time = np.arange(size) / SAMPLING_RATE  # seconds
-    if kind == "silence":
+    if name == "silence":
         return np.zeros(size, np.float32)
-    if kind in ("white noise", "pink noise"):
+    if name in ("white noise", "pink noise"):
         sound = rng.standard_normal(size)
-        if kind == "pink noise":  # power falls with the frequency
+        if name == "pink noise":  # power falls with the frequency
             sound = np.fft.irfft(np.fft.rfft(sound) / np.sqrt(np.maximum(1, np.arange(size // 2 + 1))), size)
     else:
-        if kind == "hum":  # mains hum has overtones
+        if name == "hum":  # mains hum has overtones
             pitches = rng.choice([50, 60]) * np.arange(1, 9)
         else:
-            pitches = rng.uniform(150, 2_500) * np.array([1] if kind == "tone" else [1, 1.26, 1.5])
+            pitches = rng.uniform(150, 2_500) * np.array([1] if name == "tone" else [1, 1.26, 1.5])
         sound = sum(rng.uniform(0.1, 1) * np.sin(2 * np.pi * (p * time + rng.random())) for p in pitches)
     level = 10 ** (rng.uniform(*SILENCE_DECIBELS) / 20)
     return (sound * level / np.sqrt(np.mean(sound**2))).clip(-1, 1).astype(np.float32)

@@ -89,9 +89,8 @@ def main():
         draw_clip(recording, textwrap.fill(answer, 70), processor.feature_extractor, picture, min(30, length))
         rows.append({"text": text, "pred_text": answer})
     scores = score(rows)
-    seconds = time.perf_counter() - start
     print(f"\n{len(rows)} recordings of {scores['words']} words, word error rate in %: {percent(scores['wer'])}")
-    print(f"Everything took {seconds:.0f} s; {model.num_parameters():,} parameters.")
+    print(f"Everything took {time.perf_counter() - start:.0f} s; {model.num_parameters():,} parameters.")
     print(f"The log-mel spectrogram of each recording: {BUILD.relative_to(ROOT)}/*.png")
     print(f"The model, for app.py, evaluation and upload.py: {REPO.relative_to(ROOT)}")
 

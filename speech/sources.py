@@ -87,8 +87,8 @@ read_sources = functools.cache(Sources)
 
 def read_scowl(size: int) -> frozenset[str]:
     """Reads a size class of SCOWL; larger classes hold rarer words. Names keep their capitals."""
-    kinds = ("words", "contractions", "upper", "proper-names")
-    paths = [SCOWL / f"{region}-{kind}.{size}" for region in ("english", "american") for kind in kinds]
+    lists = ("words", "contractions", "upper", "proper-names")
+    paths = [SCOWL / f"{region}-{name}.{size}" for region in ("english", "american") for name in lists]
     return frozenset(word for path in paths if path.is_file() for word in path.read_text("latin-1").split())
 
 
