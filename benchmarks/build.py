@@ -2,10 +2,9 @@
 Measures `upload.py build` at real size: peak memory, and time beside `cp` of the same bytes on the same disk. The base
 checkpoints have the real names and sizes, and noise for content.
 
-    python -m benchmarks.build [--folder DIR_WITH_40_GB_FREE] [--sparse] [--readme]
+    python -m benchmarks.build [--folder DIR_WITH_40_GB_FREE] [--readme]
 
-The default of `--folder` is the temporary folder. With `--sparse` the base checkpoints are files of holes; this only
-shows that the script runs, because `cp` does not read holes.
+The default of `--folder` is the temporary folder.
 """
 
 import json
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -25,33 +23,25 @@ from transformers import AutoConfig, Qwen2VLForConditionalGeneration, WhisperFor
 from benchmarks.measure import where
 from benchmarks.report import report, table
 from demo.bases import ASSETS
-from publishing.checkpoints import BASE_NAMES, rename
+from publishing.checkpoints import BASE_NAMES, rename, write_safetensors
 from publishing.paths import ROOT
 
 
 NOISE = os.urandom(2**22)
 
 
-def write_shards(folder: Path, tensors: dict[str, torch.Tensor], shard_of: dict[str, str], dtype: str, sparse: bool):
-    """Writes safetensors files of 16-bit tensors; only the shapes of `tensors` are used."""
-    headers, sizes = defaultdict(dict), defaultdict(int)
-    for name, tensor in tensors.items():
-        shard = shard_of[name]
-        offsets = [sizes[shard], sizes[shard] + 2 * tensor.numel()]
-        headers[shard][name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-        sizes[shard] = offsets[1]
-    for shard, size in sizes.items():
-        header = json.dumps(headers[shard]).encode()
-        with (folder / shard).open("wb") as output:
-            output.write(len(header).to_bytes(8, "little") + header)
-            if sparse:
-                output.truncate(8 + len(header) + size)
-            else:
-                for start in range(0, size, len(NOISE)):
-                    output.write(NOISE[: size - start])
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor], shard_of: dict[str, str], dtype: torch.dtype):
+    """Writes safetensors files of noise; only the shapes of `tensors` are used."""
+    for shard in {shard_of[name] for name in tensors}:
+        part = {name: tensor.to(dtype) for name, tensor in tensors.items() if shard_of[name] == shard}
+        contents = {}
+        for name, tensor in part.items():
+            times, rest = divmod(tensor.nbytes, len(NOISE))
+            contents[name] = [*[NOISE] * times, NOISE[:rest]]
+        write_safetensors(folder / shard, part, contents)
 
 
-def make_base(folder: Path, size: str, sparse: bool) -> Path:
+def make_base(folder: Path, size: str) -> Path:
     shutil.copytree(ASSETS / "qwen2-vl-7b", folder)
     shutil.copyfile(ASSETS / f"qwen2-vl-{size}" / "config.json", folder / "config.json")
     config = AutoConfig.from_pretrained(folder)
@@ -63,16 +53,16 @@ def make_base(folder: Path, size: str, sparse: bool) -> Path:
         del tensors["lm_head.weight"]
         (folder / "model.safetensors.index.json").unlink()
         shard_of = dict.fromkeys(shard_of, "model.safetensors")
-    write_shards(folder, {published[name]: tensor for name, tensor in tensors.items()}, shard_of, "BF16", sparse)
+    write_shards(folder, {published[name]: tensor for name, tensor in tensors.items()}, shard_of, torch.bfloat16)
     return folder
 
 
-def make_encoder(folder: Path, sparse: bool) -> Path:
+def make_encoder(folder: Path) -> Path:
     shutil.copytree(ASSETS / "whisper-large-v3-turbo", folder)
     with torch.device("meta"):
         tensors = WhisperForConditionalGeneration(AutoConfig.from_pretrained(folder)).state_dict()
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.encoder.")}
-    write_shards(folder, tensors, dict.fromkeys(tensors, "model.safetensors"), "F16", sparse)
+    write_shards(folder, tensors, dict.fromkeys(tensors, "model.safetensors"), torch.float16)
     return folder
 
 
@@ -87,9 +77,9 @@ def time_command(command: list, output: Path) -> float:
     return seconds
 
 
-def measure(size: str, folder: Path, sparse: bool) -> tuple[str, ...]:
+def measure(size: str, folder: Path) -> tuple[str, ...]:
     """Returns the cells of a row."""
-    base, encoder = make_base(folder / "base", size, sparse), make_encoder(folder / "encoder", sparse)
+    base, encoder = make_base(folder / "base", size), make_encoder(folder / "encoder")
     num_bytes = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
     command = [sys.executable, ROOT / "upload.py", "build", "--base", base, "--audio-encoder", encoder]
     build = time_command([*command, "--output", folder / "built"], folder / "built")
@@ -100,11 +90,11 @@ def measure(size: str, folder: Path, sparse: bool) -> tuple[str, ...]:
     return size, f"{num_bytes / 1e9:.1f} GB", *seconds, f"{peak:.2f} GiB"
 
 
-def main(folder: str | None = None, sparse: bool = False) -> list[str]:
+def main(folder: str = "") -> list[str]:
     rows = []
     for size in ("2b", "7b"):
-        with tempfile.TemporaryDirectory(dir=folder) as name:
-            rows.append(measure(size, Path(name), sparse))
+        with tempfile.TemporaryDirectory(dir=folder or None) as name:
+            rows.append(measure(size, Path(name)))
     return [table(("Qwen2-VL", "bytes", "`upload.py build`", "`cp`", "times as long", "peak memory"), rows), where()]
 
 

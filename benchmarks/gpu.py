@@ -5,8 +5,7 @@ beside the sum of its parts and transformers' Qwen2-Audio and Qwen2.5-Omni at th
     python -m benchmarks.gpu [--limit SECONDS] [--readme]
     python -m benchmarks.gpu --small      the same with small models on the CPU, which only shows that it runs
 
-Features and prefill come first; decoding, where each model is compiled twice, takes most of the time. After `--limit`
-no further figure is begun.
+Decoding comes last and takes most of the time, as each model is compiled twice. After `--limit` no figure is begun.
 """
 
 import gc
@@ -16,38 +15,30 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import soxr
 import torch
+import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    PreTrainedModel,
-    Qwen2_5OmniThinkerConfig,
-    Qwen2_5OmniThinkerForConditionalGeneration,
-    Qwen2AudioConfig,
-    Qwen2AudioForConditionalGeneration,
-    WhisperFeatureExtractor,
-)
+from transformers import PreTrainedModel, WhisperFeatureExtractor
 
 from audio_utils import fetch_audio, log_mel
 from benchmarks.measure import added_memory, count_operations, decode_step, in_turns, synchronize, where
-from benchmarks.parts import Parts, count_parameters, full_config, make_model, make_prompt, prefill, small_config
+from benchmarks.parts import TEXT, Parts, count_parameters, full_config, make_model, make_prompt, prefill, small_config
 from benchmarks.report import report, table
 from benchmarks.sound import RATE, make_speech, read_by_soundfile
 
 
-TEXT = 64  # tokens beside a clip
 COLUMNS = ("this model", "sum of the parts", "Qwen2-Audio", "Qwen2.5-Omni")
 # Both peers: a clip of 30 s is 3,000 frames and 750 tokens between two markers.
 FRAMES, TOKENS, AUDIO_BOS, AUDIO_EOS = 3_000, 750, 151_647, 151_648
 
 
-@dataclass
-class Scale:
+class Scale(NamedTuple):
     """How much is measured, and on what."""
 
     device: str = "cuda"
@@ -60,29 +51,18 @@ class Scale:
 
 
 SMALL = Scale("cpu", torch.float32, clips=1, batches=(1, 2), steps=4, seconds=0, matrix=512)
-SMALL_TEXT = {
-    **{"num_hidden_layers": 1, "intermediate_size": 64, "hidden_size": 256},
-    **{"num_attention_heads": 2, "num_key_value_heads": 1},
-}
+SMALL_TEXT = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 64}
+SMALL_TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 SMALL_AUDIO = {"encoder_layers": 1, "d_model": 64, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
 SMALL_VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256}
 
 
-@dataclass
-class Subject:
-    """
-    What is measured.
+class Subject(NamedTuple):
+    """What is measured. Each row of a batch is a clip of 30 s and `TEXT` tokens of text."""
 
-    Args:
-        model: Holds the weights.
-        make_inputs: Makes inputs for a batch of rows, each a clip of 30 s and `TEXT` tokens of text.
-        prefill: Computes the logits that follow such inputs.
-        generate: Answers them.
-    """
-
-    model: PreTrainedModel
-    make_inputs: Callable[[int], dict]
-    prefill: Callable
+    model: PreTrainedModel  # holds the weights
+    make_inputs: Callable[[int], dict]  # for a batch of so many rows
+    prefill: Callable  # computes the logits that follow such inputs
     generate: Callable
 
     def bytes_per_step(self, length: int) -> int:
@@ -98,13 +78,10 @@ class Subject:
 def make_ours(config, scale: Scale) -> dict[str, Subject]:
     model = make_model(config, scale.dtype, scale.device)
     parts = Parts(model)
-
-    def make_inputs(batch):
-        return make_prompt(model, text=TEXT, batch=batch)
-
+    prompts = [lambda batch, i=i: make_prompt(model, batch=batch)[i] for i in range(2)]
     return {
-        "this model": Subject(model, lambda batch: make_inputs(batch)[0], partial(prefill, model), model.generate),
-        "sum of the parts": Subject(model, lambda batch: make_inputs(batch)[1], parts.prefill, parts.generate),
+        "this model": Subject(model, prompts[0], partial(prefill, model), model.generate),
+        "sum of the parts": Subject(model, prompts[1], parts.prefill, parts.generate),
     }
 
 
@@ -130,19 +107,20 @@ def make_peer(name: str, model_class: type[PreTrainedModel], config, scale: Scal
 def makers_of(scale: Scale) -> list[Callable[[], dict[str, Subject]]]:
     """Returns functions that make the subjects, because not all of them fit on the card at once."""
     is_small = scale is SMALL
+    text, audio, omni_sizes = {}, None, {}
+    if is_small:
+        text, audio = SMALL_TEXT, SMALL_AUDIO
+        omni_sizes = {"text_config": SMALL_TEXT, "audio_config": {**SMALL_AUDIO, "output_dim": 256}}
+        omni_sizes["vision_config"] = SMALL_VISION
     # Sizes of Qwen/Qwen2-Audio-7B-Instruct, where they are not the defaults of its configuration.
-    text = {"model_type": "qwen2", "vocab_size": 156_032, "intermediate_size": 11_008, "rms_norm_eps": 1e-5}
-    qwen2_audio = Qwen2AudioConfig(
-        text_config={**text, **(SMALL_TEXT if is_small else {})}, audio_config=SMALL_AUDIO if is_small else None
-    )
+    full = {"model_type": "qwen2", "vocab_size": 156_032, "intermediate_size": 11_008, "rms_norm_eps": 1e-5}
+    qwen2_audio = transformers.Qwen2AudioConfig(text_config=full | text, audio_config=audio)
     # The sizes of Qwen/Qwen2.5-Omni-7B's thinker are the defaults, except a token that its model reads.
-    sizes = {"text_config": SMALL_TEXT, "audio_config": {**SMALL_AUDIO, "output_dim": 256}}
-    sizes["vision_config"] = SMALL_VISION
-    omni = Qwen2_5OmniThinkerConfig(**(sizes if is_small else {}), vision_start_token_id=151_652)
+    omni = transformers.Qwen2_5OmniThinkerConfig(**omni_sizes, vision_start_token_id=151_652)
     return [
         partial(make_ours, small_config(layers=1) if is_small else full_config(), scale),
-        partial(make_peer, "Qwen2-Audio", Qwen2AudioForConditionalGeneration, qwen2_audio, scale),
-        partial(make_peer, "Qwen2.5-Omni", Qwen2_5OmniThinkerForConditionalGeneration, omni, scale),
+        partial(make_peer, "Qwen2-Audio", transformers.Qwen2AudioForConditionalGeneration, qwen2_audio, scale),
+        partial(make_peer, "Qwen2.5-Omni", transformers.Qwen2_5OmniThinkerForConditionalGeneration, omni, scale),
     ]
 
 
@@ -218,8 +196,7 @@ def main(small: bool = False, limit: float = float("inf")) -> list[str]:
             synchronize()
         torch.compiler.reset()
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     cells = ((name, *(figures.get(column, "") for column in COLUMNS)) for name, figures in rows.items())
     note = (
         f"{where()}; {rates[0] / 1e12:.1f} TFLOP/s and {rates[1] / 1e12:.2f} TB/s measured; random weights, "

@@ -2,9 +2,7 @@
 Asks the demo checkpoint about phrases that training never said or drew, by voices and at paces that it never used, and
 again with the audio taken away; with fixed and with trimmed audio tokens. Needs the synthesizers of `demo/make.py`.
 
-    python -m benchmarks.held_out [--checkpoint DIR] [--questions N] [--readme]
-
-The default is 500 questions for each skill, to the checkpoint of this repository.
+    python -m benchmarks.held_out [--questions N_OF_EACH_SKILL] [--readme]
 """
 
 import random
@@ -12,10 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.parts import built_demo
 from benchmarks.report import report, table
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
-from demo.ask import DEMO, ask, load
+from demo.ask import ask, load_demo
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SKILLS, Examples, cast, content, draw, say
 
 
@@ -29,11 +26,11 @@ def evaluate(processor, model, questions: int, seed: int = 0) -> Iterator[tuple[
     """Yields each skill with its shares of right answers, by kind of audio tokens and by the names in `CONDITIONS`."""
     rng, examples = random.Random(seed), Examples(HELD_OUT, PHRASES, seed)
     for skill, spec in SKILLS.items():
-        made = [examples.make(skill) for _ in range(questions)]  # texts that are said, what is drawn, the answer
-        texts = [text for said, _, _ in made for text in said]
+        asked = [examples.make(skill) for _ in range(questions)]  # texts that are said, what is drawn, the answer
+        texts = [text for said, _, _ in asked for text in said]
         clips = iter(say(cast(texts, len(texts), rng, held_out=True)))
-        sounds = [[next(clips) for _ in said] for said, _, _ in made]
-        pictures = [draw(drawn, rng) if drawn else None for _, drawn, _ in made]
+        sounds = [[next(clips) for _ in said] for said, _, _ in asked]
+        pictures = [draw(drawn, rng) if drawn else None for _, drawn, _ in asked]
         others = say(cast(PHRASES + QUESTIONS, 200, rng, held_out=True))
         conditions = [sounds]
         if "audio" in spec["inputs"]:
@@ -45,14 +42,13 @@ def evaluate(processor, model, questions: int, seed: int = 0) -> Iterator[tuple[
             for audio_tokens in AUDIO_TOKEN_COUNTS:
                 processor.audio_tokens = audio_tokens
                 answers = ask(processor, model, contents)
-                right = [answer == expected for answer, (*_, expected) in zip(answers, made, strict=True)]
+                right = [answer == expected for answer, (*_, expected) in zip(answers, asked, strict=True)]
                 shares[audio_tokens, name] = sum(right) / questions
         yield skill, shares
 
 
-def main(checkpoint: str = str(DEMO), questions: int = 500) -> list[str]:
-    with built_demo(checkpoint=checkpoint) as repo:
-        processor, model = load(repo)
+def main(questions: int = 500) -> list[str]:
+    processor, model = load_demo()
     model.float()  # many CPUs have no products of bfloat16
     columns = [(audio_tokens, name) for audio_tokens in AUDIO_TOKEN_COUNTS for name in CONDITIONS]
     rows = []

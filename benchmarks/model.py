@@ -1,7 +1,6 @@
 """
 Measures what the audio path costs beside the sum of its parts (stock Qwen2-VL on as many tokens, a stock Whisper
-encoder, a matrix product), on the same random weights and in turns in one run, and how time and memory grow. It draws
-`benchmarks/model.png`.
+encoder, a matrix product), on the same random weights and in turns in one run, and how time and memory grow.
 
     python -m benchmarks.model [--seconds SECONDS] [--readme]
 
@@ -14,19 +13,16 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks.measure import added_memory, count_operations, decode_step, in_turns, where
-from benchmarks.parts import Parts, count_parameters, full_config, make_model, make_prompt, prefill, small_config
+from benchmarks.parts import TEXT, Parts, count_parameters, full_config, make_model, make_prompt, prefill, small_config
 from benchmarks.report import report, table
-from publishing.paths import ROOT
 
 
-PLOT = ROOT / "benchmarks" / "model.png"
 STEPS = 32  # tokens of an answer
 WINDOW = 250  # audio tokens, a window of 5 s
 ROUNDS = 20  # answers of each model
-COUNTS = (1, 2, 4, 8, 16)  # clips, windows or rows of a prompt
+MANY = 16  # clips, windows or rows of a prompt
 
 
 def make_prefills(model, parts: Parts, **sizes: int) -> tuple[Callable, ...]:
@@ -65,15 +61,6 @@ def time_decoding(model, parts: Parts) -> list[tuple[float, ...]]:
     return list(zip(*rounds, strict=True))
 
 
-def count_encoder_calls(model) -> int:
-    """Returns how often an answer of `STEPS` tokens calls the encoder."""
-    calls = []
-    hook = model.model.audio_encoder.register_forward_hook(lambda *_: calls.append(1))
-    decode_step(model.generate, make_prompt(model)[0], STEPS)
-    hook.remove()
-    return len(calls)
-
-
 def compare_costs(model, parts: Parts, seconds: float) -> tuple[str, str]:
     """Returns the table, and how many rounds its medians are of."""
     prefills, steps = make_prefills(model, parts), make_steps(model, parts)
@@ -93,7 +80,6 @@ def compare_costs(model, parts: Parts, seconds: float) -> tuple[str, str]:
         ratio = statistics.median(map(operator.truediv, ours, theirs))
         medians = (f"{statistics.median(values) * factor:.1f} {unit}" for values in (ours, theirs))
         rows.append((what, *medians, f"{ratio:.3f}"))
-    rows.append((f"calls of the encoder in an answer of {STEPS} tokens", count_encoder_calls(model), 1, ""))
     note = f"medians of {len(prefill_times[0])}, {ROUNDS} and {len(step)} rounds in turns"
     return table(("what", "here", "sum of the parts", "ratio"), rows), note
 
@@ -107,38 +93,17 @@ def compare_operations() -> str:
     return table(("operations of a training step", "sum of the parts", "language model alone", "ratio"), rows)
 
 
-def draw(times: dict[str, list], memories: dict[str, list]):
-    figure = Figure(figsize=(9.6, 5.4), layout="constrained")
-    axes = figure.subplots(2, 3, sharey="row", sharex=True)
-    for name, (above, below) in zip(times, axes.T, strict=True):
-        ours, theirs, encoder = zip(*times[name], strict=True)
-        above.plot(COUNTS, theirs, "o--", color="0.5", label="sum of the parts")
-        above.plot(COUNTS, ours, "o-", color="tab:blue", label="this model")
-        above.plot(COUNTS, encoder, "o-", color="tab:orange", label="encoder and projector")
-        below.plot(COUNTS, [size / 1e6 for size in memories[name]], "o-", color="tab:blue")
-        above.set(title=f"{name} of 5 s", ylim=(0, None))
-        below.set(xlabel=name, ylim=(0, None), xticks=COUNTS)
-        for each in (above, below):
-            each.grid(alpha=0.3)
-    axes[0, 0].set(ylabel="seconds of a prefill")
-    axes[1, 0].set(ylabel="MB above the weights")
-    axes[0, 0].legend()
-    figure.savefig(PLOT, dpi=110)
-
-
 def measure_growth(model, parts: Parts) -> str:
-    """Measures and draws time and memory of a prefill by clips, windows and batch."""
-    memories, times, rows = {}, {}, []
+    """Measures time and memory of a prefill by clips, windows and batch."""
+    rows = []
     for name in ("clips", "windows", "batch"):
-        prefills = [make_prefills(model, parts, **{name: count}) for count in COUNTS]
-        memories[name] = [added_memory(ours) for ours, *_ in prefills]
-        times[name] = [in_turns(*functions, rounds=3, take=min) for functions in prefills]
-        first, last = ([*times[name][index], memories[name][index]] for index in (0, -1))
-        growth = (after / before / COUNTS[-1] for before, after in zip(first, last, strict=True))
+        figures = []
+        for count in (1, MANY):
+            prefills = make_prefills(model, parts, **{name: count})
+            figures.append([*in_turns(*prefills, rounds=3, take=min), added_memory(prefills[0])])
+        growth = (after / before / MANY for before, after in zip(*figures, strict=True))
         rows.append((f"{name} of 5 s", *(f"{factor:.2f}" for factor in growth)))
-    draw(times, memories)
-    largest = f"{COUNTS[-1]}, over {COUNTS[-1]} times one"
-    return table((largest, "time here", "of the parts", "of the encoder", "memory"), rows)
+    return table((f"{MANY}, over {MANY} times one", "time here", "of the parts", "of the encoder", "memory"), rows)
 
 
 def main(seconds: float = 90) -> list[str]:
@@ -146,10 +111,8 @@ def main(seconds: float = 90) -> list[str]:
     model = make_model(small_config(WINDOW), torch.float32, device)
     parts = Parts(model)
     costs, rounds = compare_costs(model, parts, seconds)
-    note = (
-        f"{where()}; {count_parameters(model) / 1e6:.0f} million parameters in float32; a clip of 5 s and 64 tokens of "
-        f"text, {rounds}, the ratio of those of each round."
-    )
+    size = f"{count_parameters(model) / 1e6:.0f} million parameters in float32"
+    note = f"{where()}; {size}; a clip of 5 s and {TEXT} tokens of text, {rounds}, the ratio of those of each round."
     return [costs, compare_operations(), measure_growth(model, parts), note]
 
 

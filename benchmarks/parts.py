@@ -10,16 +10,13 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, Qwen2VLConfig, 
 
 from configuration_qwen2_audio_vl import ENCODER_STRIDE
 from demo.ask import DEMO
-from publishing.build import build
+from publishing.build import AUDIO_TOKEN_IDS, VISION_TOKENS, build
 from publishing.paths import ROOT
 
 
+TEXT = 64  # tokens beside a clip
 PICTURE = 28  # patches a side of a picture of 384 x 384, which are 14 x 14 tokens
 DROPPED = 146_000  # words of the vocabulary that a small model does without
-SPECIAL_TOKEN_IDS = (
-    *("audio_token_id", "audio_bos_token_id", "audio_eos_token_id", "image_token_id", "video_token_id"),
-    *("vision_start_token_id", "vision_end_token_id"),
-)
 
 
 def full_config():
@@ -29,12 +26,8 @@ def full_config():
 
 def small_config(window_tokens: int = 1500, layers: int = 8):
     """
-    Returns a small model at the proportions of the full size: encoder and head have a tenth of the language model's
-    parameters.
-
-    Args:
-        window_tokens: Audio tokens of a window, 50 for each second.
-        layers: Layers of the language model; the encoder has about half as many.
+    Returns a small model at the proportions of the full size: encoder and head have a tenth of the parameters of the
+    language model, and the encoder has about half of its `layers`. A window has 50 audio tokens for each second.
     """
     config = full_config()
     text = {"hidden_size": 512, "intermediate_size": 2688, "num_attention_heads": 4, "num_key_value_heads": 1}
@@ -46,7 +39,7 @@ def small_config(window_tokens: int = 1500, layers: int = 8):
     config.vision_config.update({"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 512})
     for name in ("vocab_size", "bos_token_id", "eos_token_id"):
         setattr(config.text_config, name, getattr(config.text_config, name) - DROPPED)
-    for name in SPECIAL_TOKEN_IDS:
+    for name in (*AUDIO_TOKEN_IDS, *VISION_TOKENS):
         setattr(config, name, getattr(config, name) - DROPPED)
     return config
 
@@ -61,7 +54,7 @@ def make_model(config, dtype: torch.dtype, device: str = "cpu") -> PreTrainedMod
 def built_demo(**options) -> Iterator[Path]:
     """Yields a temporary folder with the demo checkpoint; `options` are those of `build`."""
     with tempfile.TemporaryDirectory() as folder:
-        yield build(**{"checkpoint": str(DEMO), "output": Path(folder) / "demo", **options})
+        yield build(checkpoint=str(DEMO), output=Path(folder) / "demo", **options)
 
 
 def count_parameters(module: torch.nn.Module) -> int:
@@ -107,20 +100,18 @@ def make_prompt(
     model: PreTrainedModel,
     clips: int = 1,
     windows: int = 1,
-    text: int = 64,
     batch: int = 1,
     audio_tokens: int | None = None,
     pictures: int = 0,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
+    Returns the inputs that a processor would make of random noise and random text, and inputs of the parts: the same
+    features, and random text of as many tokens.
+
     Args:
-        clips: Clips in each row, of `windows` windows each; `text` tokens of text follow each clip.
+        clips: Clips in each row, of `windows` windows each; `TEXT` tokens of text follow each clip.
         audio_tokens: Trimmed tokens of each clip. The default is fixed tokens, those of whole windows.
         pictures: Grey pictures before each clip, of `PICTURE` patches a side.
-
-    Returns:
-        The inputs that a processor would make of random noise and random text, and inputs of the parts: the same
-        features, and random text of as many tokens.
     """
     config, audio, vision = model.config, model.config.audio_config, model.config.vision_config
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +120,7 @@ def make_prompt(
     clip = [config.audio_token_id] * (audio_tokens or windows * audio.max_source_positions)
     media = [config.vision_start_token_id, *picture, config.vision_end_token_id] * pictures
     media += [config.audio_bos_token_id, *clip, config.audio_eos_token_id]
-    words = torch.randint(0, 5_000, (batch, clips, len(media) + text), generator=generator)
+    words = torch.randint(0, 5_000, (batch, clips, len(media) + TEXT), generator=generator)
     ids = words.clone()
     ids[:, :, : len(media)] = torch.tensor(media)
     ids, words = ids.flatten(1), words.flatten(1)

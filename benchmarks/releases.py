@@ -11,9 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from benchmarks.parts import built_demo
 from benchmarks.report import report, table
-from demo.ask import content_of, load, read_examples
+from demo.ask import content_of, load_demo, read_examples, user
 from publishing.paths import ROOT
 
 
@@ -21,11 +20,10 @@ RECORDS = ROOT / "build" / "releases"
 
 
 def write_record() -> str:
-    with built_demo() as repo:
-        processor, model = load(repo)
+    processor, model = load_demo()
     model, tensors = model.float(), {}
     for number, example in enumerate(read_examples()):
-        inputs = processor.make_inputs([{"role": "user", "content": content_of(example)}])
+        inputs = processor.make_inputs(user(content_of(example)))
         with torch.no_grad():
             tensors[f"{number:02}.logits"] = model(**inputs).logits[0].contiguous()
         tensors[f"{number:02}.tokens"] = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]

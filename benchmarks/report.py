@@ -1,4 +1,4 @@
-"""The command line of every benchmark: it prints tables and puts them into `benchmarks/README.md`."""
+"""The command line of every benchmark: it prints tables and puts them into a document."""
 
 import argparse
 import inspect
@@ -15,25 +15,20 @@ README = ROOT / "benchmarks" / "README.md"
 
 def table(head: Sequence[str], rows: Iterable[Iterable]) -> str:
     """Returns a table in Markdown, without a line break at its end."""
-    first, *others = (f"| {' | '.join(map(str, row))} |" for row in (head, *rows))
-    return "\n".join([first, "|---" * len(head) + "|", *others])
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def report(path: str, description: str, main: Callable[..., list[str]]):
+def report(path: str, description: str, main: Callable[..., list[str]], document: Path = README):
     """
-    Runs a benchmark with the options of the command line, prints what it returns and fills the README with it.
-
-    Args:
-        path: `__file__` of the benchmark; the README has marks with the name of that file.
-        description: The docstring of the benchmark, which `--help` shows; it explains the options.
-        main: Measures, and returns tables and paragraphs in Markdown. Each of its arguments becomes an option, and
-            must have a default: False for a flag, None for a text.
+    Runs the benchmark of a path with the options of the command line, prints the tables and paragraphs in Markdown that
+    `main` returns, and puts them between the marks of a document that have the name of the file. Each argument of
+    `main` becomes an option, whose type is that of its default; False makes a flag. The description explains them.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="put the tables into benchmarks/README.md")
+    parser.add_argument("--readme", action="store_true", help=f"put the tables into {document.relative_to(ROOT)}")
     for name, parameter in inspect.signature(main).parameters.items():
         default = parameter.default
-        converts = {"type": str if default is None else type(default), "default": default}
+        converts = {"type": type(default), "default": default}
         parser.add_argument(f"--{name}", **({"action": "store_true"} if default is False else converts))
     values = vars(parser.parse_args())
     fills_readme = values.pop("readme")
@@ -41,10 +36,10 @@ def report(path: str, description: str, main: Callable[..., list[str]]):
     text = "\n\n".join(main(**values)) + "\n"
     print(text)
     if fills_readme:
-        fill(Path(path).name, text)
+        fill(Path(path).name, text, document)
 
 
-def fill(name: str, text: str, document: Path = README):
+def fill(name: str, text: str, document: Path):
     """Puts `text` between the marks `<!-- name -->` and `<!-- end of name -->` of a document."""
     start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     content = document.read_text()

@@ -10,7 +10,6 @@ import base64
 import contextlib
 import io
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,13 +18,15 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+from openai import OpenAI
 from PIL import Image
 
 from benchmarks.measure import Clock, where
 from benchmarks.parts import built_demo
 from benchmarks.report import report, table
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
-from demo.ask import load, read_examples
+from demo.ask import read_examples
+from evaluation.generate import load
 from handler import EndpointHandler
 from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, short_form
 
@@ -64,41 +65,33 @@ def send_to_handler(client: httpx.Client, address: str, body: dict) -> tuple[str
     return text, time.perf_counter() - start
 
 
-def send_to_vllm(client: httpx.Client, address: str, example: dict) -> tuple[str, float]:
-    start, first, text = time.perf_counter(), None, ""
-    body = {"model": "demo", "messages": openai_form(example), "temperature": 0, "max_tokens": STEPS, "stream": True}
-    with client.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                piece = json.loads(line[6:])["choices"][0]["delta"].get("content")
-                if piece:
-                    first = first or time.perf_counter() - start
-                    text += piece
-    return text, first
+def send_to_vllm(client: OpenAI, example: dict) -> tuple[str, float]:
+    """Returns the answer and the seconds to its first token."""
+    start, times, pieces = time.perf_counter(), [], []
+    body = {"model": "demo", "messages": openai_form(example), "temperature": 0, "max_tokens": STEPS}
+    for chunk in client.chat.completions.create(**body, stream=True):
+        if piece := chunk.choices[0].delta.content:
+            times.append(time.perf_counter() - start)
+            pieces.append(piece)
+    return "".join(pieces), times[0]
 
 
-def time_examples(send: Callable, *clients: int) -> list[str]:
+def time_examples(send: Callable, many: int | None = CLIENTS) -> list[str]:
     """
     Returns three cells: requests per second of one client and of many, and the time to the first token of one client.
-
-    Args:
-        send: Sends an example of the demo checkpoint; returns the answer and the seconds to its first token.
-        clients: How many clients send at once; each number gets a cell.
-
-    Raises:
-        ValueError: if an answer is wrong.
+    `send` sends an example of the demo checkpoint, and returns the answer and the seconds to its first token. Raises a
+    ValueError if an answer is wrong.
     """
     examples = read_examples()
     for example in examples[:5]:
         send(example)
     requests, rates, firsts = repeat(examples), [], []
-    for number in clients:
-        answers, rate = send_all(send, requests, number)
+    for clients in (1, many) if many else (1,):
+        answers, rate = send_all(send, requests, clients)
         rates.append(f"{rate:.1f}")
         firsts.append(statistics.median(first for _, first in answers))
-        pairs = zip(requests, answers, strict=True)
-        if wrong := [example for example, (text, _) in pairs if text != example["answer"]]:
-            raise ValueError(f"{len(wrong)} answers are wrong, the first to {wrong[0]}")
+        if [text for text, _ in answers] != [example["answer"] for example in requests]:
+            raise ValueError(f"Answers are wrong: {answers}")
     return [rates[0], "".join(rates[1:]), f"{firsts[0] * 1e3:.0f} ms"]
 
 
@@ -114,14 +107,15 @@ def serve_handler(repo: Path):
 def compare_ways(repo: Path, client: httpx.Client) -> dict[str, list[str]]:
     """Returns the cells of [`time_examples`] for each way to serve."""
     processor, model = load(repo)
-    cells = {"`generate` in a loop": time_examples(partial(send_to_model, processor, model.float()), 1)}
+    cells = {"`generate` in a loop": time_examples(partial(send_to_model, processor, model.float()), None)}
     with serve_handler(repo) as address:
         cells["`handler.py` behind HTTP, the whole answer"] = time_examples(
-            lambda example: send_to_handler(client, address, handler_form(example)), 1, CLIENTS
+            lambda example: send_to_handler(client, address, handler_form(example))
         )
     if VLLM.exists():
         with serve_vllm(repo, repo.parent, VLLM_CPU_NUM_OF_RESERVED_CPU="0") as address:
-            cells["`vllm serve`"] = time_examples(partial(send_to_vllm, client, address), 1, CLIENTS)
+            server = OpenAI(base_url=f"{address}/v1", api_key="none")
+            cells["`vllm serve`"] = time_examples(partial(send_to_vllm, server))
     return cells
 
 

@@ -1,6 +1,5 @@
 """
-Times audio from a file to `input_features`, beside what others take for the same, in turns in one run. It draws
-`benchmarks/sound.png`.
+Times audio from a file to `input_features`, beside what others take for the same, in turns in one run.
 
     python -m benchmarks.sound [--readme]
 """
@@ -16,7 +15,6 @@ import numpy as np
 import soundfile
 import soxr
 import torch
-from matplotlib.figure import Figure
 from transformers import AutoProcessor, AutoTokenizer, Qwen2AudioProcessor, WhisperFeatureExtractor
 from transformers.audio_utils import load_audio
 
@@ -25,11 +23,9 @@ from benchmarks.measure import in_turns, where
 from benchmarks.report import report, table
 from demo.bases import ASSETS, make_qwen2_vl, make_whisper
 from publishing.build import build
-from publishing.paths import ROOT
 from tests.sounds import encode
 
 
-PLOT = ROOT / "benchmarks" / "sound.png"
 RATE = 16_000  # Hz
 LENGTHS = (1, 2, 5, 10, 20, 30)  # seconds
 FILES = (  # name in tests/sounds.py, channels, what it is
@@ -107,23 +103,11 @@ def list_processors(extractor, speech: np.ndarray, clips: list[np.ndarray]) -> I
         yield f"whole processor, {what}", "Qwen2AudioProcessor", partial(ours, batch), partial(theirs, batch)
 
 
-def draw(ours: list[float], theirs: list[float]):
-    """Draws the milliseconds of log-mel for each of `LENGTHS`."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(LENGTHS, theirs, "o--", color="0.5", label="WhisperFeatureExtractor")
-    axes.plot(LENGTHS, ours, "o-", color="tab:blue", label="audio_utils.log_mel")
-    axes.set(xlabel="seconds of audio", ylabel="milliseconds", title="Time of log-mel by length", ylim=(0, None))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(PLOT, dpi=120)
-
-
 def main() -> list[str]:
     speech, extractor = make_speech(), WhisperFeatureExtractor(feature_size=128)
     lengths = np.random.default_rng(0).integers(RATE // 2, 30 * RATE, 32)
     clips = [speech[:length] for length in lengths]  # 0.5 to 30 s
-    times, rows = [], []
+    rows = []
     for what, peer, *functions in itertools.chain(
         # Log-mel comes first, because its peer is up to 1.7 times as fast once large arrays were allocated.
         list_log_mel(extractor, speech, clips),
@@ -134,8 +118,6 @@ def main() -> list[str]:
         ours, *theirs = [1e3 * seconds for seconds in in_turns(*functions)]
         beside = [f"{theirs[0]:.2f} ms, {peer}", f"{theirs[0] / ours:.1f}"] if theirs else ["", ""]
         rows.append((what, f"{ours:.2f} ms", *beside))
-        times.append((ours, *theirs))
-    draw(*zip(*times[: len(LENGTHS)], strict=True))
     note = f"{where()}; `32 clips` are of 0.5 to 30 s, {sum(lengths) / RATE:.0f} s in all."
     return [table(("what", "here", "beside", "times as fast"), rows), note]
 

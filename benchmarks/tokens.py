@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from audio_utils import SAMPLING_RATE
 from benchmarks.measure import count_operations, in_turns, synchronize, where
-from benchmarks.parts import count_parameters, full_config, make_model, make_prompt, prefill, small_config
+from benchmarks.parts import TEXT, count_parameters, full_config, make_model, make_prompt, prefill, small_config
 from benchmarks.report import report, table
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, count_audio
 
 
-TEXT = 64  # tokens of text in each prompt
 CLIPS = (1, 3, 5, 10, 30)  # seconds
 # Seconds of the clip, and pictures beside it: the last is what the first user of this model asks.
 PROMPTS = (*((seconds, 0) for seconds in CLIPS), (3.4, 8))
@@ -45,9 +45,9 @@ def measure_step(model, inputs: dict[str, torch.Tensor]) -> float:
 
 
 def make_inputs(model, seconds: float, audio_tokens: str, pictures: int = 0) -> dict[str, torch.Tensor]:
-    samples, window_tokens = round(seconds * 16_000), model.config.audio_config.max_source_positions
+    samples, window_tokens = round(seconds * SAMPLING_RATE), model.config.audio_config.max_source_positions
     windows, tokens = count_audio(samples, window_tokens, audio_tokens)
-    return make_prompt(model, windows=windows, text=TEXT, audio_tokens=tokens, pictures=pictures)[0]
+    return make_prompt(model, windows=windows, audio_tokens=tokens, pictures=pictures)[0]
 
 
 def measure_both(model, measure: Callable, prompts: Iterable[tuple[float, int]]) -> Iterator[list]:
@@ -65,12 +65,7 @@ def measure_both(model, measure: Callable, prompts: Iterable[tuple[float, int]])
 
 
 def compare_prefills(model) -> list[str]:
-    """
-    Returns a table and a note.
-
-    Raises:
-        ValueError: if a clip of 3 s costs more than was promised.
-    """
+    """Returns a table and a note. Raises a ValueError if a clip of 3 s costs more than was promised."""
     measure_prefill(model, make_inputs(model, 1, "trimmed"))  # the first prefill takes longer
     rows = []
     for (seconds, pictures), pair in zip(PROMPTS, measure_both(model, measure_prefill, PROMPTS), strict=True):

@@ -48,26 +48,20 @@ def count_full_size() -> str:
     """Counts memory and operations at full size by the arithmetic of docs/training.md."""
     config = full_config()
     model = make_model(config, torch.bfloat16, "meta")
-    text = config.text_config
-    layers, encoder, projector, head = map(
-        count_parameters,
-        (model.model.language_model.layers, model.model.audio_encoder, model.model.audio_projector, model.lm_head),
-    )
-    frozen = count_parameters(model)
+    text, inner, frozen = config.text_config, model.model, count_parameters(model)
+    modules = inner.language_model.layers, inner.audio_encoder, inner.audio_projector, model.lm_head
+    layers, encoder, projector, head = map(count_parameters, modules)
     with torch.device("meta"):
-        peft = get_peft_model(model, LoraConfig(r=16, target_modules=LANGUAGE_MODEL))
-    lora = sum(parameter.numel() for parameter in peft.parameters() if parameter.requires_grad)
-
+        lora, _ = get_peft_model(model, LoraConfig(r=16, target_modules=LANGUAGE_MODEL)).get_nb_trainable_parameters()
     # Inputs of the layers take 16 bits; logits and their gradients take 16 and 32 bits.
     activations = text.num_hidden_layers * TOKENS * text.hidden_size * 2 + ANSWER * text.vocab_size * 12
     rows = []
     for stage, added in (("projector", 0), ("lora", lora)):
-        learning = projector + added
-        memory = frozen * 2 + learning * 16 + activations
+        memory = frozen * 2 + (projector + added) * 16 + activations
         operations = 6 * (layers + added) * TOKENS + 6 * head * ANSWER
         operations += 2 * encoder * config.audio_config.max_source_positions
-        figures = (f"{learning / 1e6:.1f} million", f"{memory / 1e9:.0f} GB", f"{operations / 1e12:.0f} TFLOP")
-        rows.append((stage, *figures))
+        learns = f"{(projector + added) / 1e6:.1f} million"
+        rows.append((stage, learns, f"{memory / 1e9:.0f} GB", f"{operations / 1e12:.0f} TFLOP"))
     return table(("full size, counted", "learns", "memory", "operations for a clip of 30 s"), rows)
 
 

@@ -7,11 +7,12 @@ Loads the demo checkpoint, asks it, and lists the examples in `demo/examples` th
 import itertools
 import json
 import sys
+import tempfile
 from pathlib import Path
 
-from transformers import AutoModel, AutoProcessor
-
 from demo.world import KINDS, WORLD, content
+from evaluation.generate import load
+from publishing.build import build
 from publishing.paths import ROOT, replace_file
 
 
@@ -20,10 +21,10 @@ EXAMPLES = DEMO / "examples"
 MAX_NEW_TOKENS = 12  # of the longest answer
 
 
-def load(repo: str | Path, dtype="auto"):
-    """Loads `(processor, model)` of a built folder."""
-    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
-    return processor, AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=dtype).eval()
+def load_demo() -> tuple:
+    """Loads `(processor, model)` of the checkpoint in `demo/`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return load(build(checkpoint=DEMO, output=Path(folder) / "demo"))
 
 
 def read_rows(path: Path) -> list[dict]:

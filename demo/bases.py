@@ -1,17 +1,26 @@
-"""Small base checkpoints with random weights, in the published layouts, with the real Qwen2-VL tokenizer."""
+"""
+Writes base checkpoints with random weights in the published layouts: small ones with the real Qwen2-VL tokenizer, for
+tests and benchmarks, and those from which the demo checkpoint is trained, with a tokenizer of its own.
+"""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
+import transformers
 
-from audio_utils import SAMPLING_RATE
-from publishing.paths import ROOT
+from demo.clips import BUILD, WINDOW
+from demo.world import PHRASES, QUESTIONS, SKILLS, WORLD
+from evaluation.generate import load
+from publishing.build import build
+from publishing.paths import ROOT, write_json
 
 
 ASSETS = ROOT / "assets"
+PICTURE = 112  # pixels a side, which become 16 tokens
+STD = 0.08  # of the first weights; with the usual 0.02 so small a model hardly starts to learn
 
 
 def sharpen(model: torch.nn.Module, std: float) -> torch.nn.Module:
@@ -39,12 +48,12 @@ def text_config(width: int, ffn: int, layers: int, heads: int, groups: int, posi
 def make_qwen2_vl(folder: Path, dtype: torch.dtype = torch.float32, tie_word_embeddings: bool = False) -> Path:
     """Writes a Qwen2-VL checkpoint of 2 layers; its tokenizer and its 152,064 embeddings are of full size."""
     torch.manual_seed(0)
-    config = Qwen2VLConfig(
+    config = transformers.Qwen2VLConfig(
         text_config=text_config(64, 128, layers=2, heads=2, groups=1, positions=32768, words=152064, rope_theta=1e6),
         vision_config={"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64},
         tie_word_embeddings=tie_word_embeddings,
     )
-    sharpen(Qwen2VLForConditionalGeneration(config), std=0.1).to(dtype).save_pretrained(folder)
+    sharpen(transformers.Qwen2VLForConditionalGeneration(config), std=0.1).to(dtype).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
         shutil.copyfile(ASSETS / "qwen2-vl-7b" / file, folder / file)
     return folder
@@ -56,7 +65,7 @@ def small_whisper(window_seconds: int, width: int, heads: int, ffn: int, layers:
     for half, number in layers.items():
         sizes |= {f"{half}_layers": number, f"{half}_attention_heads": heads, f"{half}_ffn_dim": ffn}
     ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
-    return WhisperForConditionalGeneration(WhisperConfig(**sizes, **ids, **settings))
+    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes, **ids, **settings))
 
 
 def make_whisper(folder: Path, window_seconds: int = 30, dtype: torch.dtype = torch.float32) -> Path:
@@ -70,7 +79,55 @@ def make_whisper(folder: Path, window_seconds: int = 30, dtype: torch.dtype = to
 
 def write_feature_extractor(folder: Path, window_seconds: int):
     """Writes Whisper's own, with windows of another length."""
-    extractor = json.loads((ASSETS / "whisper-large-v3-turbo" / "preprocessor_config.json").read_text())
-    lengths = {"n_samples": SAMPLING_RATE * window_seconds, "nb_max_frames": 100 * window_seconds}
-    extractor |= {"chunk_length": window_seconds, **lengths}
-    (folder / "preprocessor_config.json").write_text(json.dumps(extractor))
+    transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=window_seconds).save_pretrained(folder)
+
+
+def write_image_processor(folder: Path, min_pixels: int, max_pixels: int):
+    """Writes Qwen2-VL's own, with pictures of another size."""
+    settings = json.loads((ASSETS / "qwen2-vl-7b" / "preprocessor_config.json").read_text())
+    write_json(folder / "preprocessor_config.json", {**settings, "min_pixels": min_pixels, "max_pixels": max_pixels})
+
+
+def make_bases(folder: Path) -> tuple[Path, Path]:
+    """Writes a Qwen2-VL and a Whisper checkpoint of the demo's size."""
+    corpus = [skill["instruction"] for skill in SKILLS.values()] + PHRASES + QUESTIONS
+    corpus += [word for words in WORLD["words"].values() for word in words] + ["yes", "no"]
+    corpus += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    full = transformers.AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
+    tokenizer = full.train_new_from_iterator(corpus * 10, vocab_size=440)
+    base, encoder = folder / "qwen2-vl", folder / "whisper"
+    tokenizer.save_pretrained(base)
+
+    def token_id(name: str) -> int:
+        return tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+
+    torch.manual_seed(0)
+    words = 64 * math.ceil((len(tokenizer) + 3) / 64)
+    sizes = text_config(128, 384, layers=4, heads=4, groups=2, positions=4096, words=words, rope_theta=10_000.0)
+    ends = {"bos_token_id": token_id("endoftext"), "eos_token_id": token_id("im_end")}
+    config = transformers.Qwen2VLConfig(
+        text_config={**sizes, **ends, "initializer_range": STD},
+        vision_config={"depth": 4, "embed_dim": 128, "num_heads": 4, "hidden_size": 128, "mlp_ratio": 2},
+        tie_word_embeddings=False,
+        initializer_range=STD,
+        **{f"{name}_token_id": token_id(f"{name}_pad") for name in ("image", "video")},
+        **{f"vision_{name}_token_id": token_id(f"vision_{name}") for name in ("start", "end")},
+    )
+    transformers.Qwen2VLForConditionalGeneration(config).save_pretrained(base)
+    end, pad = ends["eos_token_id"], ends["bos_token_id"]
+    generation = {"eos_token_id": [end, pad], "pad_token_id": pad, "do_sample": False}
+    write_json(base / "generation_config.json", generation)
+    write_image_processor(base, PICTURE**2, PICTURE**2)
+
+    whisper = small_whisper(WINDOW, width=128, heads=4, ffn=512, layers={"encoder": 3, "decoder": 1}, init_std=STD)
+    whisper.save_pretrained(encoder)
+    write_feature_extractor(encoder, WINDOW)
+    return base, encoder
+
+
+def load_untrained():
+    """Loads `(processor, model)` in float32; builds the folder at the first call."""
+    repo = BUILD / "untrained"
+    if not repo.exists():
+        build(*make_bases(BUILD), repo)
+    return load(repo, torch.float32)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from audio_utils import SAMPLING_RATE
-from demo.world import PHRASES, QUESTIONS, SEEN, TRAINING_SHARES, cast, pick, say
+from demo.world import PHRASES, QUESTIONS, SEEN, TRAINING_VOICES, cast, pick, say
 from publishing.paths import ROOT
 
 
@@ -35,38 +35,36 @@ class Clips:
         self.rng = random.Random(seed)
 
     def windows(
-        self, texts: list[str], rough: float, num_windows: int = 1, ends: list[int] | None = None
-    ) -> torch.Tensor:
+        self, texts: list[str], rough: float, num_windows: int = 1, is_trimmed: bool = False
+    ) -> tuple[torch.Tensor, list[int]]:
         """
-        Draws a clip of each text, by any voice.
+        Draws a clip of each text, by any voice: float32 `[texts, samples of the windows]`. Also returns the number of
+        samples of each clip.
 
         Args:
             rough: How much a clip is changed, from 0 (as it was synthesized) to 1.
             num_windows: Windows of each clip.
-            ends: A list that gets the number of samples of each clip, which then ends somewhere behind its words; zeros
-                follow. The default is clips that fill their windows.
-
-        Returns:
-            float32 `[texts, samples of the windows]`.
+            is_trimmed: Whether a clip ends somewhere behind its words, where zeros follow, or fills its windows.
         """
         rng, size = self.rng, num_windows * SAMPLING_RATE * WINDOW
-        rows, word_ends = torch.zeros(len(texts), size), []
+        rows, lengths = torch.zeros(len(texts), size), []
         for row, text in zip(rows, texts, strict=True):
             engines = self.by_text[text]
-            clip = rng.choice(engines[pick({engine: TRAINING_SHARES[engine] for engine in engines}, rng)])
+            clip = rng.choice(engines[pick({engine: TRAINING_VOICES["draws"][engine] for engine in engines}, rng)])
             pace = max(1 + rng.uniform(-0.3, 0.35) * rough, len(clip) / size)
             at = np.arange(0, len(clip) - 1, pace)
             clip = torch.from_numpy(np.interp(at, np.arange(len(clip)), clip.numpy())).float()[:size]
             room = size - len(clip)
             start = rng.randint(0, round(min(8000, room) * (1 - rough) + room * rough))
             row[start : start + len(clip)] = clip * rng.uniform(0.2, 1) / clip.abs().max().clamp(min=1e-3)
-            word_ends.append(start + len(clip))
+            lengths.append(start + len(clip))
         rows = augment_samples(rows, rough) if rough else rows
-        if ends is not None:
-            ends += [end + round((size - end) * rough * rng.random() ** 4) for end in word_ends]
-            for row, end in zip(rows, ends, strict=True):
-                row[end:] = 0
-        return rows
+        if not is_trimmed:
+            return rows, [size] * len(texts)
+        lengths = [length + round((size - length) * rough * rng.random() ** 4) for length in lengths]
+        for row, length in zip(rows, lengths, strict=True):
+            row[length:] = 0
+        return rows, lengths
 
 
 def augment_samples(rows: torch.Tensor, rough: float) -> torch.Tensor:

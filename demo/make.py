@@ -1,8 +1,7 @@
 """
 Trains the demo checkpoint from scratch, on speech and pictures that `demo/world.py` makes: `python -m demo.make`.
 
-1. `encoder`: the audio encoder alone learns the words of a clip, in order (CTC,
-   https://doi.org/10.1145/1143844.1143891).
+1. `encoder`: the audio encoder learns the words of a clip, in order (CTC, https://doi.org/10.1145/1143844.1143891).
 2. `vision`: at the same time the vision tower alone learns number, colour and shape. `language`: then the language
    model learns all skills, with written words among silence in the place of audio, which is some ten times shorter.
 3. `joint`: all are put together and learn all skills from audio, the encoder with the rest.
@@ -13,32 +12,27 @@ festival, festvox-kallpc16k, festvox-kdlpc16k and festvox-us-slt-hts, and `demo/
 """
 
 import argparse
-import json
 import random
 import shutil
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from demo.ask import DEMO, EXAMPLES, ask_example, load
+from demo.ask import DEMO, EXAMPLES, ask_example, load_demo
+from demo.bases import load_untrained
 from demo.clips import BUILD, held_out_clips, training_clips
 from demo.train import PARTS
-from demo.untrained import load_untrained
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SKILLS, Examples, cast, draw, say, write_speech
 from evaluation.generate import write_sound
-from publishing.build import build
+from publishing.paths import write_json
 
 
 logger = logging.get_logger(__name__)
-CHECKPOINT_FILES = (
-    *("config.json", "generation_config.json", "model.safetensors"),
-    *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
-)
+THREADS = 2
 # Part, steps, seed. The parts of two lists run at the same time in a process of one thread each. The checkpoint in this
 # folder went through these rounds; only the last five had the voices of pico and piper, and changed speakers.
 RECIPE = (
@@ -57,14 +51,13 @@ def ship():
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        for name in CHECKPOINT_FILES:
-            shutil.copyfile(Path(folder) / name, DEMO / name)
+        # `upload.py build` adds the code and the chat template.
+        shutil.copytree(folder, DEMO, ignore=shutil.ignore_patterns("*.py", "*.jinja"), dirs_exist_ok=True)
 
 
 def choose_examples(count: int = 4):
     """Writes `count` examples of every skill, which the checkpoint in `demo/` answers right, into `demo/examples`."""
-    with tempfile.TemporaryDirectory() as folder:
-        processor, model = load(build(checkpoint=DEMO, output=Path(folder) / "demo"))
+    processor, model = load_demo()
     rng, examples = random.Random(11), Examples(HELD_OUT, PHRASES, 11)
     shutil.rmtree(EXAMPLES, ignore_errors=True)
     EXAMPLES.mkdir()
@@ -86,7 +79,7 @@ def choose_examples(count: int = 4):
         for name in names:
             (EXAMPLES / name).unlink()
     logger.warning(f"{wrong} other examples were answered wrong and left out.")
-    (EXAMPLES / "examples.json").write_text(json.dumps(chosen, indent=2) + "\n")
+    write_json(EXAMPLES / "examples.json", chosen)
 
     # `upload.py build` copies two examples for the card: a question and the picture that it is about.
     (clip,) = say(cast(QUESTIONS[:1], 1, rng, held_out=True))
@@ -109,7 +102,7 @@ def run_recipe():
     held_out_clips()
     for stage in RECIPE:
         with ProcessPoolExecutor(len(stage), get_context("spawn")) as pool:
-            list(pool.map(run_parts, stage, [2 // len(stage)] * len(stage)))
+            list(pool.map(run_parts, stage, [THREADS // len(stage)] * len(stage)))
     ship()
     choose_examples()
 
@@ -119,11 +112,10 @@ def main():
     parser.add_argument("part", nargs="?", choices=[*PARTS, "ship", "examples"], help="one alone (default: all)")
     parser.add_argument("--steps", type=int, help="of that part")
     parser.add_argument("--seed", type=int, help="of that part")
-    parser.add_argument("--threads", type=int, default=2, help="of that part (default: 2)")
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     if options.part in PARTS:
-        run_parts([(options.part, options.steps, options.seed)], options.threads)
+        run_parts([(options.part, options.steps, options.seed)], THREADS)
     else:
         {"ship": ship, "examples": choose_examples, None: run_recipe}[options.part]()
 

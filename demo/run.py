@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from audio_utils import fetch_audio, log_mel, split_windows
-from demo.ask import DEMO, EXAMPLES, ask_example, load, read_examples
+from demo.ask import DEMO, EXAMPLES, ask_example, read_examples
 from demo.world import SKILLS
+from evaluation.generate import load
 from publishing.build import build
 from publishing.paths import ROOT
 

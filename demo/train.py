@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import random
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from audio_utils import SAMPLING_RATE, log_mel
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, IGNORED_LABEL, count_audio
-from demo.ask import DEMO, load
+from demo.ask import load_demo
+from demo.bases import PICTURE, STD, load_untrained
 from demo.clips import BUILD, WINDOW, augment_features, held_out_clips, training_clips
-from demo.untrained import PICTURE, STD, load_untrained
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SEEN, SKILLS, WORLD, Examples, draw
-from publishing.build import build
 
 
 WORDS = sorted({word for text in PHRASES + QUESTIONS for word in text.split()})
@@ -29,21 +27,11 @@ SHARES = {"transcribe": 10, "picture": 8, "agree": 14, "question": 10, "compare"
 WINDOW_SAMPLES = SAMPLING_RATE * WINDOW
 
 
-def fit(
-    name: str,
-    parameters,
-    steps: int,
-    lr: float,
-    backward: Callable[[int], float],
-    evaluate: Callable[[], dict[str, float]],
-    every: int = 100,
-):
+def fit(name: str, parameters, steps: int, lr: float, backward: Callable, evaluate: Callable, every: int = 100):
     """
-    Trains by AdamW with warm-up, a cosine schedule and clipped gradients. Appends lines to `log.jsonl`.
-
-    Args:
-        backward: Computes the gradients of a step, given its number, and returns its loss.
-        evaluate: Returns scores for the log. It is called every `every` steps, without gradients.
+    Trains by AdamW with warm-up, a cosine schedule and clipped gradients. `backward` computes the gradients of a step,
+    given its number, and returns its loss. Every `every` steps `evaluate` returns scores by their names, without
+    gradients, for a line of `log.jsonl`.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -95,7 +83,8 @@ def train_encoder(steps: int, seed: int, batch: int = 40):
         texts = clips.rng.choices(list(clips.by_text), k=batch)
         targets = [torch.tensor([WORDS.index(word) + 1 for word in text.split()]) for text in texts]
         rough = (1 if again else min(1, max(0, number - 200) / (0.6 * steps))) * clips.rng.random() ** 0.5
-        scores = logits(clips.windows(texts, rough), rough).log_softmax(-1).transpose(0, 1)
+        rows, _ = clips.windows(texts, rough)
+        scores = logits(rows, rough).log_softmax(-1).transpose(0, 1)
         lengths = torch.full((batch,), len(scores)), torch.tensor([len(target) for target in targets])
         loss = F.ctc_loss(scores, torch.cat(targets), *lengths)
         loss.backward()
@@ -105,7 +94,8 @@ def train_encoder(steps: int, seed: int, batch: int = 40):
         right = []
         for _ in range(3):
             texts = test.rng.choices(PHRASES + QUESTIONS, k=64)
-            guesses = logits(test.windows(texts, 0), 0).argmax(-1)
+            rows, _ = test.windows(texts, 0)
+            guesses = logits(rows, 0).argmax(-1)
             right += [spell(ids) == text for ids, text in zip(guesses, texts, strict=True)]
         return {"held_out": float(np.mean(right))}
 
@@ -120,9 +110,9 @@ def train_vision(steps: int, seed: int, batch: int = 64):
     torch.manual_seed(seed)
     processor, model = load_untrained()
     tower, rng = model.model.visual, random.Random(seed)
-    kinds = list(WORLD["words"].values())
-    queries = torch.nn.Parameter(torch.randn(len(kinds), model.config.text_config.hidden_size) * STD)
-    heads = torch.nn.ModuleList(torch.nn.Linear(queries.shape[1], len(words)) for words in kinds)
+    columns = list(WORLD["words"].values())
+    queries = torch.nn.Parameter(torch.randn(len(columns), model.config.text_config.hidden_size) * STD)
+    heads = torch.nn.ModuleList(torch.nn.Linear(queries.shape[1], len(words)) for words in columns)
 
     def logits(texts):
         pixels = processor.image_processor([draw(text, rng) for text in texts], return_tensors="pt")
@@ -132,7 +122,8 @@ def train_vision(steps: int, seed: int, batch: int = 64):
         return [head(pooled[:, index]) for index, head in enumerate(heads)]
 
     def targets(texts):
-        return [torch.tensor([w.index(t.split()[i]) for t in texts]) for i, w in enumerate(kinds)]
+        spoken = zip(*(text.split() for text in texts), strict=True)
+        return [torch.tensor(list(map(words.index, said))) for words, said in zip(columns, spoken, strict=True)]
 
     def backward(_) -> float:
         texts = rng.choices(SEEN, k=batch)
@@ -151,11 +142,8 @@ def train_vision(steps: int, seed: int, batch: int = 64):
 
 def make_prompts(processor, model, skill: str, slots: list, pictures: list, answers: list[str], odd: bool) -> dict:
     """
-    Tokenizes a batch of one skill, padded on the right, where nothing attends to it.
-
-    Args:
-        slots: For each row and clip the ids between the audio markers.
-        odd: Puts audio before the picture, and leaves out the instruction to transcribe.
+    Tokenizes a batch of one skill, padded on the right, where nothing attends to it. `slots` has the ids between the
+    audio markers for each row and clip. If `odd`, audio comes before the picture, and no instruction to transcribe.
     """
     config, tokenizer = model.config, processor.tokenizer
     inputs = SKILLS[skill]["inputs"]
@@ -195,25 +183,25 @@ def right_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) | ~asked).all(-1)
 
 
-def learn(name: str, model, steps: int, seed: int, lr: float, make_batch, kinds: tuple[str, ...] = ("fixed",)):
-    """Trains all skills in every step, with the kinds of audio tokens in turn, and saves the weights."""
+def learn(name: str, model, steps: int, seed: int, lr: float, make_batch, token_counts: tuple[str, ...]):
+    """Trains all skills in every step, with the counts of audio tokens in turn, and saves the weights."""
     examples, test_examples = Examples(SEEN, SEEN, seed), Examples(HELD_OUT, PHRASES, 0)
 
     def backward(number: int) -> float:
-        total = 0.0
+        total, audio_tokens = 0.0, token_counts[number % len(token_counts)]
         for skill, share in SHARES.items():
-            batch = make_batch(skill, [examples.make(skill) for _ in range(share)], True, kinds[number % len(kinds)])
-            loss = model(**batch, use_cache=False).loss
-            (loss * share / sum(SHARES.values())).backward()
-            total += loss.item() * share / sum(SHARES.values())
+            batch = make_batch(skill, [examples.make(skill) for _ in range(share)], True, audio_tokens)
+            loss = model(**batch, use_cache=False).loss * share / sum(SHARES.values())
+            loss.backward()
+            total += loss.item()
         return total
 
     def evaluate() -> dict[str, float]:
         scores = {}
-        for kind, skill in itertools.product(kinds, SHARES):
-            batch = make_batch(skill, [test_examples.make(skill) for _ in range(100)], False, kind)
+        for audio_tokens, skill in itertools.product(token_counts, SHARES):
+            batch = make_batch(skill, [test_examples.make(skill) for _ in range(100)], False, audio_tokens)
             right = right_answers(model(**batch, use_cache=False).logits, batch["labels"])
-            scores[skill if kind == kinds[0] else f"{skill}, {kind}"] = right.float().mean().item()
+            scores[f"{skill}, {audio_tokens}"] = right.float().mean().item()
         return scores
 
     fit(name, model.parameters(), steps, lr, backward, evaluate, every=50 if name == "both" else 100)
@@ -229,7 +217,7 @@ def train_language(steps: int, seed: int):
     tokenizer, rng = processor.tokenizer, random.Random(seed)
 
     def write(text: str, length: int) -> list[int]:
-        """The tokens of a text, some of them repeated, at random places among padding."""
+        """Returns the tokens of a text, some of them repeated, at random places among padding."""
         once = tokenizer(text)["input_ids"]
         ids = [i for i in once for _ in range(rng.choice([1, 1, 2, 3]))]
         if len(ids) > length:
@@ -246,7 +234,7 @@ def train_language(steps: int, seed: int):
         odd = training and rng.random() < 0.25
         return make_prompts(processor, model, skill, slots, pictures, [answer for *_, answer in examples], odd)
 
-    learn("language", model, steps, seed, 1.5e-3, make_batch)
+    learn("language", model, steps, seed, 1.5e-3, make_batch, AUDIO_TOKEN_COUNTS[:1])
 
 
 def train_joint(steps: int, seed: int):
@@ -265,8 +253,7 @@ def train_both(steps: int, seed: int):
     Part 4: half of the steps with fixed audio tokens, half with trimmed ones. It starts from its own weights, else from
     those of part 3, else from the checkpoint in `demo/`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        processor, model = load(build(checkpoint=DEMO, output=Path(folder) / "demo"))
+    processor, model = load_demo()
     model.float()
     paths = (BUILD / f"{name}.safetensors" for name in ("both", "joint"))
     if path := next((path for path in paths if path.exists()), None):
@@ -274,7 +261,7 @@ def train_both(steps: int, seed: int):
     train_with_audio("both", processor, model, steps, seed, 4e-4, AUDIO_TOKEN_COUNTS)
 
 
-def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: float, kinds: tuple[str, ...]):
+def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: float, token_counts: tuple[str, ...]):
     model.model.audio_encoder.requires_grad_(True)
     model.train()
     torch.manual_seed(seed)
@@ -285,24 +272,24 @@ def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: flo
         num_windows = 2 if training and skill != "compare" and rng.random() < 0.1 else 1
         texts = [text for said, _, _ in examples for text in said]
         pictures = [draw(phrase, rng) for _, phrase, _ in examples if phrase]
-        ends = [] if audio_tokens == "trimmed" else None
+        is_trimmed, lengths = audio_tokens == "trimmed", []
         if texts:
-            rows = (clips if training else test).windows(texts, rng.random() if training else 0, num_windows, ends)
-        lengths = ends or [WINDOW_SAMPLES * num_windows] * len(texts)
+            rough = rng.random() if training else 0
+            rows, lengths = (clips if training else test).windows(texts, rough, num_windows, is_trimmed)
         counts = [count_audio(length, 50 * WINDOW, audio_tokens) for length in lengths]
         tokens = iter([[model.config.audio_token_id] * count.tokens for count in counts])
         slots = [[next(tokens) for _ in said] for said, _, _ in examples]
         odd = training and rng.random() < 0.25
         batch = make_prompts(processor, model, skill, slots, pictures, [answer for *_, answer in examples], odd)
         if texts:
-            if ends is not None:
+            if is_trimmed:
                 batch["input_features_mask"] = torch.cat([processor.mask_frames(count) for count in counts])
             pairs = zip(rows, counts, strict=True)  # windows behind the end of a clip are left out
             windows = [window for row, count in pairs for window in row.split(WINDOW_SAMPLES)[: count.windows]]
             batch["input_features"] = log_mel(windows, processor.feature_extractor)
         return batch
 
-    learn(name, model, steps, seed, lr, make_batch, kinds)
+    learn(name, model, steps, seed, lr, make_batch, token_counts)
 
 
 PARTS = {"encoder": train_encoder, "vision": train_vision, "language": train_language}

@@ -1,4 +1,8 @@
-"""Speaks and draws the small world of the demo checkpoint, `world.json`, by synthesizers and as pictures."""
+"""
+Speaks and draws the small world of the demo checkpoint, `world.json`, by synthesizers and as pictures. The voices of
+training, and those that are held out from it, are in `voices.json`: `clips` says how many of the clips each synthesizer
+makes, and `draws` how often training draws one of its clips.
+"""
 
 import functools
 import itertools
@@ -7,12 +11,12 @@ import math
 import random
 import subprocess
 import tempfile
-import wave
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import soundfile
 import torch
 from PIL import Image, ImageDraw
 
@@ -29,25 +33,7 @@ HELD_OUT = WORLD["held_out"]  # phrases that training neither says nor draws
 SEEN = [phrase for phrase in PHRASES if phrase not in HELD_OUT]
 QUESTIONS = list(WORLD["questions"])
 SKILLS = WORLD["skills"]
-
-# How many of the clips each synthesizer makes: held out, in training; and how often training draws one of its clips.
-ENGINES = {"espeak-ng": 6, "flite": 2, "festival": 2}
-TRAINING_ENGINES = {"espeak-ng": 2, "flite": 1, "festival": 1, "pico": 1, "piper": 1}
-TRAINING_SHARES = TRAINING_ENGINES | {"espeak-ng": 3}
-# espeak-ng combines an accent with a variant, which changes formants, voicing and pitch: about 650 voices.
-ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-029", "en-gb-x-gbclan", "en-gb-x-rp", "en-us-nyc")
-HELD_OUT_ACCENT = "en-gb-x-gbcwmd"
-HELD_OUT_VARIANTS = (
-    *("f3", "m4", "klatt3", "adam", "belinda", "caleb"),
-    *("linda", "Marco", "travis", "victor", "zac", "steph2"),
-)
-VOICES = {
-    "flite": ("kal16", "awb", "slt"),
-    "festival": ("kal_diphone", "cmu_us_slt_arctic_hts"),
-    "pico": ("en-US", "en-GB"),
-    "piper": ("joe",),
-}
-HELD_OUT_VOICES = {"flite": ("rms",), "festival": ("ked_diphone",)}
+TRAINING_VOICES, HELD_OUT_VOICES = json.loads((Path(__file__).parent / "voices.json").read_text()).values()
 
 
 class Speech(NamedTuple):
@@ -74,26 +60,25 @@ def pick(weights: dict, rng: random.Random):
 
 
 def espeak_variants(held_out: bool) -> list[str]:
+    """Lists the variants of espeak-ng, which change formants, voicing and pitch; with the accents about 650 voices."""
     listed = subprocess.run(["espeak-ng", "--voices=variant"], check=True, capture_output=True, text=True).stdout
     names = [line.split("!v/")[1].split("  ")[0].strip() for line in listed.splitlines()[1:]]
-    return [name for name in names if (name in HELD_OUT_VARIANTS) == held_out]
+    return [name for name in names if (name in HELD_OUT_VOICES["variants"]) == held_out]
 
 
 def cast(texts: list[str], count: int, rng: random.Random, held_out: bool = False) -> list[Speech]:
     """Chooses a voice and a pace for `count` utterances of `texts`: those of training, or those that it never uses."""
-    variants = espeak_variants(held_out)
-    accents = (*ACCENTS, HELD_OUT_ACCENT) if held_out else ACCENTS
-    speeches = []
+    variants, speeches = espeak_variants(held_out), []
+    voices, accents = TRAINING_VOICES, TRAINING_VOICES["accents"]
+    if held_out:
+        voices, accents = HELD_OUT_VOICES, [*accents, HELD_OUT_VOICES["accent"]]
     for number in range(count):
-        if held_out:
-            pace = rng.choice([0.68, 1.0, 1.32])
-        else:
-            pace = rng.choice([rng.uniform(0.74, 0.95), rng.uniform(1.05, 1.25)])
-        engine = pick(ENGINES if held_out else TRAINING_ENGINES, rng)
+        pace = rng.choice([0.68, 1.0, 1.32] if held_out else [rng.uniform(0.74, 0.95), rng.uniform(1.05, 1.25)])
+        engine = pick(voices["clips"], rng)
         if engine == "espeak-ng":
             voice = f"{rng.choice(accents)}+{rng.choice(variants)}"
         else:
-            voice = rng.choice((HELD_OUT_VOICES if held_out else VOICES)[engine])
+            voice = rng.choice(voices["voices"][engine])
         speech = Speech(texts[number % len(texts)], engine, voice, round(pace, 2), rng.randint(15, 85))
         if not held_out and engine != "espeak-ng" and rng.random() < 0.6:
             speech = speech.by_other_speaker(rng)
@@ -101,17 +86,21 @@ def cast(texts: list[str], count: int, rng: random.Random, held_out: bool = Fals
     return speeches
 
 
-def say(speeches: list[Speech]) -> list[torch.Tensor]:
-    """Synthesizes each text as float32 `[samples]` at 16 kHz."""
+def say(speeches: list[Speech], allow_missing: bool = False) -> list[torch.Tensor]:
+    """
+    Synthesizes each text as float32 `[samples]` at 16 kHz. Where a synthesizer wrote no file, the clip is empty if
+    `allow_missing`, else an error is raised.
+    """
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{number}.wav" for number in range(len(speeches))]
         write_speech(speeches, paths)
-        return [change_speaker(fetch_audio(path), speech) for speech, path in zip(speeches, paths, strict=True)]
+        clips = [torch.zeros(0) if allow_missing and not path.is_file() else fetch_audio(path) for path in paths]
+    return [change_speaker(clip, speech) for clip, speech in zip(clips, speeches, strict=True)]
 
 
 def change_speaker(clip: torch.Tensor, speech: Speech) -> torch.Tensor:
-    """Changes pitch and formants by Praat's "Change gender" (https://www.praat.org)."""
-    if not speech.hertz:
+    """Changes pitch and formants by Praat's "Change gender" (https://www.praat.org), which takes no shorter clips."""
+    if not speech.hertz or len(clip) <= 0.3 * SAMPLING_RATE:
         return clip
     import parselmouth
 
@@ -122,12 +111,9 @@ def change_speaker(clip: torch.Tensor, speech: Speech) -> torch.Tensor:
 
 def write_speech(speeches: list[Speech], paths: list[Path]):
     """
-    Writes the synthesizers' own files, at 16 to 32 kHz.
-
-    Raises:
-        FileNotFoundError: if a synthesizer is missing (Debian: espeak-ng flite festival festvox-kallpc16k
-            festvox-kdlpc16k festvox-us-slt-hts).
-        ModuleNotFoundError: if one that only training uses is missing (`demo/requirements.txt`).
+    Writes the synthesizers' own files, at 16 to 32 kHz. Raises a FileNotFoundError if a synthesizer is missing (Debian:
+    espeak-ng flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts), and a ModuleNotFoundError if one is
+    missing that only training uses (`demo/requirements.txt`).
     """
     with ThreadPoolExecutor(2) as pool:
         for engine in {speech.engine for speech in speeches}:
@@ -164,12 +150,12 @@ def say_by_festival(jobs: list[tuple[Speech, Path]]):
 def say_by_pico(jobs: list[tuple[Speech, Path]]):
     from ttspico import TtsEngine
 
-    for voice in VOICES["pico"]:
+    for voice in TRAINING_VOICES["voices"]["pico"]:
         engine = TtsEngine(voice)
         for speech, path in jobs:
             if speech.voice == voice:
                 engine.rate, engine.pitch = round(100 * speech.pace), 50 + speech.pitch
-                write_wav(path, np.frombuffer(engine.speak(speech.text), np.int16), SAMPLING_RATE)
+                soundfile.write(path, np.frombuffer(engine.speak(speech.text), np.int16), SAMPLING_RATE)
 
 
 @functools.cache
@@ -192,13 +178,7 @@ def say_by_piper(jobs: list[tuple[Speech, Path]]):
     voice = load_piper()
     for speech, path in jobs:
         chunks = list(voice.synthesize(speech.text, SynthesisConfig(length_scale=1 / speech.pace)))
-        write_wav(path, np.concatenate([chunk.audio_int16_array for chunk in chunks]), chunks[0].sample_rate)
-
-
-def write_wav(path: Path, samples: np.ndarray, rate: int):
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, samples.itemsize, rate, 0, "NONE", None))
-        file.writeframes(samples.tobytes())
+        soundfile.write(path, np.concatenate([chunk.audio_int16_array for chunk in chunks]), chunks[0].sample_rate)
 
 
 PALETTE = {"red": (215, 40, 40), "green": (40, 165, 65), "blue": (45, 75, 215), "yellow": (240, 205, 40)}

@@ -12,7 +12,6 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from accelerate import PartialState
 from transformers import AutoModel
 
 from audio_utils import SAMPLING_RATE
@@ -22,15 +21,14 @@ from publishing.paths import load_processor
 
 def load(repo: str | Path, dtype: str | torch.dtype = "auto", audio_tokens: str | None = None) -> tuple:
     """
-    Loads a folder or a Hub id to answer with: `(processor, model)`, the model on the device of this process.
+    Loads a folder or a Hub id to answer with: `(processor, model)`, the model on the CPU.
 
     Args:
         dtype: A torch dtype or its name, or "auto": the one in which the weights are stored.
         audio_tokens: "fixed" or "trimmed". The default is the model's.
     """
     processor = load_processor(repo, audio_tokens)
-    model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=dtype)
-    return processor, model.to(PartialState().device).eval()
+    return processor, AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=dtype).eval()
 
 
 class LocalModel:

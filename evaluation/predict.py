@@ -102,7 +102,7 @@ def load_backend(settings: Settings) -> tuple:
         processor = load_processor(settings.repo, settings.audio_tokens)
         return processor, Server(settings.url, settings.served_name, **limits)
     processor, model = load(settings.repo, settings.dtype, settings.audio_tokens)
-    return processor, LocalModel(processor, model, **limits)
+    return processor, LocalModel(processor, model.to(PartialState().device), **limits)
 
 
 def predict_arm(arm: str, questions: Questions, model: LocalModel | Server, settings: Settings):

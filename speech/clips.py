@@ -1,26 +1,21 @@
 """
 Makes clips of synthetic speech with their texts, to train on: sentences -> synthesizers -> speakers, rooms, noise.
 
-    python -m speech.clips --count N --seed S --output DIR [--mix NAME] [--held-out] [--exclude FILE]
-
-writes `DIR/clips/NNNNNN.flac` (16 kHz, mono, 0.3 to 10 s, or to 20 s with `--mix lengthy`) and `DIR/rows.jsonl`, one
-object a line:
+A folder of clips has `clips/NNNNNN.flac` (16 kHz, mono, 0.3 to 10 s, or to 20 s with longer texts) and `rows.jsonl`,
+one object a line:
 
     {"audio": "clips/000123.flac", "text": "He left.", "seconds": 1.3, "engine": "piper", "voice": "joe",
      "source": "wordnet"}
 
-The text "" marks clips without speech. Run again after an interruption it goes on; with a larger count it adds to what
-is there. Texts and voices follow from the seed; the audio of piper and of changed speakers varies from run to run. It
-needs Debian's espeak-ng, flite, festival, festvox-kallpc16k, festvox-kdlpc16k, festvox-us-slt-hts, wordnet-base,
-fortunes and scowl, and `demo/requirements.txt`. It uses no recording of a person.
+The text "" marks clips without speech. Texts and voices follow from the seed; the audio of piper and of changed
+speakers varies from run to run. It needs Debian's espeak-ng, flite, festival, festvox-kallpc16k, festvox-kdlpc16k,
+festvox-us-slt-hts, wordnet-base, fortunes and scowl, and `demo/requirements.txt`. It uses no recording of a person.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
 import random
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -29,20 +24,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from audio_utils import SAMPLING_RATE, fetch_audio
+from audio_utils import SAMPLING_RATE
 from demo.ask import read_rows, write_rows
 from demo.clips import augment_samples
-from demo.world import (
-    ACCENTS,
-    HELD_OUT_ACCENT,
-    HELD_OUT_VOICES,
-    VOICES,
-    Speech,
-    change_speaker,
-    espeak_variants,
-    pick,
-    write_speech,
-)
+from demo.world import HELD_OUT_VOICES, TRAINING_VOICES, Speech, espeak_variants, pick, say
 from evaluation.generate import write_sound
 from speech.sentences import MIXES, Text, deal, read_excluded
 from speech.sounds import SOUNDS, make_sound
@@ -64,9 +49,10 @@ def cast(text: str, rng: random.Random, variants: list[str], held_out: bool) -> 
     """Chooses the voice of a text, its pace and pitch, and perhaps another speaker's formants."""
     engine = pick(HELD_OUT_ENGINES if held_out else ENGINES, rng)
     if engine == "espeak-ng":
-        voice = f"{HELD_OUT_ACCENT if held_out else rng.choice(ACCENTS)}+{rng.choice(variants)}"
+        accent = HELD_OUT_VOICES["accent"] if held_out else rng.choice(TRAINING_VOICES["accents"])
+        voice = f"{accent}+{rng.choice(variants)}"
     else:
-        voice = rng.choice((HELD_OUT_VOICES if held_out else VOICES)[engine])
+        voice = rng.choice((HELD_OUT_VOICES if held_out else TRAINING_VOICES)["voices"][engine])
     speech = Speech(text, engine, voice, round(rng.uniform(0.85, 1.2), 2), rng.randint(15, 85))
     is_changed = engine != "espeak-ng" and not held_out and rng.random() < OTHER_SPEAKER
     return speech.by_other_speaker(rng) if is_changed else speech
@@ -75,20 +61,7 @@ def cast(text: str, rng: random.Random, variants: list[str], held_out: bool) -> 
 def is_whole(clip: torch.Tensor, text: str, longest: float) -> bool:
     """Whether a clip is not silent, long enough for its text, and at most `longest` seconds long."""
     seconds = len(clip) / SAMPLING_RATE
-    return max(SHORTEST, len(text) / FASTEST) <= seconds <= longest and clip.abs().max() > 0.01
-
-
-def synthesize(speeches: list[Speech], longest: float) -> list[torch.Tensor | None]:
-    """Returns float32 `[samples]` at 16 kHz for each, or None where a clip is not whole."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number}.wav" for number in range(len(speeches))]
-        write_speech(speeches, paths)
-        clips = [fetch_audio(path) if path.is_file() else torch.zeros(0) for path in paths]
-    for number, speech in enumerate(speeches):
-        is_spoken = len(clips[number]) > SHORTEST * SAMPLING_RATE  # Praat takes no shorter clips
-        clip = change_speaker(clips[number], speech) if is_spoken else torch.zeros(1)
-        clips[number] = clip if is_whole(clip, speech.text, longest) else None
-    return clips
+    return seconds > SHORTEST and len(text) / FASTEST <= seconds <= longest and clip.abs().max() > 0.01
 
 
 def pad(clip: torch.Tensor, rng: random.Random, longest: float) -> torch.Tensor:
@@ -120,13 +93,8 @@ def make_clips(
     texts: list[Text], seed: str, held_out: bool = False, longest: float = 10.0
 ) -> list[tuple[np.ndarray, dict] | None]:
     """
-    Makes a clip for each text, and its row without `audio`. Held-out clips have other voices, and all have speech.
-
-    Args:
-        longest: Seconds of the longest clip.
-
-    Returns:
-        (float32 `[samples]` at 16 kHz, row) for each text, or None where no clip could be made.
+    Makes a clip of at most `longest` seconds for each text: float32 `[samples]` at 16 kHz and its row without `audio`,
+    or None where no clip could be made. Held-out clips have other voices, and all have speech.
     """
     rng = random.Random(seed)
     noises = np.random.default_rng(list(seed.encode()))
@@ -140,8 +108,8 @@ def make_clips(
             clips[number] = (make_sound(sound, noises), row)
         else:
             speeches[number] = cast(text, rng, variants, held_out)
-    synthesized = zip(speeches, synthesize(list(speeches.values()), longest), strict=True)
-    spoken = {number: clip for number, clip in synthesized if clip is not None}
+    synthesized = zip(speeches, say(list(speeches.values()), allow_missing=True), strict=True)
+    spoken = {number: clip for number, clip in synthesized if is_whole(clip, speeches[number].text, longest)}
     padded = [pad(clip, rng, longest) if rng.random() < PADDED else clip for clip in spoken.values()]
     for number, clip in zip(spoken, augment(padded, rng), strict=True):
         text, source = texts[number]
@@ -173,23 +141,16 @@ def write_clips(
     folder: Path, count: int, seed: int, held_out: bool = False, exclude: Path | None = None, mix: str = "rare"
 ):
     """
-    Writes clips and rows.jsonl into a folder, in chunks, and prints a line after each.
-
-    Args:
-        exclude: A file of texts that are never said, see `speech.sentences.read_excluded`.
-        mix: A name from `speech.sentences.MIXES`.
-
-    Raises:
-        ValueError: if the folder holds clips of another seed or of other texts.
+    Writes clips and rows.jsonl into a folder, in chunks, and prints a line after each. Run again after an interruption
+    it goes on; with a larger count it adds to what is there. `exclude` is a file of texts that are never said, see
+    [`read_excluded`], and `mix` a name from `MIXES`. Raises a ValueError if the folder holds clips of another seed or
+    of other texts.
     """
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed, "held_out": held_out, "exclude": str(exclude and exclude.name), "mix": mix}
     path = folder / "settings.json"
     if path.is_file() and json.loads(path.read_text()) != settings:
-        raise ValueError(
-            f"{folder} holds clips of {path.read_text()}; they cannot be mixed with {json.dumps(settings)}. "
-            "Give another folder."
-        )
+        raise ValueError(f"{folder} holds clips of {path.read_text()}, not of {settings}. Give another folder.")
     path.write_text(json.dumps(settings))
     texts = deal(count, seed, held_out, read_excluded(exclude) if exclude else (), mix)
     chunks = {number: texts[number * CHUNK : (number + 1) * CHUNK] for number in range(-(-count // CHUNK))}
@@ -207,19 +168,3 @@ def write_clips(
             print(f"chunk {number + 1} of {len(chunks)}: {written} clips, {rate:.1f} a second", flush=True)
     rows = [row for number, chunk in chunks.items() for row in read_rows(rows_of(folder, number, len(chunk)))]
     write_rows(folder / "rows.jsonl", rows)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, required=True, help="clips; those that are too long are then left out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the clips")
-    parser.add_argument("--mix", choices=MIXES, default="rare", help="rare words, plain texts, or longer ones")
-    parser.add_argument("--held-out", action="store_true", help="texts and voices that training never has")
-    parser.add_argument("--exclude", type=Path, help="file of texts that are never said, one a line")
-    args = parser.parse_args()
-    write_clips(args.output, args.count, args.seed, args.held_out, args.exclude, args.mix)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,7 @@
 """Reads CTranslate2's `model.bin`, and renames its arrays to the weights of transformers' Whisper."""
 
+import io
+import json
 import math
 import re
 from pathlib import Path
@@ -8,51 +10,29 @@ import numpy as np
 import torch
 
 from publishing.checkpoints import rename
+from publishing.paths import ROOT
 
 
 # https://github.com/OpenNMT/CTranslate2/blob/master/python/ctranslate2/specs/model_spec.py
 CTRANSLATE2_VERSION = 6  # the binary format's
 CTRANSLATE2_DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)  # in the order of their numbers in a file
-WHISPER_NAMES = (  # from CTranslate2's names to transformers'
-    (r"^decoder/projection/", "proj_out/"),
-    (r"^(?!proj_out)", "model/"),
-    (r"/layer_(?=\d)", "/layers/"),
-    (r"/embeddings/", "/embed_tokens/"),
-    (r"/position_encodings/encodings$", "/embed_positions/weight"),
-    (r"/ffn/layer_norm/", "/final_layer_norm/"),
-    (r"/ffn/linear_0/", "/fc1/"),
-    (r"/ffn/linear_1/", "/fc2/"),
-    (r"/self_attention/layer_norm/", "/self_attn_layer_norm/"),
-    (r"/attention/layer_norm/", "/encoder_attn_layer_norm/"),
-    (r"/self_attention/linear_0/", "/self_attn/q_proj+k_proj+v_proj/"),
-    (r"/self_attention/linear_1/", "/self_attn/out_proj/"),
-    (r"/attention/linear_0/", "/encoder_attn/q_proj/"),
-    (r"/attention/linear_1/", "/encoder_attn/k_proj+v_proj/"),
-    (r"/attention/linear_2/", "/encoder_attn/out_proj/"),
-    (r"/gamma$", "/weight"),
-    (r"/beta$", "/bias"),
-    (r"/", "."),
-)
+# Patterns of CTranslate2's names and what takes their place in transformers'.
+WHISPER_NAMES = json.loads((ROOT / "speech" / "whisper_names.json").read_text())
 
 
 def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
     """
-    Reads the arrays of a CTranslate2 `model.bin` by their names, read-only; an alias is an entry of its own.
-
-    Raises:
-        ValueError: if the file has another version, ends early, goes on after its end, or has an unknown dtype.
+    Reads the arrays of a CTranslate2 `model.bin` by their names, read-only; an alias is an entry of its own. Raises a
+    ValueError if the file has another version, ends early, goes on after its end, or has an unknown dtype.
     """
-    data, position = path.read_bytes(), 0
+    file = io.BytesIO(path.read_bytes())
 
     def take(size: int) -> bytes:
-        nonlocal position
-        if position + size > len(data):
-            raise ValueError(
-                f"{path} is cut short: {size} bytes are needed at byte {position}, but it has {len(data)}. "
-                "Remove it and fetch it again."
-            )
-        position += size
-        return data[position - size : position]
+        start, content = file.tell(), file.read(size)
+        if len(content) < size:
+            needed = f"{size} bytes are needed at byte {start}, but it has {start + len(content)}"
+            raise ValueError(f"{path} is cut short: {needed}. Remove it and fetch it again.")
+        return content
 
     def number(size: int) -> int:
         return int.from_bytes(take(size), "little")
@@ -77,8 +57,8 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
     for _ in range(number(4)):
         alias, name = string(), string()
         arrays[alias] = arrays[name]
-    if position != len(data):
-        raise ValueError(f"{path} has {len(data) - position} bytes after its end.")
+    if rest := file.read():
+        raise ValueError(f"{path} has {len(rest)} bytes after its end.")
     return arrays
 
 

@@ -1,35 +1,32 @@
 """
 Measures the speech model on clips that training never had, and Whisper beside it on the same clips:
 
-    python -m speech.figures [REPO] --output DIR [--train FILE ...] [--limit N] [--readme]
+    python -m speech.figures [--repo REPO] [--output DIR] [--limit N] [--readme]
 
 REPO is what `make speech` built. It needs the clips of speech.recordings, with and without --silences, and those that
-speech.clips holds out. Started again, it goes on. DIR/figures.json has all figures, DIR/*/report.html every answer.
+speech.recipe holds out; the recall of words needs the clips of its last round as well. `--limit` takes the first clips
+of each set. Started again, it goes on. DIR, build/speech/figures, gets figures.json and every answer in */report.html.
 """
 
-import argparse
 import math
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    WhisperForConditionalGeneration,
-    WhisperProcessor,
-)
-from transformers.utils import logging
+from transformers import Qwen2VLForConditionalGeneration, WhisperForConditionalGeneration, WhisperProcessor
 
 from audio_utils import SAMPLING_RATE, fetch_audio
-from benchmarks.report import fill
+from benchmarks.report import report, table
 from demo.ask import read_rows, write_rows
-from evaluation.scoring import AS_GIVEN, align, normalize, percent, read_folder, score, score_arms
+from evaluation.generate import load
+from evaluation.predict import predict
+from evaluation.report import score_folder
+from evaluation.scoring import AS_GIVEN, align, file_of, normalize, percent, read_folder, score, score_arms
 from publishing.paths import ROOT, write_json
-from speech.recordings import BUILD
+from speech.recipe import ROUNDS
+from speech.recordings import BUILD, rows_of
 from speech.run import DTYPE, MAX_NEW_TOKENS, REPO
 
 
@@ -39,23 +36,15 @@ SETS = {  # folder in build/speech: what its clips are, and the column of their 
     "silences": ("nothing said", "group"),
 }
 SPOKEN = ("recordings", "held-out")
-BASE = BUILD / "smollm2"
 NUM_AGAIN = 24  # rows that are asked again: with silence, with another clip, with 1,500 tokens for each clip
 BATCH = 8
 COUNTS = {"100 times or more": 100, "10 to 99 times": 10, "1 to 9 times": 1, "never": 0}  # the least of each
 
 
-def rows_of(folder: str) -> Path:
-    return BUILD / folder / "rows.jsonl"
-
-
 def ask_model(
-    repo: Path, output: Path, folder: str, limit: int | None, audio_tokens: str = "trimmed", arms: tuple[str, ...] = ()
+    repo: Path, output: Path, folder: str, limit: int, audio_tokens: str = "trimmed", arms: tuple[str, ...] = ()
 ) -> dict[str, list[dict]]:
     """Returns the predictions of each arm, which stay in a folder of the output with their report."""
-    from evaluation.predict import predict
-    from evaluation.report import score_folder
-
     results = predict(
         str(repo),
         [str(rows_of(folder))],
@@ -75,11 +64,11 @@ def ask_model(
 
 
 @torch.no_grad()
-def ask_whisper(output: Path, folder: str, limit: int | None) -> list[dict]:
+def ask_whisper(output: Path, folder: str, limit: int) -> list[dict]:
     """Returns the predictions of the whole Whisper in windows of 30 s, which stay in a folder of the output."""
-    output, rows = output / f"{folder}-whisper", read_rows(rows_of(folder))[:limit]
-    if (output / "predictions.jsonl").is_file() and len(read_folder(output)[AS_GIVEN]) >= len(rows):
-        return read_folder(output)[AS_GIVEN][:limit]
+    path, rows = output / f"{folder}-whisper" / file_of(AS_GIVEN), read_rows(rows_of(folder))[:limit]
+    if path.is_file() and len(lines := read_rows(path)) >= len(rows):
+        return lines[:limit]
     processor = WhisperProcessor.from_pretrained(BUILD / "whisper")
     model = WhisperForConditionalGeneration.from_pretrained(BUILD / "whisper", dtype=torch.float32).eval()
     lines = []
@@ -93,7 +82,7 @@ def ask_whisper(output: Path, folder: str, limit: int | None) -> list[dict]:
             line = {"row": len(lines), "place": f"rows.jsonl:{len(lines) + 1}", "group": row.get(SETS[folder][1])}
             line |= {"audio_filepath": None, "duration": row["seconds"], "time": seconds}
             lines.append({**line, "text": row["text"], "pred_text": text.strip()})
-    return write_rows(output / "predictions.jsonl", lines)
+    return write_rows(path, lines)
 
 
 def count_words(paths: list[Path]) -> Counter:
@@ -103,11 +92,8 @@ def count_words(paths: list[Path]) -> Counter:
 
 def recall(rows: list[dict], training: Counter) -> dict[str, dict[str, int]]:
     """
-    Counts the words of the references, and those that were recalled, by how often training said them.
-
-    Args:
-        rows: Predictions; those that failed are left out.
-        training: How often each normalized word was said.
+    Counts the words of the references, and those that were recalled, by how often training said them: `training` has
+    that for each normalized word. Predictions that failed are left out.
     """
     counts = {name: {"words": 0, "recalled": 0} for name in COUNTS}
     for row in rows:
@@ -123,12 +109,8 @@ def recall(rows: list[dict], training: Counter) -> dict[str, dict[str, int]]:
 
 
 @torch.no_grad()
-def perplexity(folder: Path, texts: list[str]) -> float:
-    """Returns the perplexity per token of a folder's language model on texts; the first tokens are not predicted."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    loader = AutoModelForImageTextToText if config.model_type == "qwen2_vl" else AutoModel
-    model = loader.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+def perplexity(tokenizer, model, texts: list[str]) -> float:
+    """Returns the perplexity per token of a language model on texts; the first tokens are not predicted."""
     total = count = 0
     for text in texts:
         ids = tokenizer(text, return_tensors="pt").input_ids
@@ -136,10 +118,6 @@ def perplexity(folder: Path, texts: list[str]) -> float:
             total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             count += ids.shape[1] - 1
     return math.exp(total / count)
-
-
-def markdown(head: tuple, *rows: tuple) -> str:
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in (head, ("---",) * len(head), *rows))
 
 
 def rates_table(scores: dict) -> str:
@@ -151,7 +129,7 @@ def rates_table(scores: dict) -> str:
             errors = "/".join(str(own[name]) for name in ("insertions", "deletions", "substitutions"))
             rates = (percent(own["wer"]), errors, percent(whisper[group]["wer"]))
             rows.append((f"{SETS[folder][0]}, {group}", own["rows"], *rates))
-    return markdown(("clips", "rows", "WER %", "ins/del/sub", "Whisper base, WER %"), *rows)
+    return table(("clips", "rows", "WER %", "ins/del/sub", "Whisper base, WER %"), rows)
 
 
 def again_table(again: dict[str, dict[str, dict]]) -> str:
@@ -161,7 +139,7 @@ def again_table(again: dict[str, dict[str, dict]]) -> str:
         (f"the first {scores[arms[0]]['rows']} of {SETS[folder][0]}", *(percent(scores[arm]["wer"]) for arm in arms))
         for folder, scores in again.items()
     ]
-    return markdown(("WER %", *arms), *rows)
+    return table(("WER %", *arms), rows)
 
 
 def silences_table(scores: dict) -> str:
@@ -169,62 +147,46 @@ def silences_table(scores: dict) -> str:
     own, whisper = (scores[name]["arms"][AS_GIVEN] for name in ("silences", "silences-whisper"))
     counts = {group: [arm[group]["nothing_said"] for arm in (own, whisper)] for group in own}
     rows = [(group, both[0]["rows"], *(each["answered"] for each in both)) for group, both in counts.items()]
-    return markdown(("nothing said", "clips", "answered with words", "by Whisper base"), *rows)
+    return table(("nothing said", "clips", "answered with words", "by Whisper base"), rows)
 
 
-def measure(repo: Path, output: Path, limit: int | None = None, train: list[Path] | None = None) -> str:
-    """
-    Makes all predictions, writes `figures.json`, and returns the tables as Markdown.
+def recall_table(counts: dict[str, dict[str, int]]) -> str:
+    rows = [
+        (name, count["words"], percent(count["recalled"] / max(1, count["words"]))) for name, count in counts.items()
+    ]
+    return table(("said in training", "words of a person", "recalled %"), rows)
 
-    Args:
-        limit: Takes the first rows of each set.
-        train: Files of rows that were trained on, for the recall by how often a word was said.
-    """
+
+def main(repo: Path = REPO, output: Path = BUILD / "figures", limit: int = sys.maxsize) -> list[str]:
+    """Makes all predictions, writes `figures.json`, and returns the tables."""
+    if missing := [str(BUILD / folder) for folder in SETS if not rows_of(folder).is_file()]:
+        raise SystemExit(f"speech.figures: no rows.jsonl in {', '.join(missing)}; --help says what makes it.")
     scores, answers, again = {}, {}, {}
     for folder in SETS:
         answers[folder] = ask_model(repo, output, folder, limit)
         scores[folder] = score_arms(answers[folder])
         scores[f"{folder}-whisper"] = score_arms({AS_GIVEN: ask_whisper(output, folder, limit)})
-    few = min(limit or NUM_AGAIN, NUM_AGAIN)
+    few = min(limit, NUM_AGAIN)
     for folder in SPOKEN:
         arms = ask_model(repo, output, folder, few, arms=("silence", "swapped"))
         arms["fixed tokens"] = ask_model(repo, output, folder, few, "fixed")[AS_GIVEN]
         again[folder] = {arm: score(rows) for arm, rows in arms.items()}
     tables = [rates_table(scores), again_table(again), silences_table(scores)]
     figures = {"limit": limit, "scores": scores, "again": again}
-    if train:
-        figures["recall"] = recall(answers["recordings"][AS_GIVEN], count_words(train))
-        rows = [
-            (name, counts["words"], percent(counts["recalled"] / max(1, counts["words"])))
-            for name, counts in figures["recall"].items()
-        ]
-        tables.append(markdown(("said in training", "words of a person", "recalled %"), *rows))
+    trained = [rows_of(name) for name in ROUNDS[-1].data if rows_of(name).is_file()]
+    if trained:
+        figures["recall"] = recall(answers["recordings"][AS_GIVEN], count_words(trained))
+        tables.append(recall_table(figures["recall"]))
     texts = [row["text"] for row in read_rows(rows_of("held-out"))[:limit]]
-    figures["perplexity"] = {"SmolLM2": perplexity(BASE, texts), "with LoRA": perplexity(repo, texts)}
+    smollm2 = Qwen2VLForConditionalGeneration.from_pretrained(BUILD / "smollm2", dtype=torch.float32).eval()
+    processor, model = load(repo, "float32")  # its tokenizer is that of SmolLM2 and three tokens more
+    models = {"SmolLM2": smollm2, "with LoRA": model}
+    figures["perplexity"] = {name: perplexity(processor.tokenizer, each, texts) for name, each in models.items()}
     rows = [(name, f"{value:.1f}") for name, value in figures["perplexity"].items()]
-    tables.append(markdown(("language model", f"perplexity of {len(texts)} sentences of WordNet and fortunes"), *rows))
-    if limit:
-        tables.append(f"The first {limit} clips of each set (`--limit {limit}`).\n")
+    tables.append(table(("language model", f"perplexity of {len(texts)} sentences of WordNet and fortunes"), rows))
     write_json(output / "figures.json", figures)
-    return "\n".join(tables)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("repo", nargs="?", type=Path, default=REPO, metavar="REPO", help="(default: %(default)s)")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--train", nargs="+", type=Path, metavar="FILE", help="rows that were trained on, for recall")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first rows of each set")
-    parser.add_argument("--readme", action="store_true", help="put the tables into speech/README.md")
-    options = parser.parse_args()
-    if missing := [str(BUILD / folder) for folder in SETS if not rows_of(folder).is_file()]:
-        parser.exit(1, f"speech.figures: no rows.jsonl in {', '.join(missing)}; --help says what makes it.\n")
-    logging.set_verbosity_error()
-    text = measure(options.repo, options.output, options.limit, options.train)
-    print(text)
-    if options.readme:
-        fill("figures", text, ROOT / "speech" / "README.md")
+    return tables
 
 
 if __name__ == "__main__":
-    main()
+    report(__file__, __doc__, main, ROOT / "speech" / "README.md")

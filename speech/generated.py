@@ -79,12 +79,7 @@ GENERATORS = {function.__name__: function for function in (number, few, digits, 
 
 
 class Templates:
-    """
-    Fills the templates.
-
-    Args:
-        words: For each of "animal", "artifact", "food", "person", "place", "adjective" and "word" a list of words.
-    """
+    """Fills the templates with "animal", "artifact", "food", "person", "place", "adjective" and "word" of `words`."""
 
     def __init__(self, words: dict[str, list[str]]):
         self.words = WORDS | words

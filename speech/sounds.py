@@ -10,13 +10,13 @@ SCALE = (0, 2, 4, 5, 7, 9, 11)  # semitones of a major scale
 SOUNDS = ("silence", "white", "pink", "hum", "tone", "beeps", "music")
 
 
-def make_sound(kind: str, rng: np.random.Generator) -> np.ndarray:
+def make_sound(name: str, rng: np.random.Generator) -> np.ndarray:
     """Makes one of `SOUNDS`: float32 `[samples]` at 16 kHz, 1 to 8 s long, with a peak of at most 0.9."""
     size = round(rng.uniform(1, 8) * SAMPLING_RATE)
-    if kind == "silence":
+    if name == "silence":
         return (rng.choice([0, 1]) * rng.uniform(1e-4, 3e-3) * rng.standard_normal(size)).astype(np.float32)
-    samples = {"white": noise, "pink": noise, "hum": hum, "tone": tone, "beeps": beeps, "music": music}[kind](size, rng)
-    if kind == "pink":
+    samples = {"white": noise, "pink": noise, "hum": hum, "tone": tone, "beeps": beeps, "music": music}[name](size, rng)
+    if name == "pink":
         spectrum = np.fft.rfft(samples)
         samples = np.fft.irfft(spectrum / np.sqrt(np.arange(len(spectrum)).clip(20)), size)
     samples = samples + rng.uniform(0, 0.02) * np.abs(samples).max() * rng.standard_normal(size)

@@ -6,23 +6,21 @@ licences in /usr/share/doc allow what is done here.
 """
 
 import functools
+import json
 import re
 from collections import Counter
 from pathlib import Path
 
+from publishing.paths import ROOT
 from speech.generated import TEMPLATES, Templates
 
 
 WORDNET = Path("/usr/share/wordnet")
 FORTUNES = Path("/usr/share/games/fortunes")
 SCOWL = Path("/usr/share/dict/scowl")
-# These files of fortunes hold sentences, and neither verse, code, dialogues nor mockery.
-FORTUNE_FILES = (
-    *("cookie", "education", "food", "fortunes", "goedel", "kids", "law", "literature", "medicine", "miscellaneous"),
-    *("news", "people", "pets", "platitudes", "science", "sports", "tao", "wisdom", "work"),
-)
-KINDS = {"05": "animal", "06": "artifact", "13": "food", "15": "place", "18": "person"}  # WordNet's files of nouns
-MOCKERY = ("06718862", "07124340", "06717170")  # WordNet's ethnic slurs, obscenities and disparagements
+# The files of fortunes that hold sentences, and neither verse, code, dialogues nor mockery; WordNet's files of nouns by
+# number; WordNet's ethnic slurs, obscenities and disparagements.
+FORTUNE_FILES, KINDS, MOCKERY = json.loads((ROOT / "speech" / "sources.json").read_text()).values()
 INDECENT = re.compile(r"\b(sex|fuck|shit|piss|porn|nake|nude|whore|slut|bitch|damn|nigg|rap(e|ed|es|ist)\b)", re.I)
 ABBREVIATIONS = frozenset(TEMPLATES["abbreviations"])
 WORD = r"[A-Za-z]+(?:['-][A-Za-z]+)*"
@@ -37,16 +35,14 @@ def words_of(text: str) -> list[str]:
 
 class Sources:
     """
-    All texts that may be said, by source.
+    Holds all texts that may be said, by source. Raises a FileNotFoundError if Debian's wordnet-base, fortunes or scowl
+    is not installed.
 
     Attributes:
         common: The 15,000 commonest words, the commonest first. They are sorted by SCOWL's size class, then by how
             often they are in WordNet's examples and definitions and in the texts that its authors tagged.
         texts: Distinct texts of the sources "wordnet", "definition", "phrase", "fortune" and "word".
         templates: [`Templates`] with WordNet's words.
-
-    Raises:
-        FileNotFoundError: if one of Debian's wordnet-base, fortunes, scowl is not installed.
     """
 
     def __init__(self):
@@ -91,8 +87,8 @@ read_sources = functools.cache(Sources)
 
 def read_scowl(size: int) -> frozenset[str]:
     """Reads a size class of SCOWL; larger classes hold rarer words. Names keep their capitals."""
-    kinds = ("words", "contractions", "upper", "proper-names")
-    paths = [SCOWL / f"{region}-{kind}.{size}" for region in ("english", "american") for kind in kinds]
+    lists = ("words", "contractions", "upper", "proper-names")
+    paths = [SCOWL / f"{region}-{name}.{size}" for region in ("english", "american") for name in lists]
     return frozenset(word for path in paths if path.is_file() for word in path.read_text("latin-1").split())
 
 

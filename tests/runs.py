@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from collator import ChatCollator
-from demo.untrained import make_bases
+from demo.bases import make_bases
 from publishing.build import build
 from training import train
 from training.arguments import Arguments

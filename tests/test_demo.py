@@ -14,9 +14,10 @@ from transformers import AutoConfig, Qwen2VLConfig, WhisperConfig
 
 from audio_utils import SAMPLING_RATE, fetch_audio
 from configuration_qwen2_audio_vl import CODE_FILES
-from demo.ask import EXAMPLES, ask, ask_example, load, write_transcripts
+from demo.ask import EXAMPLES, ask, ask_example, write_transcripts
 from demo.run import BUILD
 from demo.world import PHRASES, QUESTIONS, SKILLS, WORLD, content
+from evaluation.generate import load
 from publishing import check as checking
 from publishing.build import build
 from publishing.paths import ROOT

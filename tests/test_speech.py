@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from audio_utils import SAMPLING_RATE, fetch_audio
-from demo.ask import load, user
+from demo.ask import user
 from demo.bases import ASSETS
+from evaluation.generate import load
 from publishing.build import build
 from publishing.paths import ROOT
 from speech.ctranslate2 import read_ctranslate2

@@ -8,7 +8,8 @@ from helpers import audio, text
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from configuration_qwen2_audio_vl import TRANSCRIBE
-from demo.ask import load, user
+from demo.ask import user
+from evaluation.generate import load
 from publishing import check as checking
 from publishing.build import build
 from speech import run
