@@ -85,11 +85,11 @@ def build_once(output: Path, **arguments) -> Path:
     return output if output.is_dir() else build(output=str(output), **arguments)
 
 
-def make_start(encoder: str) -> Path:
+def make_start(encoder: str, seed: int = 0) -> Path:
     """Builds the repository of the parts, with a random projector."""
     parts.make_parts(BUILD)
     bases = {"base": str(BUILD / "smollm2"), "audio_encoder": str(BUILD / encoder)}
-    return build_once(BUILD / f"start-{encoder}", **bases, audio_tokens="trimmed")
+    return build_once(BUILD / f"start-{encoder}-{seed}", **bases, audio_tokens="trimmed", seed=seed)
 
 
 def make_aligned(start: Path, name: str) -> Path:

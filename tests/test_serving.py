@@ -56,6 +56,12 @@ def batches(handler, monkeypatch) -> list[dict]:
     return calls
 
 
+def post(address: str, body) -> httpx.Response:
+    """Sends JSON that httpx would refuse to write, such as NaN or half a character."""
+    headers = {"content-type": "application/json"}
+    return httpx.post(address, content=json.dumps(body), headers=headers, timeout=300)
+
+
 def make_inputs(handler, messages: list[dict]):
     """The model's inputs that the handler makes."""
     return handler._process(handler._open_messages(messages))
@@ -149,8 +155,7 @@ def test_pictures_are_read_as_transformers_reads_them(mode, module, handler):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_requests_are_short_errors(name, address):
     body, words = BAD[name]
-    headers = {"content-type": "application/json"}
-    response = httpx.post(address, content=json.dumps(body), headers=headers, timeout=60)
+    response = post(address, body)
     error = response.json()["error"]
     assert response.status_code == 400 and set(response.json()) == {"error"}
     assert words in error and len(error) <= 400 and "Traceback" not in error and "\n" not in error
@@ -393,6 +398,26 @@ def test_sampling_is_within_bounds_and_asked_for(module, handler):
     assert module.read_parameters({"temperature": 1, "top_k": 5}) == {**sampling, "temperature": 1, "top_k": 5}
     whole_numbers = {"temperature": 2, "repetition_penalty": 2, "top_p": 1, "max_new_tokens": 2}
     assert handler({"inputs": "Hi.", "parameters": whole_numbers})["text"] is not None
+
+
+def test_two_hundred_requests_at_once(module, address, examples, monkeypatch):
+    """Each of a crowd of good and bad requests gets its own answer."""
+    monkeypatch.setattr(module, "QUEUE_SECONDS", 300.0)  # however busy this machine is
+    rng, bad, start = random.Random(0), [name for name in BAD if "picture" not in name], threading.Barrier(200)
+
+    def send(number: int) -> bool:
+        body, expected = BAD[rng.choice(bad)]
+        if number % 5:
+            example = rng.choice(examples)
+            body, expected = ask(short_form(example), max_new_tokens=rng.choice([12, 16])), example["answer"]
+        start.wait()
+        response = post(address, body)
+        if number % 5:
+            return response.json() == {"text": expected}
+        return response.status_code == 400 and expected in response.json()["error"]
+
+    with ThreadPoolExecutor(200) as pool:
+        assert all(pool.map(send, range(200)))
 
 
 def test_a_batch_gives_what_each_request_gets_alone(module, handler, examples):
