@@ -24,7 +24,6 @@ from evaluation.questions import Question, Questions, check_groups
 from evaluation.scoring import AS_GIVEN, compare, file_of, read_prediction
 from evaluation.settings import Settings
 from publishing.paths import load_processor, only_run, replace_file, resolve, sha256, write_json
-from training.options import columns_of
 from training.rows import changed_data, describe_data, load_rows
 
 
@@ -81,7 +80,7 @@ def predict_arms(settings: Settings):
 def load_data(settings: Settings):
     """Loads the rows that are asked; refuses groups that cannot be scored before a model is loaded."""
     keep = tuple(filter(None, (settings.group_column, settings.transcript_column)))
-    rows = load_rows(settings.data, settings.streaming, columns_of(settings.audio_column, settings.text_column), keep)
+    rows = load_rows(settings.data, settings.streaming, settings.columns, keep)
     if settings.streaming:
         return rows if settings.limit is None else rows.take(settings.limit)
     if settings.limit is not None:
@@ -243,11 +242,10 @@ def make_manifest(settings: Settings) -> dict:
     origin = resolve(settings.repo)
     patterns = ("*.safetensors", "*.py")
     weights, code = ({file.name: sha256(file) for file in sorted(origin.folder.glob(each))} for each in patterns)
-    columns = columns_of(settings.audio_column, settings.text_column)
     return {
         "model": {"name": origin.name, "revision": origin.commit, "weights": weights, "code": code},
-        "data": describe_data(settings.data, columns),
-        "columns": columns,
+        "data": describe_data(settings.data, settings.columns),
+        "columns": settings.columns,
         "instruction": instruction_of(settings),
         "group_column": settings.group_column,
         "transcript_column": settings.transcript_column,

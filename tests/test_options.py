@@ -99,10 +99,10 @@ def test_options_have_two_spellings():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"stage": "all"}, "--stage is 'all'"),
+        ({"stage": "all"}, "--stage must be align, projector or lora, got 'all'"),
         ({"save_total_limit": 1}, "leaves nothing"),
         ({"model": ""}, "--model is missing"),
-        ({"audio_tokens": "half"}, "audio_tokens must be fixed, trimmed or both, got 'half'"),
+        ({"audio_tokens": "half"}, "--audio-tokens must be fixed, trimmed or both, got 'half'"),
     ],
 )
 def test_arguments_that_cannot_be_right_are_refused(tmp_path, more, message):
