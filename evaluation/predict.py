@@ -14,7 +14,6 @@ from pathlib import Path
 import datasets
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import set_seed
 from transformers.utils import logging
 
 from collator import ChatCollator
@@ -24,7 +23,7 @@ from evaluation.questions import Question, Questions, check_groups
 from evaluation.scoring import AS_GIVEN, compare, file_of, read_prediction
 from evaluation.settings import Settings
 from publishing.paths import load_processor, only_run, replace_file, resolve, sha256, write_json
-from training.rows import changed_data, describe_data, load_rows
+from training.rows import describe_data, list_changes, load_rows
 
 
 logger = logging.get_logger(__name__)
@@ -55,7 +54,6 @@ def predict(repo: str | Path, data: list[str | Path], output: str | Path, **sett
 
 
 def predict_arms(settings: Settings):
-    set_seed(settings.seed)
     state, folder = PartialState(), settings.output
     rows = load_data(settings)
     if state.is_main_process:
@@ -141,12 +139,12 @@ def write_lines(path: Path, lines: Iterable[dict | None], arm: str, bar: tqdm) -
                 continue
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-            comparison = compare(line)
-            if comparison.failed:
+            if "error" in line:
                 logger.warning(f"{arm}: {line['error']}")
-            else:
-                errors, words = errors + comparison.word_errors, words + comparison.words
-                bar.set_postfix_str(f"WER {errors / max(words, 1):.1%}", refresh=False)
+                continue
+            comparison = compare(line)
+            errors, words = errors + comparison.word_errors, words + comparison.words
+            bar.set_postfix_str(f"WER {errors / max(words, 1):.1%}", refresh=False)
     return same
 
 
@@ -242,43 +240,29 @@ def make_manifest(settings: Settings) -> dict:
     origin = resolve(settings.repo)
     patterns = ("*.safetensors", "*.py")
     weights, code = ({file.name: sha256(file) for file in sorted(origin.folder.glob(each))} for each in patterns)
+    generation = {name: getattr(settings, name) for name in ("max_new_tokens", "audio_tokens", "batch_size")}
+    as_given = ("columns", "group_column", "transcript_column", "limit", "backend", "command")
     return {
         "model": {"name": origin.name, "revision": origin.commit, "weights": weights, "code": code},
         "data": describe_data(settings.data, settings.columns),
-        "columns": settings.columns,
         "instruction": instruction_of(settings),
-        "group_column": settings.group_column,
-        "transcript_column": settings.transcript_column,
         "arms": [AS_GIVEN, *settings.arms],
-        "limit": settings.limit,
-        "backend": settings.backend,
-        "generation": {
-            "max_new_tokens": settings.max_new_tokens,
-            "do_sample": False,
-            "audio_tokens": settings.audio_tokens,
-            "batch_size": settings.batch_size,
-        },
-        "seed": settings.seed,
+        "generation": {**generation, "do_sample": False},
+        **{name: getattr(settings, name) for name in as_given},
         "processes": PartialState().num_processes,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-        "command": settings.command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": None,
     }
 
 
 def refuse_another_run(folder: Path, manifest: dict):
-    """
-    Raises:
-        ValueError: if the folder holds the predictions of other weights, data or settings.
-    """
+    """Raises a ValueError if the folder holds the predictions of other weights, data or settings."""
     path = folder / "manifest.json"
     if not path.is_file():
         if (folder / file_of(AS_GIVEN)).is_file():
             raise ValueError(f"{folder} holds predictions but no manifest.json; name a new --output.")
         return
-    then, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(manifest))
-    differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in LASTING if then.get(name) != now[name]]
-    if differing := [*differing, *changed_data(then["data"], now["data"])]:
+    if differing := list_changes(json.loads(path.read_text(encoding="utf-8")), manifest, LASTING, "data"):
         raise ValueError(f"{folder} holds the predictions of another run; name a new --output. {'; '.join(differing)}")

@@ -35,7 +35,6 @@ class Settings:
     max_new_tokens: int = setting(256, "greatest length of an answer (default: 256)", type=int)
     audio_tokens: str | None = setting(None, "default: the model's; a server has its own", choices=("fixed", "trimmed"))
     dtype: str = setting("auto", "of the weights (default: auto, as they are stored)", choices=DTYPES)
-    seed: int = setting(0, "(default: 0)", type=int)
     backend: str = setting("transformers", "vllm: a server with OpenAI's API", choices=("transformers", "vllm"))
     url: str | None = setting(None, "address of the server, up to and with /v1")
     served_name: str | None = setting(None, "name of the model at the server (default: the first)")

@@ -4,7 +4,6 @@ import glob
 import json
 import os
 import shutil
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +39,7 @@ from publishing.checkpoints import (
     stored_tensors,
     write_weights,
 )
-from publishing.paths import ROOT, Origin, is_inside, own_class, resolve, silence_bitsandbytes, write_checksums
+from publishing.paths import ROOT, Origin, is_inside, own_class, resolve, silence_peft, write_checksums
 
 
 # For files that a base lacks; transformers has defaults for some, which fit no checkpoint.
@@ -50,11 +49,9 @@ AUDIO_TOKENS = ("<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>")  # in the ord
 AUDIO_TOKEN_IDS = ("audio_token_id", "audio_bos_token_id", "audio_eos_token_id")  # of the configuration
 MARKER_INIT = {"<|audio_bos|>": "<|vision_start|>", "<|audio_eos|>": "<|vision_end|>"}  # start from these embeddings
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-WHISPER_FIELDS = (  # of the encoder
-    *("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layerdrop"),
-    *("num_mel_bins", "max_source_positions", "activation_function", "scale_embedding"),
-    *("dropout", "attention_dropout", "activation_dropout", "init_std"),
-)
+WHISPER_FIELDS = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layerdrop")
+WHISPER_FIELDS += ("num_mel_bins", "max_source_positions", "activation_function", "scale_embedding")
+WHISPER_FIELDS += ("dropout", "attention_dropout", "activation_dropout", "init_std")
 
 
 @dataclass
@@ -102,8 +99,7 @@ def build(
         audio_tokens: "fixed" or "trimmed". The default is what was trained, as far as that is known, or fixed.
         seed: The seed of an untrained projector, which starts as a normal with the base's `initializer_range`.
 
-    Raises:
-        ValueError: if the parts do not fit each other or the disk, before anything is written.
+    Raises a ValueError if the parts do not fit each other or the disk, before anything is written.
     """
     check_build(base, audio_encoder, output, checkpoint, adapter)
     parts = plan_folder(base, audio_encoder, checkpoint, adapter, projector, audio_tokens, seed)
@@ -140,7 +136,7 @@ def write_folder(parts: BuildParts, target: Path) -> Path:
         write_checksums(unfinished, write_weights(unfinished, parts.tensors, parts.plan, parts.marker_rows))
         try:
             return unfinished.rename(target)
-        except OSError as error:  # it is there and not empty
+        except OSError as error:  # the target is there and not empty
             raise ValueError(f"{target} was made by another build in the meantime.") from error
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -166,9 +162,9 @@ def write_small_files(parts: BuildParts, folder: Path):
 def remove_abandoned(target: Path):
     """Removes the unfinished folders of builds of this target that were killed."""
     for folder in target.parent.glob(f".{glob.escape(target.name)}.*.unfinished"):
-        number = folder.name.removesuffix(".unfinished").rpartition("-")[2]
+        process = folder.name.removesuffix(".unfinished").rpartition("-")[2]
         try:
-            os.kill(int(number), 0)
+            os.kill(int(process), 0)
         except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
         except (ValueError, OverflowError, PermissionError):  # it is no build's, or another user's
@@ -241,10 +237,11 @@ def meta_state_dict(config) -> dict[str, torch.Tensor]:
 
 def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) -> BuildParts:
     """Joins Qwen2-VL, Whisper's encoder, and the projector of a trained checkpoint or a random one."""
-    origins = {"base": resolve(base), "audio encoder": resolve(audio_encoder)}
-    if adapter is not None:
-        origins["trained checkpoint"] = resolve(adapter)
-    base_folder, encoder_folder, adapter_folder = [*(origin.folder for origin in origins.values()), None][:3]
+    sources = {"base": base, "audio encoder": audio_encoder, "trained checkpoint": adapter}
+    origins = {role: resolve(source) for role, source in sources.items() if source is not None}
+    base_folder, encoder_folder, adapter_folder = (
+        origins[role].folder if role in origins else None for role in sources
+    )
     tokenizer = build_tokenizer(base_folder)
     config = build_config(base_folder, encoder_folder, tokenizer)
     tokenizer.model_max_length = config.text_config.max_position_embeddings
@@ -252,9 +249,9 @@ def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) ->
     plan = plan_tensors(base_folder, encoder_folder, adapter_folder, config)
     is_trained = PROJECTOR in plan
     if adapter is None:
-        size, generator = (config.text_config.hidden_size, config.audio_config.d_model), torch.Generator()
-        std = config.text_config.initializer_range
-        plan[PROJECTOR] = torch.empty(size).normal_(std=std, generator=generator.manual_seed(seed))
+        text, generator = config.text_config, torch.Generator().manual_seed(seed)
+        weight = torch.empty(text.hidden_size, config.audio_config.d_model)
+        plan[PROJECTOR] = weight.normal_(std=text.initializer_range, generator=generator)
     elif EMBEDDINGS in plan:
         config.dtype = DTYPES.get(plan[EMBEDDINGS].dtype, config.dtype)
     marker_rows = {}
@@ -287,14 +284,12 @@ def merge_adapter(origin: Origin) -> BuildParts:
     settings = origin.folder / ADAPTER_CONFIG
     model = json.loads(settings.read_text()).get("base_model_name_or_path")
     if not model:
-        raise ValueError(
-            f"{settings} names no base_model_name_or_path; write the folder or Hub id of the model there that the "
-            "adapter was trained on."
-        )
+        advice = "write the folder or Hub id of the model there that the adapter was trained on"
+        raise ValueError(f"{settings} names no base_model_name_or_path; {advice}.")
     if not (origin.folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{origin.folder} holds no adapter_model.safetensors; save the adapter as safetensors.")
     try:
-        silence_bitsandbytes()
+        silence_peft()
         from peft import PeftModel
     except ImportError as error:
         raise ValueError("An adapter is merged by peft, which is not installed: pip install peft") from error
@@ -302,10 +297,8 @@ def merge_adapter(origin: Origin) -> BuildParts:
     parts = read_model(resolve(model))
     folder = parts.origins["trained checkpoint"].folder
     model_class = own_class("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration")
-    with warnings.catch_warnings():  # peft uses an older name of gradient checkpointing
-        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-        merged = PeftModel.from_pretrained(model_class.from_pretrained(folder, dtype="auto"), str(origin.folder))
-        parts.plan = merged.merge_and_unload().state_dict()
+    merged = PeftModel.from_pretrained(model_class.from_pretrained(folder, dtype="auto"), str(origin.folder))
+    parts.plan = merged.merge_and_unload().state_dict()
     if parts.config.tie_word_embeddings:
         del parts.plan["lm_head.weight"]
     processor_config = origin.folder / "processor_config.json"  # which TRL and training save beside an adapter

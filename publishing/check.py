@@ -20,10 +20,8 @@ from publishing.paths import CHECKSUMS, ROOT, check_content, files_of, is_inside
 
 
 # Bytes of the files that are read whole, of strangers as well; all files that fit a name count together.
-LARGEST = {
-    **{"README.md": 2**18, "config.json": 2**20, CHECKSUMS: 2**20},
-    **{"manifest.json": 2**20, "scores.json": 2**24, "predictions*.jsonl": 2**28},
-}
+LARGEST = {"README.md": 2**18, "config.json": 2**20, CHECKSUMS: 2**20}
+LARGEST |= {"manifest.json": 2**20, "scores.json": 2**24, "predictions*.jsonl": 2**28}
 
 
 def check_sizes(folder: Path):
@@ -38,10 +36,8 @@ def check_sizes(folder: Path):
 
 def ask(repo: str, revision: str | None = None) -> dict:
     """
-    Loads a folder or a Hub id the way a user does and asks it about its own examples.
-
-    Returns:
-        The Auto classes, token ids, dtype, size and the answers by question.
+    Loads a folder or a Hub id the way a user does and asks it about its own examples. Returns the Auto classes, token
+    ids, dtype, size and the answers by question.
     """
     is_folder, code = Path(repo).is_dir(), {"trust_remote_code": True, "revision": revision}
     processor = AutoProcessor.from_pretrained(repo, **code)
@@ -150,16 +146,9 @@ def check_answers(loaded: dict) -> dict[str, str]:
 
 def check(folder: str | Path, trust_code: bool = False) -> tuple[dict[str, str], dict]:
     """
-    Checks a folder by its files, and then by loading it in a fresh process, without the token of the Hub.
-
-    Args:
-        trust_code: Whether code that differs from this checkout's may run.
-
-    Returns:
-        What was checked, by topic, and what [`ask`] returned.
-
-    Raises:
-        ValueError: naming the first thing that is wrong.
+    Checks a folder by its files, and then by loading it in a fresh process, without the token of the Hub. Code that
+    differs from this checkout's runs only if it is trusted. Returns what was checked, by topic, and what [`ask`]
+    returned. A ValueError names the first thing that is wrong.
     """
     table = check_files(Path(folder), trust_code)
     secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from publishing.paths import is_inside
+from publishing.paths import is_inside, write_json
 
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
@@ -29,10 +29,7 @@ CHUNK = 2**22  # bytes in memory at a time
 WRITE = 2**16  # bytes written at a time: Linux takes longer for the same bytes in larger pieces
 
 # Published checkpoints have the tensor names of older transformers. The rules leave current names unchanged.
-BASE_NAMES = (
-    (r"^visual\.", "model.visual."),
-    (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),
-)
+BASE_NAMES = ((r"^visual\.", "model.visual."), (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."))
 ENCODER_NAMES = ((r"^(?:model\.)?encoder\.", "model.audio_encoder."),)  # of Whisper only the encoder is used
 # Trained checkpoints of this model's first layout.
 ADAPTER_NAMES = (*BASE_NAMES, (r"^audio_(?=encoder\.|projector\.)", "model.audio_"))
@@ -205,21 +202,13 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], contents: di
 
 
 def write_weights(
-    folder: Path,
-    tensors: dict[str, torch.Tensor],
-    plan: dict[str, StoredTensor | torch.Tensor],
-    marker_rows: dict[int, bytes],
+    folder: Path, tensors: dict[str, torch.Tensor], plan: dict[str, StoredTensor | torch.Tensor], marker_rows: dict
 ) -> dict[str, str]:
     """
-    Writes `model.safetensors`, or shards of at most `MAX_SHARD_SIZE` with their index.
-
-    Args:
-        tensors: Shapes and dtypes of the model by name; meta tensors do.
-        plan: Where the content of each comes from.
-        marker_rows: Rows of the embeddings, by number, that replace those of the plan.
-
-    Returns:
-        The SHA-256 of each safetensors file by its name.
+    Writes `model.safetensors`, or shards of at most `MAX_SHARD_SIZE` with their index. `tensors` has the shapes and
+    dtypes of the model by name (meta tensors do), `plan` where the content of each comes from, and `marker_rows` the
+    bytes of rows of the embeddings, by number, that replace those of the plan. Returns the SHA-256 of each safetensors
+    file by its name.
     """
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
     checksums = {}
@@ -230,6 +219,5 @@ def write_weights(
         checksums[file] = write_safetensors(folder / file, {name: tensors[name] for name in names}, contents)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text)
+        write_json(folder / "model.safetensors.index.json", index)
     return checksums

@@ -1,6 +1,6 @@
 """
 A start of the projector without steps: a Whisper finds when each word of a transcript is said, and a ridge regression
-takes the encoder's rows at that time to the language model's embeddings of the word.
+maps the encoder's rows at that time to the language model's embeddings of the word.
 """
 
 import time
@@ -23,12 +23,7 @@ FIRST_OF_ENCODER = "model.audio_encoder.conv1.weight"
 
 
 class Ridge:
-    """
-    Ridge regression of rows onto embeddings, in memory that does not grow with the rows.
-
-    Args:
-        d_model, hidden_size: The sizes of a row of the encoder and of an embedding.
-    """
+    """Ridge regression of rows `(d_model,)` onto embeddings `(hidden_size,)`, in memory that does not grow."""
 
     def __init__(self, d_model: int, hidden_size: int):
         self.products = torch.zeros(d_model, d_model, dtype=torch.float64)
@@ -45,10 +40,9 @@ class Ridge:
 
     def solve(self) -> tuple[torch.Tensor, float]:
         """
-        Returns:
-            The weight of the projector, float32 `(hidden_size, d_model)`, and the share of the embeddings' energy that
-            the regression explains. The weight is scaled so that rows become as long as embeddings, because a
-            regression shrinks what it cannot tell.
+        Returns the weight of the projector, float32 `(hidden_size, d_model)`, and the share of the embeddings' energy
+        that the regression explains. The weight is scaled so that rows become as long as embeddings, because a
+        regression shrinks what it cannot tell.
         """
         ridge = RIDGE * self.products.diagonal().mean() * torch.eye(len(self.products), dtype=torch.float64)
         weight = torch.linalg.solve(self.products + ridge, self.targets)
@@ -69,15 +63,12 @@ def fit_projector(
     """
     Args:
         clips: The log-mel window `(1, mel bins, frames)`, the rows that it covers and the transcript of each clip.
-        embeddings: The embeddings `(words, hidden_size)` of the language model, of any float dtype.
-        tokenizer: The tokenizer of the language model.
+        embeddings, tokenizer: Of the language model; `(words, hidden_size)`, of any float dtype.
 
     Returns:
-        The weight of the projector, float32 `(hidden_size, d_model)`, and a summary: numbers of clips, words and rows,
-        and the share of the embeddings' energy that the rows explain.
+        What [`Ridge.solve`] does, the second in a summary with the numbers of clips, words and rows.
     """
-    ridge = Ridge(aligner.model.config.d_model, embeddings.shape[1])
-    num_clips = num_words = 0
+    ridge, num_clips, num_words = Ridge(aligner.model.config.d_model, embeddings.shape[1]), 0, 0
     for windows, num_rows, text in clips:
         words = text.split()
         rows, spans = aligner.align(windows, num_rows, words)
@@ -109,10 +100,8 @@ def read_clips(processor, dataset, collator: ChatCollator, limit: int) -> Iterat
 
 def align(args: Arguments, processor, dataset, collator: ChatCollator) -> dict:
     """
-    Writes the projector to `args.output_dir`, and returns the summary. Only the embeddings of the model are read.
-
-    Raises:
-        ValueError: if the model has another encoder than the aligner.
+    Writes the projector to `args.output_dir`, and returns the summary. Of the model only the embeddings and a weight of
+    the encoder are read. Raises a ValueError if the model has another encoder than the aligner.
     """
     start, aligner, tensors = time.time(), Aligner(args.aligner), {}
     for tensor in stored_tensors(resolve(args.model).folder):

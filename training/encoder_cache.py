@@ -37,11 +37,8 @@ class CachedEncoder(WhisperEncoder):
         self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutput:
         """
-        As in [`WhisperEncoder`], the last hidden state alone.
-
-        Args:
-            attention_mask (`(windows, frames)`, *optional*): Where the clips are; rows behind them are 0, and are not
-                stored.
+        As in [`WhisperEncoder`], the last hidden state alone. `attention_mask` `(windows, frames)` says where the clips
+        are; rows behind them are 0, and are not stored.
         """
         device, num_rows = input_features.device, self.config.max_source_positions
         precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
@@ -75,13 +72,13 @@ def write_rows(path: Path, rows: torch.Tensor):
 
 def read_rows(path: Path) -> torch.Tensor:
     """The rows `(tokens, d_model)` of a window, none if they are not stored or if their file was damaged."""
+    if not path.exists():
+        return torch.empty(0)
     try:
         with safe_open(path, "pt") as file:
             rows = file.get_tensor("last_hidden_state")
             if (file.metadata() or {}).get("sha256") == digest(path.stem, rows):
                 return rows
-    except FileNotFoundError:
-        return torch.empty(0)
     except (SafetensorError, OSError):
         pass
     logger.warning(f"{path} was damaged, or is of an earlier release; its window is encoded again.")

@@ -59,10 +59,8 @@ def load_model(args: Arguments) -> PeftModel:
 
 def add_adapter(model, args: Arguments) -> PeftModel:
     """
-    Adds what learns: a new adapter, or the one to start from.
-
-    Raises:
-        ValueError: if the adapter to start from has another size or other modules than the arguments say.
+    Adds what learns: a new adapter, or the one to start from. Raises a ValueError if the latter has another size or
+    other modules than the arguments say.
     """
     markers = [model.config.audio_bos_token_id, model.config.audio_eos_token_id]
     config = LoraConfig(
@@ -76,12 +74,9 @@ def add_adapter(model, args: Arguments) -> PeftModel:
     if args.adapter is None:
         return get_peft_model(model, config)
     earlier = LoraConfig.from_pretrained(args.adapter)
-    differing = [
-        f"{name} is {getattr(earlier, name)!r} there, {getattr(config, name)!r} here"
-        for name in ("r", "lora_alpha", "target_modules", "trainable_token_indices")
-        if getattr(earlier, name) != getattr(config, name)
-    ]
-    if differing:
+    names = ("r", "lora_alpha", "target_modules", "trainable_token_indices")
+    pairs = [(name, getattr(earlier, name), getattr(config, name)) for name in names]
+    if differing := [f"{name} is {there!r} there, {here!r} here" for name, there, here in pairs if there != here]:
         raise ValueError(f"--adapter {args.adapter} is of other arguments: {'; '.join(differing)}.")
     return PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
 
@@ -118,7 +113,7 @@ class AnswerTrainer(Trainer):
             return metrics
         scores = score(self.answer(self.eval_dataset if eval_dataset is None else eval_dataset))
         rates = {f"{metric_key_prefix}_{name}": scores[name]["value"] for name in ("wer", "cer")}
-        rates = {name: rate for name, rate in rates.items() if rate is not None}  # as where no reference says anything
+        rates = {name: rate for name, rate in rates.items() if rate is not None}  # None if no reference has a word
         self.log(rates)
         return {**metrics, **rates}
 
@@ -198,13 +193,8 @@ def load_data(args: Arguments, collator: ChatCollator) -> list:
 
 def run(trainer: AnswerTrainer, checkpoint: str | None, earlier: float) -> dict:
     """
-    Trains from a checkpoint to the end, and evaluates.
-
-    Args:
-        earlier: How many seconds training took before the checkpoint.
-
-    Returns:
-        The summary of the whole run.
+    Trains from a checkpoint, up to which training took the `earlier` seconds, to the end, and evaluates. Returns the
+    summary of the whole run.
     """
     args, start = trainer.args, time.time()
     learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
@@ -247,13 +237,8 @@ def train(args: Arguments) -> dict:
     """
     Trains, or goes on with a run that was interrupted, and writes what was learned to `args.output_dir`: `adapter`
     (peft), `audio_projector.safetensors` (stage projector), `loss.png` and `summary.json`; stage align writes only the
-    second and the last.
-
-    Returns:
-        The summary.
-
-    Raises:
-        ValueError: on rows that cannot be used, and on the checkpoints of another run.
+    second and the last. Returns the summary. Raises a ValueError on rows that cannot be used, and on the checkpoints of
+    another run.
     """
     if args.process_index == 0:
         refuse_another_run(args)
@@ -265,14 +250,7 @@ def train(args: Arguments) -> dict:
         return align(args, processor, dataset, collator)
     checkpoint = newest_checkpoint(args.output_dir)
     earlier = seconds_before(checkpoint)
-    trainer = AnswerTrainer(
-        model=load_model(args),
-        args=args,
-        train_dataset=dataset,
-        eval_dataset=eval_dataset,
-        data_collator=collator,
-        callbacks=[MarkComplete(earlier)],
-    )
+    trainer = AnswerTrainer(load_model(args), args, collator, dataset, eval_dataset, callbacks=[MarkComplete(earlier)])
     summary = run(trainer, checkpoint, earlier)
     write(trainer, processor, summary)
     return summary
