@@ -91,9 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     command.add_argument("--projector", metavar="FILE", help="trained audio_projector.weight, safetensors or .pt")
     command.add_argument("--adapter", metavar="DIR_OR_ID", help="trained checkpoint of the whole model")
-    command.add_argument(
-        "--audio-tokens", choices=("fixed", "trimmed"), help="default: as it was trained, or fixed"
-    )
+    command.add_argument("--audio-tokens", choices=("fixed", "trimmed"), help="default: as it was trained, or fixed")
     command.add_argument("--seed", type=int, default=0, help="seed of an untrained projector (default: 0)")
     for name, run, help in (
         ("check", check_source, "does a folder or Hub id load and answer, are its files complete and unchanged"),

@@ -22,11 +22,9 @@ from publishing.paths import load_processor
 
 def load(repo: str | Path, dtype: str | torch.dtype = "auto", audio_tokens: str | None = None) -> tuple:
     """
-    Loads a folder or a Hub id to answer with: `(processor, model)`, the model on the device of this process.
-
-    Args:
-        dtype: A torch dtype or its name, or "auto": the one in which the weights are stored.
-        audio_tokens: "fixed" or "trimmed". The default is the model's.
+    Loads a folder or a Hub id to answer with: `(processor, model)`, the model on the device of this process. `dtype` is
+    one of torch or its name, or "auto", the one in which the weights are stored. `audio_tokens` is "fixed" or
+    "trimmed"; the default is the model's.
     """
     processor = load_processor(repo, audio_tokens)
     model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=dtype)
@@ -111,16 +109,17 @@ def openai_content(content):
 
 
 def openai_item(item: dict) -> dict:
+    if item["type"] not in ("audio", "image"):
+        return item
     file = io.BytesIO()
     if item["type"] == "audio":
         write_sound(item["audio"], file, "wav", "pcm_f32le")
-        data = base64.b64encode(file.getvalue()).decode()
-        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
-    if item["type"] == "image":
+    else:
         item["image"].save(file, "PNG")
-        data = base64.b64encode(file.getvalue()).decode()
-        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
-    return item
+    data = base64.b64encode(file.getvalue()).decode()
+    if item["type"] == "audio":
+        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
 def write_sound(samples: np.ndarray, file, container: str, codec: str):

@@ -226,12 +226,10 @@ def intervals(errors: list[tuple], lengths: list[tuple], seed: int) -> list[dict
     # How often a resample draws each row, times the table: (6,).
     draws = (np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(RESAMPLES))
     sums = np.array([table.sum(0), *(times @ table for times in draws)])  # (1 + resamples, 6)
-    value, *rates = sums[:, :3] / sums[:, 3:]
-    low, high = np.quantile(rates, [0.025, 0.975], axis=0)  # (3,) each
-    return [
-        dict(zip(("value", "low", "high"), map(float, rate), strict=True))
-        for rate in zip(value, low, high, strict=True)
-    ]
+    value, *resampled = sums[:, :3] / sums[:, 3:]
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)  # (3,) each
+    rates = np.array([value, low, high]).T.tolist()
+    return [dict(zip(("value", "low", "high"), rate, strict=True)) for rate in rates]
 
 
 def confuse(comparisons: list[Comparison]) -> dict:
@@ -272,24 +270,18 @@ def read_predictions(path: str | Path) -> list[dict]:
     Reads a file of predictions. A line has `row` (its number, from 0), `place` (its file and line), `group`,
     `audio_filepath`, `duration` and `time` (seconds, at most 10,000,000), `text` (the reference), and `pred_text` (the
     answer) or, if it failed, `error`. It may have `prompt` and `media`, the names of files, which the report shows.
-
-    Raises:
-        ValueError: if a line is no JSON object, lacks one of the other keys, has another type there, or has the `row`
-            of a line before it. The message begins with file and line.
+    Raises a ValueError, which begins with file and line, if a line is no JSON object, lacks one of the other keys, has
+    another type there, or has the `row` of a line before it.
     """
-    rows, seen = [], {}
-    lines = Path(path).read_bytes().split(b"\n")
-    if not lines[-1]:
-        lines.pop()  # nothing follows the last newline
-    for number, line in enumerate(lines, start=1):
-        row = read_prediction(line, f"{path}:{number}")
-        if row["row"] in seen:
-            raise ValueError(
-                f"{path}:{number}: row {row['row']} is in line {seen[row['row']]} too; expected each row once. "
-                "`python -m evaluation predict` with the same arguments keeps the first of them."
-            )
-        seen[row["row"]] = number
-        rows.append(row)
+    rows, line_of = [], {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            rows.append(read_prediction(line, f"{path}:{number}"))
+            row = rows[-1]["row"]
+            first = line_of.setdefault(row, number)
+            if first != number:
+                advice = "`python -m evaluation predict` with the same arguments keeps the first of them."
+                raise ValueError(f"{path}:{number}: row {row} is in line {first} too; expected each row once. {advice}")
     return rows
 
 
@@ -328,17 +320,14 @@ def file_of(arm: str) -> str:
 def read_folder(folder: str | Path) -> dict[str, list[dict]]:
     """
     Reads the predictions of all arms in a folder: predictions.jsonl is "as given", `predictions-NAME.jsonl` is NAME.
-
-    Raises:
-        ValueError: if there is no predictions.jsonl, or a file is not as [`read_predictions`] needs it.
+    Raises a ValueError if there is no predictions.jsonl, or a file is not as [`read_predictions`] needs it.
     """
     first = Path(folder) / file_of(AS_GIVEN)
     if not first.is_file():
         raise ValueError(f"{folder} has no {first.name}; expected the predictions that are scored.")
     others = sorted(first.parent.glob(file_of("?*")))
-    return {AS_GIVEN: read_predictions(first)} | {
-        path.stem.removeprefix("predictions-"): read_predictions(path) for path in others
-    }
+    names = [AS_GIVEN, *(path.stem.removeprefix("predictions-") for path in others)]
+    return {name: read_predictions(path) for name, path in zip(names, [first, *others], strict=True)}
 
 
 def table(scores: dict) -> str:
