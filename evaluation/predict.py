@@ -37,14 +37,9 @@ LASTING = ("model", "columns", "instruction", "group_column", "transcript_column
 
 def predict(repo: str | Path, data: list[str | Path], output: str | Path, **settings) -> Path:
     """
-    Asks a model about every row of the data, and writes every answer into a folder. Started again, it goes on.
-
-    Args:
-        settings: The other fields of [`Settings`].
-
-    Raises:
-        ValueError: if settings exclude each other, the data cannot be read, or the folder belongs to another run.
-        ConnectionError: if the server does not answer.
+    Asks a model about every row of the data, and writes every answer into a folder. Started again, it goes on. The
+    settings are the other fields of [`Settings`]. Raises a ValueError if they exclude each other, the data cannot be
+    read, or the folder belongs to another run, and a ConnectionError if the server does not answer.
     """
     settings = Settings(repo, data, output, **settings)
     resolve(settings.repo, WHOLE_MODEL)  # a model that is not there is reported before the data is read
@@ -94,12 +89,12 @@ def instruction_of(settings: Settings) -> str:
 
 def load_backend(settings: Settings) -> tuple:
     """Returns the processor and what answers conversations, a [`LocalModel`] or a [`Server`]."""
-    limits = {"batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens}
+    limits = settings.batch_size, settings.max_new_tokens
     if settings.backend == "vllm":
         processor = load_processor(settings.repo, settings.audio_tokens)
-        return processor, Server(settings.url, settings.served_name, **limits)
+        return processor, Server(settings.url, settings.served_name, *limits)
     processor, model = load(settings.repo, settings.dtype, settings.audio_tokens)
-    return processor, LocalModel(processor, model, **limits)
+    return processor, LocalModel(processor, model, *limits)
 
 
 def predict_arm(arm: str, questions: Questions, model: LocalModel | Server, settings: Settings):
@@ -110,11 +105,8 @@ def predict_arm(arm: str, questions: Questions, model: LocalModel | Server, sett
     state.wait_for_everyone()
     done = rows_done(folder, arm)
     state.wait_for_everyone()  # before any of them writes
-    rows = (
-        (index, row)
-        for index, row in enumerate(questions.rows)
-        if index % state.num_processes == state.process_index and index not in done
-    )
+    mine = itertools.islice(enumerate(questions.rows), state.process_index, None, state.num_processes)
+    rows = ((index, row) for index, row in mine if index not in done)
     name = file_of(arm) + (f".rank-{state.process_index}" if state.process_index else "")
     is_streamed = isinstance(questions.rows, datasets.IterableDataset)
     total = settings.limit if is_streamed else len(questions.rows)
@@ -167,26 +159,17 @@ def answer_rows(
         for index, answer, seconds in model([question.messages for question in asked]):
             question = asked[index]
             media = write_media(question, settings.output) if arm == AS_GIVEN and settings.keep_media else []
-            line = line_of(question, media, round(question.duration, 3), round(seconds, 4))
+            line = line_of(question, media, duration=round(question.duration, 3), time=round(seconds, 4))
             failed = isinstance(answer, Exception)
             yield line | ({"error": f"{question.place}: {answer}"} if failed else {"pred_text": answer.strip()})
 
 
-def line_of(
-    question: Question, media: list[str] = (), duration: float | None = None, time: float | None = None
-) -> dict:
+def line_of(question: Question, media: list[str] = (), **seconds: float) -> dict:
     """The line of predictions.jsonl about a question, without its answer or error."""
-    return {
-        "row": question.row,
-        "place": question.place,
-        "group": question.group,
-        "audio_filepath": next((name for name in media if name.endswith(".mp3")), None),
-        "media": list(media),
-        "duration": duration,
-        "time": time,
-        "prompt": question.prompt,
-        "text": question.text,
-    }
+    line = {"row": question.row, "place": question.place, "group": question.group}
+    line["audio_filepath"] = next((name for name in media if name.endswith(".mp3")), None)
+    line |= {"media": list(media), "duration": None, "time": None, **seconds}
+    return {**line, "prompt": question.prompt, "text": question.text}
 
 
 def write_media(question: Question, folder: Path) -> list[str]:

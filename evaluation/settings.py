@@ -14,10 +14,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 @dataclass
 class Settings:
     """
-    What `python -m evaluation predict` takes: a model, data, the folder of the results, and options.
-
-    Raises:
-        ValueError: if settings are out of range or exclude each other.
+    What `python -m evaluation predict` takes: a model, data, the folder of the results, and options. Raises a
+    ValueError if settings are out of range or exclude each other.
     """
 
     repo: str | Path
@@ -50,8 +48,7 @@ class Settings:
         if self.backend == "vllm" and not self.url:
             raise ValueError("--backend vllm needs --url, the address of the server, such as http://127.0.0.1:8000/v1.")
         if self.streaming and "swapped" in self.arms:
-            reason = "takes the clips of other rows, which --streaming cannot reach"
-            raise ValueError(f"--arms swapped {reason}; leave one out.")
+            raise ValueError("--arms swapped takes clips of other rows, which --streaming cannot reach; leave one out.")
 
     @property
     def columns(self) -> tuple[str, str] | None:

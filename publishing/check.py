@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, EXAMPLES, KNOWN_FILES
-from publishing.build import AUDIO_TOKEN_IDS, AUDIO_TOKENS, meta_state_dict
+from publishing.build import AUDIO_TOKEN_IDS, AUDIO_TOKENS, CONFIG_CLASS, meta_state_dict
 from publishing.card import EVALUATION, replace_section
 from publishing.checkpoints import find_problems, stored_tensors
 from publishing.paths import CHECKSUMS, ROOT, check_content, files_of, is_inside, own_class, read_checksums
@@ -118,7 +118,7 @@ def check_files(folder: Path, trust_code: bool = False) -> dict[str, str]:
     changed = [name for name in CODE_FILES if (folder / name).read_bytes() != (ROOT / name).read_bytes()]
     if changed and not trust_code:
         raise ValueError(f"the code in {', '.join(changed)} is not this checkout's; --trust-code runs it all the same")
-    config = own_class("configuration_qwen2_audio_vl.Qwen2AudioVLConfig").from_pretrained(folder)
+    config = own_class(CONFIG_CLASS).from_pretrained(folder)
     tensors = {tensor.name: tensor for tensor in stored_tensors(folder)}
     if problems := find_problems(tensors, meta_state_dict(config)):
         raise ValueError("the weights are not this model's:\n" + "\n".join(problems))

@@ -106,9 +106,8 @@ def read_projector(path: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
     except Exception as error:
         raise ValueError(f"{path} is no file of tensors by name: {error}") from error
     if PROJECTOR not in tensors or set(tensors) - {PROJECTOR, MARKERS}:
-        raise ValueError(
-            f"{path} holds {', '.join(tensors) or 'nothing'}; expected audio_projector.weight, and perhaps {MARKERS}."
-        )
+        need = f"expected audio_projector.weight, and perhaps {MARKERS}"
+        raise ValueError(f"{path} holds {', '.join(tensors) or 'nothing'}; {need}.")
     return tensors[PROJECTOR], list(tensors.get(MARKERS, ()))
 
 

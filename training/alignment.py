@@ -32,13 +32,9 @@ def warp(cost: np.ndarray) -> np.ndarray:
 
 class Aligner:
     """
-    Finds when the words of a transcript are spoken, as openai/whisper's `timing.py` does.
-
-    Args:
-        folder: A complete Whisper, with its tokenizer and the `alignment_heads` of its `generation_config.json`.
-
-    Raises:
-        ValueError: if the folder does not name alignment heads.
+    Finds when the words of a transcript are spoken, as openai/whisper's `timing.py` does. The folder holds a complete
+    Whisper, with its tokenizer and the `alignment_heads` of its `generation_config.json`; without these, a ValueError
+    is raised.
     """
 
     def __init__(self, folder: str | Path):
@@ -58,11 +54,8 @@ class Aligner:
             num_rows: The number of rows of 20 ms that the clip covers.
             words: The words of the transcript, in order.
 
-        Returns:
-            The encoder's rows of the clip, float32 `(num_rows, d_model)`, and the span of each word.
-
-        Raises:
-            ValueError: if the words do not fit Whisper's decoder.
+        Returns the encoder's rows of the clip, float32 `(num_rows, d_model)`, and the span of each word. Raises a
+        ValueError if the words do not fit Whisper's decoder.
         """
         pieces = [self.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
         prefix = self.tokenizer.convert_tokens_to_ids(PREFIX)

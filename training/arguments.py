@@ -14,10 +14,8 @@ from training.options import LEARNING_RATES, Options, check_options
 @dataclass
 class Arguments(Options, TrainingArguments):
     """
-    [`Options`] and all other fields of [`TrainingArguments`].
-
-    Raises:
-        ValueError: if arguments are missing or contradict each other or the machine.
+    [`Options`] and all other fields of [`TrainingArguments`]. Raises a ValueError if some are missing or contradict
+    each other or the machine.
     """
 
     def __post_init__(self):

@@ -169,10 +169,8 @@ def check_options(options: dict):
     if export and Path(export).exists() and any(Path(export).iterdir()):
         raise ValueError(f"--export {export} is not empty; name a new folder.")
     if options.get("encoder_cache") and (options.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
-        raise ValueError(
-            "--encoder-cache cannot be used with FSDP, where a process that reads a window from it would leave out "
-            "layers that the others call. Leave it out."
-        )
+        reason = "where a process that reads a window from it would leave out layers that the others call"
+        raise ValueError(f"--encoder-cache cannot be used with FSDP, {reason}. Leave it out.")
 
 
 def parse(words: list[str]) -> dict:
