@@ -9,8 +9,8 @@ Base weights -> repository folder -> Hub.
     upload.py smoke REPO            for CI: pull from the Hub into an empty cache, and ask about the examples
 """
 
-import argparse
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from publishing.arguments import HUB_ID, check_build, require_source
@@ -79,9 +79,8 @@ def ask_source(repo: str, revision: str | None):
     print(json.dumps(ask(repo, revision)))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("upload.py", description=__doc__, formatter_class=layout)
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser("upload.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="base weights -> repository folder")
     command.set_defaults(run=build_folder)

@@ -50,8 +50,7 @@ def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
     scores than those beside them.
     """
     if missing := [name for name in ("manifest.json", "scores.json") if not (results / name).is_file()]:
-        names = " and no ".join(missing)
-        raise ValueError(f"{results} has no {names}; `python -m evaluation predict` and `score` write them")
+        raise ValueError(f"{results} has no {' and no '.join(missing)}; `python -m evaluation` writes them")
     check_sizes(results)
     manifest, stored = (json.loads((results / name).read_text()) for name in ("manifest.json", "scores.json"))
     predicted, weights = manifest["model"]["weights"], weights_of(folder)
@@ -61,8 +60,7 @@ def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
     rows = len(predictions[AS_GIVEN])
     if manifest["rows"] != rows:
         run = f"{manifest['rows']} rows" if manifest["rows"] else "an unfinished run"
-        advice = "run `python -m evaluation predict` again, which goes on"
-        raise ValueError(f"{results} has {rows} predictions of {run}; {advice}")
+        raise ValueError(f"{results} has {rows} predictions of {run}; `python -m evaluation predict` goes on with it")
     scores = json.loads(json.dumps(score_arms(predictions)))
     if difference := first_difference(stored.get("arms"), scores["arms"]):
         place, says, gives = difference

@@ -22,9 +22,8 @@ from publishing.paths import load_processor
 
 def load(repo: str | Path, dtype: str | torch.dtype = "auto", audio_tokens: str | None = None) -> tuple:
     """
-    Loads a folder or a Hub id to answer with: `(processor, model)`, the model on the device of this process. `dtype` is
-    one of torch or its name, or "auto", the one in which the weights are stored. `audio_tokens` is "fixed" or
-    "trimmed"; the default is the model's.
+    Loads `(processor, model)` of a folder or a Hub id, to answer on the device of this process. `dtype` is one of torch
+    or its name, or "auto", as stored. `audio_tokens` is "fixed" or "trimmed"; the default is that of the model.
     """
     processor = load_processor(repo, audio_tokens)
     model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=dtype)
@@ -61,10 +60,7 @@ class LocalModel:
 
 
 class Server:
-    """
-    Answers by a server with OpenAI's API, such as `vllm serve`, which is sent `batch_size` requests at a time. Raises
-    ConnectionError if it does not answer, at the start or later.
-    """
+    """Answers by a server with OpenAI's API, `batch_size` requests at a time. Raises ConnectionError if it is down."""
 
     device, dtype = "of the server", "of the server"
 

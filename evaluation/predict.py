@@ -1,7 +1,4 @@
-"""
-Data -> questions -> predictions. A folder of results has `predictions.jsonl`, `predictions-ARM.jsonl` for each arm,
-`manifest.json` with everything that they depend on, and what the report plays and shows, `media/`.
-"""
+"""Data -> questions -> predictions in a folder; docs/evaluation.md has the files that it holds."""
 
 import importlib.metadata
 import itertools
@@ -11,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import datasets
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers.utils import logging
@@ -50,12 +46,13 @@ def predict(repo: str | Path, data: list[str | Path], output: str | Path, **sett
 
 def predict_arms(settings: Settings):
     state, folder = PartialState(), settings.output
+    instruction = TRANSCRIBE if settings.instruction is None else settings.instruction
     rows = load_data(settings)
     if state.is_main_process:
-        manifest = make_manifest(settings)
+        manifest = make_manifest(settings, instruction)
         refuse_another_run(folder, manifest)
     processor, model = load_backend(settings)
-    collator = ChatCollator(processor, instruction=instruction_of(settings))
+    collator = ChatCollator(processor, instruction=instruction)
     questions = Questions(rows, collator, settings.group_column, settings.transcript_column)
     if state.is_main_process:
         (folder / "media").mkdir(exist_ok=True)
@@ -74,17 +71,11 @@ def load_data(settings: Settings):
     """Loads the rows that are asked; refuses groups that cannot be scored before a model is loaded."""
     keep = tuple(filter(None, (settings.group_column, settings.transcript_column)))
     rows = load_rows(settings.data, settings.streaming, settings.columns, keep)
-    if settings.streaming:
-        return rows if settings.limit is None else rows.take(settings.limit)
     if settings.limit is not None:
-        rows = rows.select(range(min(settings.limit, len(rows))))
-    if settings.group_column is not None:
+        rows = rows.take(settings.limit if settings.streaming else min(settings.limit, len(rows)))
+    if settings.group_column is not None and not settings.streaming:
         check_groups(rows, settings.group_column)
     return rows
-
-
-def instruction_of(settings: Settings) -> str:
-    return TRANSCRIBE if settings.instruction is None else settings.instruction
 
 
 def load_backend(settings: Settings) -> tuple:
@@ -108,8 +99,7 @@ def predict_arm(arm: str, questions: Questions, model: LocalModel | Server, sett
     mine = itertools.islice(enumerate(questions.rows), state.process_index, None, state.num_processes)
     rows = ((index, row) for index, row in mine if index not in done)
     name = file_of(arm) + (f".rank-{state.process_index}" if state.process_index else "")
-    is_streamed = isinstance(questions.rows, datasets.IterableDataset)
-    total = settings.limit if is_streamed else len(questions.rows)
+    total = settings.limit if settings.streaming else len(questions.rows)
     with tqdm(desc=arm, total=total, initial=len(done), unit="row", disable=state.process_index > 0) as bar:
         same = write_lines(folder / name, answer_rows(rows, arm, questions, model, settings), arm, bar)
     state.wait_for_everyone()
@@ -141,10 +131,9 @@ def write_lines(path: Path, lines: Iterable[dict | None], arm: str, bar: tqdm) -
 
 
 def answer_rows(
-    rows: Iterable[tuple[int, dict]], arm: str, questions: Questions, model: LocalModel | Server, settings: Settings
+    rows: Iterator[tuple[int, dict]], arm: str, questions: Questions, model: LocalModel | Server, settings: Settings
 ) -> Iterator[dict | None]:
     """Yields the line of each row, in the order of the answers; None for a row that the arm would ask the same."""
-    rows = iter(rows)
     while buffered := list(itertools.islice(rows, BUFFER * settings.batch_size)):
         asked = []
         for index, row in buffered:
@@ -155,7 +144,8 @@ def answer_rows(
                 yield {**line_of(question), "error": question.error}
             else:
                 asked.append(question)
-        asked.sort(key=lambda question: question.duration, reverse=True)  # memory would run out at the start
+        # The longest come first, so that memory runs out at the start or not at all.
+        asked.sort(key=lambda question: question.duration, reverse=True)
         for index, answer, seconds in model([question.messages for question in asked]):
             question = asked[index]
             media = write_media(question, settings.output) if arm == AS_GIVEN and settings.keep_media else []
@@ -218,7 +208,7 @@ def merge(folder: Path, arm: str):
         part.unlink()
 
 
-def make_manifest(settings: Settings) -> dict:
+def make_manifest(settings: Settings, instruction: str) -> dict:
     """Describes everything that the predictions depend on, as far as it is known."""
     origin = resolve(settings.repo)
     patterns = ("*.safetensors", "*.py")
@@ -228,7 +218,7 @@ def make_manifest(settings: Settings) -> dict:
     return {
         "model": {"name": origin.name, "revision": origin.commit, "weights": weights, "code": code},
         "data": describe_data(settings.data, settings.columns),
-        "instruction": instruction_of(settings),
+        "instruction": instruction,
         "arms": [AS_GIVEN, *settings.arms],
         "generation": {**generation, "do_sample": False},
         **{name: getattr(settings, name) for name in as_given},

@@ -1,7 +1,4 @@
-"""
-Predictions -> scores: word and character error rates by the rule of the Open ASR Leaderboard, and accuracy where the
-answers are classes. Needs no model.
-"""
+"""Predictions -> scores: error rates by the rule of the Open ASR Leaderboard, accuracy of classes. Needs no model."""
 
 import json
 import math
@@ -135,20 +132,15 @@ def is_closed(references: list[str]) -> bool:
     """
     said = [reference for reference in references if reference not in NOTHING_SAID]
     classes = set(said)
-    return (
-        0 < len(classes) <= CLOSED_CLASSES
-        and all(len(name.split()) <= CLOSED_WORDS for name in classes)
-        and len(said) >= CLOSED_ROWS * len(classes)
-    )
+    are_few = 0 < len(classes) <= CLOSED_CLASSES and len(said) >= CLOSED_ROWS * len(classes)
+    return are_few and all(len(name.split()) <= CLOSED_WORDS for name in classes)
 
 
 def score(rows: list[dict], seed: int = 0) -> dict:
     """
-    Scores the rows of one arm, or of one group of it. Failed rows are only counted. A rate of no rows is None.
-
-    Args:
-        rows: Lines of predictions.jsonl; see [`read_predictions`]. Only `text`, and `pred_text` or `error`, are needed.
-        seed: Seed of the bootstrap: the same rows and seed give the same intervals.
+    Scores the rows of one arm, or of one group of it, which are lines of predictions.jsonl (see [`read_predictions`]);
+    only `text`, and `pred_text` or `error`, are needed. Failed rows are only counted. A rate of no rows is None. The
+    same rows and seed give the same intervals.
 
     Returns:
         `rows`, `failed`, `words` (of the references), `insertions`, `deletions` and `substitutions` (words): counts.
@@ -173,11 +165,9 @@ def summarize(comparisons: list[Comparison], seed: int) -> dict:
     answered = [row for row in comparisons if not row.failed]
     said = [row for row in answered if row.reference not in NOTHING_SAID]
     silent = [row for row in answered if row.reference in NOTHING_SAID]
-    wer, cer, accuracy = intervals(
-        errors=[(row.word_errors, row.character_errors, row.answer == row.reference) for row in said],
-        lengths=[(row.words, len(row.reference), 1) for row in said],
-        seed=seed,
-    )
+    errors = [(row.word_errors, row.character_errors, row.answer == row.reference) for row in said]
+    lengths = [(row.words, len(row.reference), 1) for row in said]
+    wer, cer, accuracy = intervals(errors, lengths, seed)
     edits = sum((row.edits for row in said), Counter())
     scores = {
         "rows": len(comparisons),
@@ -250,7 +240,7 @@ def score_arms(predictions: dict[str, list[dict]], seed: int = 0) -> dict:
 def summarize_arms(arms: dict[str, list[Comparison]], seed: int = 0) -> dict:
     """
     Returns `rule`, and `arms`: for each arm its scores over "all" rows, and over those of each group, if it has any.
-    Raises ValueError if a group is named "all".
+    Raises a ValueError if a group is named "all".
     """
     scores = {}
     for arm, comparisons in arms.items():

@@ -42,18 +42,13 @@ class Settings:
         self.repo, self.data = str(self.repo), [str(source) for source in self.data]
         self.output, self.arms = Path(self.output), tuple(self.arms)
         check_choices(self)
-        columns_of(self.audio_column, self.text_column)
+        self.columns = columns_of(self.audio_column, self.text_column)
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be 1 or more, got {self.batch_size}.")
         if self.backend == "vllm" and not self.url:
             raise ValueError("--backend vllm needs --url, the address of the server, such as http://127.0.0.1:8000/v1.")
         if self.streaming and "swapped" in self.arms:
             raise ValueError("--arms swapped takes clips of other rows, which --streaming cannot reach; leave one out.")
-
-    @property
-    def columns(self) -> tuple[str, str] | None:
-        """Names of the columns of recordings and transcripts, where there are no `messages`."""
-        return columns_of(self.audio_column, self.text_column)
 
     @property
     def command(self) -> str:

@@ -173,9 +173,7 @@ def build_config(base: Path, encoder: Path, tokenizer):
 
 def build_processor(base: Path, encoder: Path, tokenizer, config, trained: Path | None = None):
     """Joins the two processors. A trained checkpoint decides the kind of audio tokens."""
-    rules = ("fixed", None)
-    if trained:
-        rules = checkpoints.read_audio_tokens(trained / "processor_config.json")
+    rules = checkpoints.read_audio_tokens(trained / "processor_config.json") if trained else ("fixed", None)
     processor = own_class("processing_qwen2_audio_vl.Qwen2AudioVLProcessor")(
         image_processor=transformers.AutoImageProcessor.from_pretrained(base),
         tokenizer=tokenizer,

@@ -1,9 +1,7 @@
-"""
-Reads the headers of checkpoints, plans which tensor of the model comes from which file, and writes new safetensors
-files from that plan as a stream, a few megabytes at a time.
-"""
+"""Checkpoints: the headers of safetensors files, where each tensor of a model comes from, and a writer that streams."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -47,10 +45,7 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """
-    Lists all tensors of a checkpoint by the headers of its safetensors files. A ValueError names a file that is not
-    there, that lies elsewhere, or whose header does not describe its bytes.
-    """
+    """Lists a checkpoint's tensors by the headers of its files. A ValueError names one that is missing, elsewhere or damaged."""
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     tensors = []
@@ -186,14 +181,14 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], contents: di
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
+    chunks = itertools.chain([len(text).to_bytes(8, "little"), text], *(contents[name] for name in tensors))
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
         hashed = pool.submit(digest.update, b"")
-        for content in ([len(text).to_bytes(8, "little"), text], *(contents[name] for name in tensors)):
-            for chunk in content:
-                hashed.result()
-                hashed = pool.submit(digest.update, chunk)  # while this one is written and the next one is read
-                for start in range(0, len(chunk), WRITE):
-                    file.write(memoryview(chunk)[start : start + WRITE])
+        for chunk in chunks:
+            hashed.result()
+            hashed = pool.submit(digest.update, chunk)  # while this one is written and the next one is read
+            for start in range(0, len(chunk), WRITE):
+                file.write(memoryview(chunk)[start : start + WRITE])
         hashed.result()
         if file.tell() != 8 + len(text) + offset:
             raise ValueError(f"{path.name} should have {8 + len(text) + offset} bytes, but {file.tell()} were read.")

@@ -1,8 +1,4 @@
-"""
-Folders of models and runs: where they are, which files they have, and who may write to them.
-
-Command lines import this file before they read their arguments, so it imports transformers only where it is needed.
-"""
+"""Folders of models and runs: files, checksums, locks. Command lines import this, so transformers is imported late."""
 
 import hashlib
 import json
@@ -68,10 +64,7 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[TextIO]:
-    """
-    Opens a text file that takes the place of `path` when it is complete, so that nobody reads half of it. Half of a
-    surrogate pair, which JSON can hold, becomes an escape.
-    """
+    """Opens a text file that replaces `path` when it is complete. Half of a surrogate pair, as in JSON, is escaped."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         yield file
@@ -141,9 +134,6 @@ def only_run(folder: str | Path, option: str, is_main_process: bool = True):
 
 
 def silence_peft():
-    """
-    Is called before peft is imported, by us or by transformers: it imports bitsandbytes, which on a CPU warns. Neither
-    it nor older releases of transformers know the new name of gradient checkpointing.
-    """
+    """Is called before peft is imported: its bitsandbytes warns on a CPU, and it uses a deprecated name itself."""
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -3,6 +3,7 @@ A start of the projector without steps: a Whisper finds when each word of a tran
 maps the encoder's rows at that time to the language model's embeddings of the word.
 """
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -63,10 +64,10 @@ def fit_projector(
     """
     Args:
         clips: The log-mel window `(1, mel bins, frames)`, the rows that it covers and the transcript of each clip.
-        embeddings, tokenizer: Of the language model; `(words, hidden_size)`, of any float dtype.
+        embeddings: The language model's embeddings `(words, hidden_size)`, of any float dtype.
+        tokenizer: The language model's tokenizer.
 
-    Returns:
-        What [`Ridge.solve`] does, the second in a summary with the numbers of clips, words and rows.
+    Returns what [`Ridge.solve`] returns, the second value in a summary that also counts clips, words and rows.
     """
     ridge, num_clips, num_words = Ridge(aligner.model.config.d_model, embeddings.shape[1]), 0, 0
     for windows, num_rows, text in clips:
@@ -81,21 +82,17 @@ def fit_projector(
         ridge.add(rows[places], embeddings[tokens])
         num_clips, num_words = num_clips + 1, num_words + len(words)
     weight, explained = ridge.solve()
-    summary = {"clips": num_clips, "words": num_words, "rows of the encoder": ridge.num_rows}
-    return weight, {**summary, "explained": round(explained, 4)}
+    counts = {"clips": num_clips, "words": num_words, "rows of the encoder": ridge.num_rows}
+    return weight, {**counts, "explained": round(explained, 4)}
 
 
-def read_clips(processor, dataset, collator: ChatCollator, limit: int) -> Iterator[tuple[torch.Tensor, int, str]]:
+def read_clips(processor, dataset, collator: ChatCollator) -> Iterator[tuple[torch.Tensor, int, str]]:
     """Yields window, rows and transcript of each row with one clip of one window whose answer says what is said."""
-    used = 0
     for row in dataset:
         text = answer_text(collator.messages(row)[-1]["content"])
         inputs = collator.inputs(row, "trimmed") if text.strip() else {}
         if len(inputs.get("input_features", ())) == 1:
             yield inputs["input_features"], int((inputs["input_ids"] == processor.audio_token_id).sum()), text
-            used += 1
-        if used == limit:
-            return
 
 
 def align(args: Arguments, processor, dataset, collator: ChatCollator) -> dict:
@@ -111,7 +108,7 @@ def align(args: Arguments, processor, dataset, collator: ChatCollator) -> dict:
     first, expected = tensors[FIRST_OF_ENCODER], aligner.model.model.encoder.conv1.weight
     if first.shape != expected.shape or not torch.allclose(first.float(), expected.float(), atol=1e-2):
         raise ValueError(f"--aligner {args.aligner} is not the Whisper whose encoder {args.model} has.")
-    clips = read_clips(processor, dataset, collator, args.align_rows)
+    clips = itertools.islice(read_clips(processor, dataset, collator), args.align_rows)
     weight, summary = fit_projector(clips, aligner, tensors[EMBEDDINGS], processor.tokenizer)
     path, rule = Path(args.output_dir) / "audio_projector.safetensors", processor.trained_audio_tokens
     save_file({"audio_projector.weight": weight}, path, {"audio_tokens": rule})

@@ -1,7 +1,4 @@
-"""
-The command line of training. Importing transformers' TrainingArguments takes seconds, so its fields are read from its
-source, and help and errors come at once.
-"""
+"""The command line of training. Its options are read from source text, because importing them takes seconds."""
 
 from __future__ import annotations
 
@@ -112,8 +109,8 @@ def read_inherited() -> dict[str, dict]:
     options = {}
     for node in body:
         if isinstance(node, ast.AnnAssign):
-            is_call = isinstance(node.value, ast.Call)
-            parts = {word.arg: word.value for word in node.value.keywords} if is_call else {"default": node.value}
+            keywords = getattr(node.value, "keywords", [])  # of `field(...)`
+            parts = {word.arg: word.value for word in keywords} or {"default": node.value}
             metadata = parts.get("metadata", ast.Dict([], []))
             option = {literal(key): literal(value) for key, value in zip(metadata.keys, metadata.values, strict=True)}
             default = literal(parts["default"]) if "default" in parts else None

@@ -22,11 +22,11 @@ class MarkComplete(TrainerCallback):
     """
     Marks a checkpoint by the checksums of its files when all processes have written their part of it. Writes the
     seconds that training took so far into it, and has the loss up to it logged, for a summary of the whole run.
-    `seconds` is how long training took before it was interrupted.
+    Goes on from a checkpoint, up to which training took `seconds`, or from 0.
     """
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self, checkpoint: str | None):
+        self.seconds = json.loads((Path(checkpoint) / SECONDS_FILE).read_text()) if checkpoint else 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = time.time() - self.seconds
@@ -49,11 +49,6 @@ def newest_checkpoint(output_dir: str) -> str | None:
     """The newest checkpoint that was written whole."""
     steps = [int(path.parent.name.rpartition("-")[2]) for path in Path(output_dir).glob(f"checkpoint-*/{CHECKSUMS}")]
     return str(Path(output_dir) / f"checkpoint-{max(steps)}") if steps else None
-
-
-def seconds_before(checkpoint: str | None) -> float:
-    """How long training took up to a checkpoint."""
-    return json.loads((Path(checkpoint) / SECONDS_FILE).read_text()) if checkpoint else 0
 
 
 def refuse_another_run(args: Arguments):

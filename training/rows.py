@@ -20,14 +20,11 @@ def load_rows(
     Loads JSON lines files, folders that `datasets` saved, and datasets by their Hub id or folder, written `NAME`,
     `NAME:SPLIT` or `NAME:CONFIGURATION:SPLIT`.
 
-    Args:
-        columns: Names of a column of recordings (files as bytes or paths) and one of their transcripts, where there
-            are no `messages`.
-        keep: Names of further columns to keep. Rows of JSON lines keep all that they have.
+    `columns` are a column of recordings (files as bytes or paths) and one of their transcripts, where there are no
+    `messages`. `keep` are further columns to keep; rows of JSON lines keep all that they have.
 
-    Returns a dataset of `datasets` with columns `line` (JSON text), `messages`, or `audio`
-    and `text`, those to keep, and `place`, which names the row in messages. Raises a ValueError if a source is not
-    there, or has no such columns.
+    Returns a dataset of `datasets` with columns `line` (JSON text), `messages`, or `audio` and `text`, those to keep,
+    and `place`, which names the row in messages. Raises a ValueError if a source is not there, or has no such columns.
     """
     parts = []
     for source in sources:

@@ -19,7 +19,7 @@ from publishing.paths import load_processor, write_json
 from training.arguments import Arguments
 from training.closed_form import align
 from training.encoder_cache import CachedEncoder
-from training.resuming import MarkComplete, newest_checkpoint, refuse_another_run, seconds_before
+from training.resuming import MarkComplete, newest_checkpoint, refuse_another_run
 from training.rows import load_rows
 from training.selection import select_rows
 
@@ -58,10 +58,7 @@ def load_model(args: Arguments) -> PeftModel:
 
 
 def add_adapter(model, args: Arguments) -> PeftModel:
-    """
-    Adds what learns: a new adapter, or the one to start from. Raises a ValueError if the latter has another size or
-    other modules than the arguments say.
-    """
+    """Adds a new adapter, or the one to start from. A ValueError says in what the latter differs from the arguments."""
     markers = [model.config.audio_bos_token_id, model.config.audio_eos_token_id]
     config = LoraConfig(
         r=args.lora_r,
@@ -192,10 +189,7 @@ def load_data(args: Arguments, collator: ChatCollator) -> list:
 
 
 def run(trainer: AnswerTrainer, checkpoint: str | None, earlier: float) -> dict:
-    """
-    Trains from a checkpoint, up to which training took the `earlier` seconds, to the end, and evaluates. Returns the
-    summary of the whole run.
-    """
+    """Goes on from a checkpoint, which took `earlier` seconds, and evaluates. Returns the summary of the whole run."""
     args, start = trainer.args, time.time()
     learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
@@ -225,8 +219,7 @@ def write(trainer: AnswerTrainer, processor, summary: dict):
     if args.should_save:
         processor.save_pretrained(output / "adapter")  # which tells `upload.py build` the audio tokens
         if args.stage == "projector":
-            path = output / "audio_projector.safetensors"
-            write_projector(output / "adapter", path, processor.trained_audio_tokens)
+            write_projector(output / "adapter", output / "audio_projector.safetensors", processor.trained_audio_tokens)
         if args.export:
             export(args, processor, output / "adapter")
         draw_losses(trainer.state.log_history, output / "loss.png")
@@ -249,8 +242,8 @@ def train(args: Arguments) -> dict:
     if args.stage == "align":
         return align(args, processor, dataset, collator)
     checkpoint = newest_checkpoint(args.output_dir)
-    earlier = seconds_before(checkpoint)
-    trainer = AnswerTrainer(load_model(args), args, collator, dataset, eval_dataset, callbacks=[MarkComplete(earlier)])
-    summary = run(trainer, checkpoint, earlier)
+    mark = MarkComplete(checkpoint)
+    trainer = AnswerTrainer(load_model(args), args, collator, dataset, eval_dataset, callbacks=[mark])
+    summary = run(trainer, checkpoint, mark.seconds)
     write(trainer, processor, summary)
     return summary
