@@ -45,7 +45,7 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """Lists a checkpoint's tensors by the headers of its files. A ValueError names one that is missing, elsewhere or damaged."""
+    """Lists the tensors of a checkpoint by its headers. A ValueError names a file that is missing, elsewhere or damaged."""
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     tensors = []
