@@ -45,7 +45,7 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """Lists the tensors of a checkpoint by its headers. A ValueError names a file that is missing, elsewhere or damaged."""
+    """Lists the tensors of a checkpoint. A ValueError names a file that is missing, damaged, or outside of the folder."""
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     tensors = []
