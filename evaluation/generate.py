@@ -78,7 +78,7 @@ class Server:
         self.name = name or served[0]
 
     def __call__(self, conversations: list[list[dict]]) -> Iterator[tuple[int, str | Exception, float]]:
-        """Yields what [`LocalModel`] does; seconds since the last answer, so that their sum is the time of all."""
+        """Yields the same as [`LocalModel`], with the seconds since the last answer: their sum is the time of all."""
         with ThreadPoolExecutor(self.batch_size) as pool:
             last = time.perf_counter()
             futures = {pool.submit(self.answer, messages): index for index, messages in enumerate(conversations)}

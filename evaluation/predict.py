@@ -89,13 +89,13 @@ def load_backend(settings: Settings) -> tuple:
 
 
 def predict_arm(arm: str, questions: Questions, model: LocalModel | Server, settings: Settings):
-    """Asks what was not asked yet, each process its share of the rows, and merges the answers."""
+    """Asks the rows that have no answer yet, shared among the processes, and merges the answers."""
     state, folder = PartialState(), settings.output
     if state.is_main_process:
         merge(folder, arm)
     state.wait_for_everyone()
     done = rows_done(folder, arm)
-    state.wait_for_everyone()  # before any of them writes
+    state.wait_for_everyone()  # all have read before one writes
     mine = itertools.islice(enumerate(questions.rows), state.process_index, None, state.num_processes)
     rows = ((index, row) for index, row in mine if index not in done)
     name = file_of(arm) + (f".rank-{state.process_index}" if state.process_index else "")
@@ -177,7 +177,7 @@ def write_media(question: Question, folder: Path) -> list[str]:
 
 
 def rank_files(folder: Path, arm: str) -> list[Path]:
-    """What the other processes of a run on several devices wrote; the first one writes into the file itself."""
+    """The files of all processes of a run except the first, which writes into the file of the arm itself."""
     return sorted(folder.glob(f"{file_of(arm)}.rank-*"))
 
 

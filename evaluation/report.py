@@ -16,7 +16,7 @@ STYLE, SCRIPT = (Path(__file__).with_name(f"report.{suffix}").read_text(encoding
 LAYOUT = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
 LOADER = jinja2.FileSystemLoader(Path(__file__).parent)
 ENVIRONMENT = jinja2.Environment(loader=LOADER, autoescape=True, undefined=jinja2.StrictUndefined, **LAYOUT)
-SHADES = 8  # of a confusion table: the classes shade-1 to shade-8 of report.css
+SHADES = 8  # shades of a confusion table: the classes shade-1 to shade-8 of report.css
 MEDIA_TYPES = {".mp3": "audio/mpeg", ".jpg": "image/jpeg"}
 
 

@@ -27,7 +27,7 @@ TOO_LONG = "(too long)"  # stands for an answer that is not aligned; no normaliz
 
 RESAMPLES = 1_000
 REPEATING = 2.4  # `compression_ratio_threshold` of openai/whisper's transcribe.py
-# Answers are classes if there are at most so many, each of at most so many words, and at least so many rows for each.
+# When answers are classes: the most classes, the most words of a class, and the fewest rows for each class.
 CLOSED_CLASSES, CLOSED_WORDS, CLOSED_ROWS = 20, 3, 2
 
 AS_GIVEN = "as given"  # the arm of predictions.jsonl
@@ -39,7 +39,7 @@ FIELDS = {"row": ((int,), "an int from 0"), "media": ((list, NONE), "a list of s
 FIELDS |= dict.fromkeys(("place", "text", "pred_text", "error"), ((str,), "a string"))
 FIELDS |= dict.fromkeys(("group", "audio_filepath", "prompt"), ((str, NONE), "a string or null"))
 FIELDS |= dict.fromkeys(("duration", "time"), ((float, int, NONE), "seconds or null"))
-OPTIONAL = ("pred_text", "error", "prompt", "media")  # it has one of the first two; the report shows the others
+OPTIONAL = ("pred_text", "error", "prompt", "media")  # a line has one of the first two; the report shows the others
 MAX_SECONDS = 10_000_000  # the greatest `duration` and `time`: four months
 
 
@@ -75,7 +75,7 @@ class Comparison:
     answer: str | None  # normalized; None if the row failed, TOO_LONG if it is not aligned
     pairs: list[tuple[str, str]] = field(default_factory=list)  # see [`align`]; empty if the row is not aligned
     character_errors: int = 0
-    too_long: bool = False  # to be aligned: all words of the reference count as deleted
+    too_long: bool = False  # no alignment; all words of the reference count as deleted
 
     @property
     def failed(self) -> bool:
@@ -92,7 +92,7 @@ class Comparison:
 
     @cached_property
     def edits(self) -> Counter:
-        """How many pairs there are of each of [`edit_of`]."""
+        """The number of pairs for each result of [`edit_of`]."""
         return Counter(deleted=self.words) if self.too_long else Counter(edit_of(*pair) for pair in self.pairs)
 
     @property
@@ -120,7 +120,7 @@ def compare(prediction: dict) -> Comparison:
 
 
 def is_repeating(answer: str) -> bool:
-    """Whether an answer compresses as only one that repeats itself does, by Whisper's rule."""
+    """Whether an answer repeats itself, by Whisper's rule: it compresses too well."""
     data = answer.encode("utf-8", errors="replace")
     return len(data) / len(zlib.compress(data)) > REPEATING
 

@@ -5,7 +5,7 @@ from dataclasses import field, fields
 from pathlib import Path
 
 
-HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # the Hub's client checks an id again, by more rules
+HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # the Hub's client knows more rules, and checks again
 
 
 def setting(default, help: str, **more):

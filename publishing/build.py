@@ -86,7 +86,7 @@ def build(
 
 
 def plan_folder(base, audio_encoder, checkpoint, adapter, projector, audio_tokens, seed) -> BuildParts:
-    """Reads the parts, whose tensors have to be the model's. The arguments are those of [`build`]."""
+    """Reads the parts, and compares their tensors with the model's. The arguments are those of [`build`]."""
     check_audio_tokens(audio_tokens or "fixed")
     if checkpoint:
         origin = resolve(checkpoint)
@@ -119,7 +119,7 @@ def write_folder(parts: BuildParts, target: Path) -> Path:
         except OSError as error:  # the target is there and not empty
             raise ValueError(f"{target} was made by another build in the meantime.") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # what an error left
+        shutil.rmtree(unfinished, ignore_errors=True)  # what is left after an error
 
 
 def write_small_files(parts: BuildParts, folder: Path):

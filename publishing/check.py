@@ -19,7 +19,7 @@ from publishing.checkpoints import find_problems, stored_tensors
 from publishing.paths import CHECKSUMS, ROOT, check_content, files_of, is_inside, own_class, read_checksums
 
 
-# Bytes of the files that are read whole, of strangers as well; all files that fit a name count together.
+# The greatest size in bytes of files that are read whole, also those of strangers. Files that fit one name are summed.
 LARGEST = {"README.md": 2**18, "config.json": 2**20, CHECKSUMS: 2**20}
 LARGEST |= {"manifest.json": 2**20, "scores.json": 2**24, "predictions*.jsonl": 2**28}
 

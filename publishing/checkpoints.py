@@ -21,7 +21,7 @@ from publishing.paths import is_inside, write_json
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 PROJECTOR = "model.audio_projector.weight"
 MARKERS = "audio_markers.weight"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # the key is safetensors' name
 MAX_SHARD_SIZE = "5GB"
 CHUNK = 2**22  # bytes in memory at a time
 WRITE = 2**16  # bytes written at a time: Linux takes longer for the same bytes in larger pieces
@@ -29,7 +29,7 @@ WRITE = 2**16  # bytes written at a time: Linux takes longer for the same bytes 
 # Published checkpoints have the tensor names of older transformers. The rules leave current names unchanged.
 BASE_NAMES = ((r"^visual\.", "model.visual."), (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."))
 ENCODER_NAMES = ((r"^(?:model\.)?encoder\.", "model.audio_encoder."),)  # of Whisper only the encoder is used
-# Trained checkpoints of this model's first layout.
+# The rules for trained checkpoints of this model's first layout.
 ADAPTER_NAMES = (*BASE_NAMES, (r"^audio_(?=encoder\.|projector\.)", "model.audio_"))
 
 
@@ -45,7 +45,7 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """Lists the tensors of a checkpoint. A ValueError names a file that is missing, damaged, or outside of the folder."""
+    """Lists the tensors of a checkpoint. A ValueError names a file that is missing, damaged, or not in the folder."""
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     tensors = []
@@ -134,7 +134,7 @@ def find_problems(plan: dict[str, StoredTensor | torch.Tensor], expected: dict[s
 
 
 def read_bytes(tensor: StoredTensor | torch.Tensor, dtype: torch.dtype, rows: slice = slice(None)) -> Iterator[bytes]:
-    """The bytes of a tensor, or of some of its rows, in `dtype`, a chunk at a time."""
+    """Yields the bytes of a tensor, or of some of its rows, converted to `dtype`, a chunk at a time."""
     if isinstance(tensor, torch.Tensor):
         yield tensor[rows].to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
         return
@@ -170,7 +170,7 @@ def replace_rows(chunks: Iterator[bytes], rows: dict[int, bytes]) -> Iterator[by
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], contents: dict[str, Iterator[bytes]]) -> str:
     """
     Writes a safetensors file from a stream; the library's own writer holds all of it in memory. `tensors` has shapes
-    and dtypes by name (meta tensors do), `contents` the bytes of each. Returns the file's SHA-256.
+    and dtypes by name (meta tensors suffice), `contents` the bytes of each. Returns the file's SHA-256.
     """
     safetensors_names = {dtype: name for name, dtype in DTYPES.items()}
     header, offset = {"__metadata__": {"format": "pt"}}, 0
@@ -200,7 +200,7 @@ def write_weights(
 ) -> dict[str, str]:
     """
     Writes `model.safetensors`, or shards of at most `MAX_SHARD_SIZE` with their index. `tensors` has the shapes and
-    dtypes of the model by name (meta tensors do), `plan` where the content of each comes from, and `marker_rows` the
+    dtypes of the model by name (meta tensors suffice), `plan` where the content of each comes from, `marker_rows` the
     bytes of rows of the embeddings, by number, that replace those of the plan. Returns the SHA-256 of each safetensors
     file by its name.
     """

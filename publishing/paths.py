@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKSUMS = "SHA256SUMS"  # of every other file of a folder, as `sha256sum --check` reads them
+CHECKSUMS = "SHA256SUMS"  # has a line for every other file of a folder, as `sha256sum --check` reads it
 
 
 class Origin(NamedTuple):
@@ -134,6 +134,6 @@ def only_run(folder: str | Path, option: str, is_main_process: bool = True):
 
 
 def silence_peft():
-    """Is called before peft is imported: its bitsandbytes warns on a CPU, and it uses a deprecated name itself."""
+    """Silences what peft warns of: bitsandbytes on a CPU, and a deprecated name. Call it before peft is imported."""
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

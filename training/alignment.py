@@ -26,7 +26,7 @@ def warp(cost: np.ndarray) -> np.ndarray:
     Dynamic time warping (Sakoe and Chiba, 1978, https://doi.org/10.1109/TASSP.1978.1163055): cost, float
     `(tokens, rows)` -> int `(tokens,)`, the row at which each token begins on the cheapest path that never goes back.
     """
-    tokens, rows = _dynamic_time_warping(cost)  # of each step of the path
+    tokens, rows = _dynamic_time_warping(cost)  # the two places of each step of the path
     return rows[np.diff(tokens, prepend=-1) > 0]
 
 

@@ -19,12 +19,12 @@ from training.alignment import Aligner, Span
 from training.arguments import Arguments
 
 
-RIDGE = 1e-3  # is multiplied by the mean of the diagonal
+RIDGE = 1e-3  # times the mean of the diagonal
 FIRST_OF_ENCODER = "model.audio_encoder.conv1.weight"
 
 
 class Ridge:
-    """Ridge regression of rows `(d_model,)` onto embeddings `(hidden_size,)`, in memory that does not grow."""
+    """Ridge regression of rows `(d_model,)` onto embeddings `(hidden_size,)`, in constant memory."""
 
     def __init__(self, d_model: int, hidden_size: int):
         self.products = torch.zeros(d_model, d_model, dtype=torch.float64)
@@ -47,7 +47,7 @@ class Ridge:
         """
         ridge = RIDGE * self.products.diagonal().mean() * torch.eye(len(self.products), dtype=torch.float64)
         weight = torch.linalg.solve(self.products + ridge, self.targets)
-        energy = (weight * (self.products @ weight)).sum()  # of the rows that it makes
+        energy = (weight * (self.products @ weight)).sum()  # the energy of the rows that the weight makes
         explained = 2 * (weight * self.targets).sum() - energy
         return (weight * (self.energy / energy).sqrt()).T.float().contiguous(), float(explained) / self.energy
 
@@ -87,7 +87,7 @@ def fit_projector(
 
 
 def read_clips(processor, dataset, collator: ChatCollator) -> Iterator[tuple[torch.Tensor, int, str]]:
-    """Yields window, rows and transcript of each row with one clip of one window whose answer says what is said."""
+    """Yields window, number of rows and transcript of each row of data with one clip in one window and a transcript."""
     for row in dataset:
         text = answer_text(collator.messages(row)[-1]["content"])
         inputs = collator.inputs(row, "trimmed") if text.strip() else {}

@@ -25,7 +25,7 @@ On several GPUs or machines: `accelerate launch [--config_file training/fsdp-8-g
 arguments of transformers' TrainingArguments can be given, such as `--bf16` or `--per-device-train-batch-size 4`;
 `--help-all` lists them. Underscores do as well as dashes.
 """
-# Expressions in the source that are no literals.
+# The values of expressions in the source that are no literals.
 KNOWN = {"trainer_log_levels.keys()": ["detail", "debug", "info", "warning", "error", "critical", "passive"]}
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 LEARNING_RATES = {"align": None, "projector": 1e-3, "lora": 2e-4}  # by stage

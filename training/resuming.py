@@ -11,7 +11,7 @@ from training.arguments import Arguments
 from training.rows import describe_data, list_changes
 
 
-SECONDS_FILE = "seconds.json"  # of a checkpoint: how long training took up to it
+SECONDS_FILE = "seconds.json"  # says how long training took up to a checkpoint
 # What a run that goes on has in common with the one that was interrupted, beside the content of the data.
 SAME = ("model", "stage", "data", "audio_column", "text_column", "instruction", "audio_tokens", "train_markers")
 SAME += ("adapter", "lora_r", "lora_alpha", "learning_rate", "projector_learning_rate", "seed", "max_steps")

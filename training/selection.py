@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 
 def map_rows(dataset, function: Callable[[dict], object], args: Arguments) -> list:
-    """`function` of every row, in order: rows are shared among processes and their data loader workers."""
+    """Calls a function on every row, shared among processes and their data loader workers. The results are in order."""
     mine = range(args.process_index, len(dataset), args.world_size)
     workers = args.dataloader_num_workers
     loader = DataLoader(Subset(dataset, mine), batch_size=None, collate_fn=function, num_workers=workers)
@@ -43,7 +43,7 @@ def select_rows(dataset, collator: ChatCollator, args: Arguments):
             return str(error)
 
     if isinstance(dataset, IterableDataset):
-        return leave_out_bad_rows(dataset, measure) if args.skip_bad_rows else dataset  # else training refuses them
+        return leave_out_bad_rows(dataset, measure) if args.skip_bad_rows else dataset  # training refuses others
     lengths = map_rows(dataset, measure, args)
     good = [index for index, length in enumerate(lengths) if not isinstance(length, str)]
     if bad := [error for error in lengths if isinstance(error, str)]:
