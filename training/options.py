@@ -1,6 +1,6 @@
-"""The command line of training. Its options are read from source text, because importing them takes seconds."""
+"""The command line of training. Options of transformers are read from its source: its import takes seconds."""
 
-from __future__ import annotations
+from __future__ import annotations  # `settings_of` reads them as text
 
 import ast
 import difflib
@@ -43,8 +43,8 @@ class Options:
     data: list[str] | None = setting(None, "JSON lines, or a folder or id of `datasets` (ID[:SPLIT]), with `messages`")
     eval: list[str] | None = setting(None, "the same, for loss, word and character error rate")
     streaming: bool = setting(False, "read --data as it is needed; set --max-steps as well")
-    audio_column: str | None = setting(None, "of recordings with transcripts, not `messages`")
-    text_column: str | None = setting(None, "of their transcripts")
+    audio_column: str | None = setting(None, "column of recordings with transcripts, instead of `messages`")
+    text_column: str | None = setting(None, "column of their transcripts")
     instruction: str | None = setting(None, "what is asked about each of them (default: Transcribe the audio.)")
     skip_bad_rows: bool = setting(False, "leave out rows that cannot be used, naming them")
     audio_tokens: str | None = setting(None, "both: drawn for each batch (default: the model's)", choices=AUDIO_TOKENS)
@@ -54,11 +54,11 @@ class Options:
     lora_alpha: int = setting(32, "scale of LoRA, over its rank")
     lora_dropout: float = setting(0.05, "dropout of LoRA's inputs")
     load_in_4bit: bool = setting(False, "hold the language model in 4 bits (bitsandbytes)")
-    attn_implementation: str | None = setting(None, "of transformers; on a CPU eager is faster (default: sdpa)")
+    attn_implementation: str | None = setting(None, "eager is faster on a CPU than the default, sdpa")
     encoder_cache: str | None = setting(None, "folder that keeps the audio encoder's outputs")
     export: str | None = setting(None, "folder for the whole model, LoRA merged, at the end")
     max_new_tokens: int = setting(256, "length of an answer to --eval")
-    projector_learning_rate: float | None = setting(None, "of the projector beside LoRA (default: --learning-rate)")
+    projector_learning_rate: float | None = setting(None, "for the projector beside LoRA (default: --learning-rate)")
 
     learning_rate: float | None = setting(None, "1e-3 for the projector, 2e-4 with LoRA")
     length_column_name: str | None = setting(None, "number in the rows that groups them (default: tokens are counted)")
