@@ -9,12 +9,12 @@ Base weights -> repository folder -> Hub.
     upload.py smoke REPO            for CI: pull from the Hub into an empty cache, and ask about the examples
 """
 
-import argparse
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from publishing.arguments import HUB_ID, check_build, require_source
-from publishing.paths import files_of
+from publishing.paths import files_of, print_table
 
 
 # The commands check their arguments first, and then import torch and transformers, which takes seconds.
@@ -50,10 +50,9 @@ def check_source(repo: str, revision: str | None, trust_code: bool):
 
 
 def push_folder(folder: Path, repo: str, results: Path | None, trust_code: bool, **options):
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}; `upload.py build` makes one.")
-    if results is not None and not results.is_dir():
-        raise ValueError(f"There is no folder {results}; `python -m evaluation predict` makes one.")
+    for path, tool in ((folder, "upload.py build"), (results, "python -m evaluation predict")):
+        if path is not None and not path.is_dir():
+            raise ValueError(f"There is no folder {path}; `{tool}` makes one.")
     from publishing.hub import push
 
     if results is not None:
@@ -80,14 +79,8 @@ def ask_source(repo: str, revision: str | None):
     print(json.dumps(ask(repo, revision)))
 
 
-def print_table(table: dict[str, str]):
-    print("\n".join(f"{topic:<30} {value}" for topic, value in table.items()))
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="upload.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser("upload.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="base weights -> repository folder")
     command.set_defaults(run=build_folder)
@@ -97,8 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     command.add_argument("--projector", metavar="FILE", help="trained audio_projector.weight, safetensors or .pt")
     command.add_argument("--adapter", metavar="DIR_OR_ID", help="trained checkpoint of the whole model")
-    kinds = ("fixed", "trimmed")
-    command.add_argument("--audio-tokens", choices=kinds, help="default: what the model was trained with, or fixed")
+    command.add_argument("--audio-tokens", choices=("fixed", "trimmed"), help="default: as it was trained, or fixed")
     command.add_argument("--seed", type=int, default=0, help="seed of an untrained projector (default: 0)")
     for name, run, help in (
         ("check", check_source, "does a folder or Hub id load and answer, are its files complete and unchanged"),
@@ -117,9 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("repo", metavar="REPO")
     command.add_argument("--revision", help="branch to commit to; made if it is not there")
     command.add_argument("--pr", action="store_true", help="open a pull request instead of committing")
-    command.add_argument(
-        "--results", type=Path, metavar="DIR", help="from `python -m evaluation`; scores go into the card"
-    )
+    command.add_argument("--results", type=Path, metavar="DIR", help="of `python -m evaluation`; shown in the card")
     command.add_argument("--trust-code", action="store_true", help="push code that is not this checkout's")
     command.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     return parser

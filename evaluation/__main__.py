@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from evaluation.settings import Settings, option_of
-from publishing.paths import silence_bitsandbytes
+from publishing.paths import silence_peft
 
 
 def main(arguments: list[str] | None = None):
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None):
     scorer.add_argument("folder", metavar="DIR", help="what predict wrote")
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
-    silence_bitsandbytes()  # before transformers imports it
+    silence_peft()  # before transformers imports it
     try:
         if command == "predict":
             Settings(**options)  # refuses wrong options before the slow imports

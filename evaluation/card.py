@@ -45,19 +45,12 @@ def write_section(scores: dict, manifest: dict) -> str:
 
 def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
     """
-    Reads predictions of the model in a folder, and scores them again.
-
-    Returns:
-        The manifest of the predictions, and their scores.
-
-    Raises:
-        ValueError: if the predictions are not all there or too large, are of other weights than those of the folder,
-            or give other scores than those beside them.
+    Reads predictions of the model in a folder, and scores them again. Returns their manifest and their scores. Raises a
+    ValueError if they are not all there or too large, are of other weights than those of the folder, or give other
+    scores than those beside them.
     """
     if missing := [name for name in ("manifest.json", "scores.json") if not (results / name).is_file()]:
-        raise ValueError(
-            f"{results} has no {' and no '.join(missing)}; `python -m evaluation predict` and `score` write them"
-        )
+        raise ValueError(f"{results} has no {' and no '.join(missing)}; `python -m evaluation` writes them")
     check_sizes(results)
     manifest, stored = (json.loads((results / name).read_text()) for name in ("manifest.json", "scores.json"))
     predicted, weights = manifest["model"]["weights"], weights_of(folder)
@@ -66,10 +59,8 @@ def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
     predictions = read_folder(results)
     rows = len(predictions[AS_GIVEN])
     if manifest["rows"] != rows:
-        whole = f"{manifest['rows']} rows" if manifest["rows"] else "an unfinished run"
-        raise ValueError(
-            f"{results} has {rows} predictions of {whole}; run `python -m evaluation predict` again, which goes on"
-        )
+        run = f"{manifest['rows']} rows" if manifest["rows"] else "an unfinished run"
+        raise ValueError(f"{results} has {rows} predictions of {run}; `python -m evaluation predict` goes on with it")
     scores = json.loads(json.dumps(score_arms(predictions)))
     if difference := first_difference(stored.get("arms"), scores["arms"]):
         place, says, gives = difference
@@ -87,12 +78,7 @@ def first_difference(one, other, place: str = "") -> tuple | None:
 
 
 def add_results(folder: Path, results: Path):
-    """
-    Copies predictions into a folder, and writes their scores into its card.
-
-    Raises:
-        ValueError: as [`read_results`], before anything is written.
-    """
+    """Copies predictions into a folder, and their scores into its card, unless [`read_results`] raises an error."""
     manifest, scores = read_results(folder, results)
     shutil.rmtree(folder / EVALUATION, ignore_errors=True)
     (folder / EVALUATION).mkdir()
@@ -107,10 +93,8 @@ def add_results(folder: Path, results: Path):
 
 def check_results(folder: Path) -> str:
     """
-    Scores the predictions of a folder again, and returns what was compared.
-
-    Raises:
-        ValueError: if the card's figures are not those that the predictions give, or as [`read_results`].
+    Scores the predictions of a folder again, and returns what was compared. Raises a ValueError if the card's figures
+    are not those that the predictions give, or as [`read_results`].
     """
     card = ModelCard.load(folder / "README.md")
     manifest, scores = read_results(folder, folder / EVALUATION)

@@ -21,11 +21,8 @@ from publishing.paths import load_processor
 
 def load(repo: str | Path, dtype: str | torch.dtype = "auto", audio_tokens: str | None = None) -> tuple:
     """
-    Loads a folder or a Hub id to answer with: `(processor, model)`, the model on the CPU.
-
-    Args:
-        dtype: A torch dtype or its name, or "auto": the one in which the weights are stored.
-        audio_tokens: "fixed" or "trimmed". The default is the model's.
+    Loads `(processor, model)` of a folder or a Hub id, the model on the CPU. `dtype` is one of torch
+    or its name, or "auto", as stored. `audio_tokens` is "fixed" or "trimmed"; the default is that of the model.
     """
     processor = load_processor(repo, audio_tokens)
     return processor, AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=dtype).eval()
@@ -61,10 +58,7 @@ class LocalModel:
 
 
 class Server:
-    """
-    Answers by a server with OpenAI's API, such as `vllm serve`, which is sent `batch_size` requests at a time. Raises
-    ConnectionError if it does not answer, at the start or later.
-    """
+    """Answers by a server with OpenAI's API, `batch_size` requests at a time. Raises ConnectionError if it is down."""
 
     device, dtype = "of the server", "of the server"
 
@@ -82,7 +76,7 @@ class Server:
         self.name = name or served[0]
 
     def __call__(self, conversations: list[list[dict]]) -> Iterator[tuple[int, str | Exception, float]]:
-        """Yields what [`LocalModel`] does; seconds since the last answer, so that their sum is the time of all."""
+        """Yields the same as [`LocalModel`], with the seconds since the last answer: their sum is the time of all."""
         with ThreadPoolExecutor(self.batch_size) as pool:
             last = time.perf_counter()
             futures = {pool.submit(self.answer, messages): index for index, messages in enumerate(conversations)}
@@ -109,16 +103,17 @@ def openai_content(content):
 
 
 def openai_item(item: dict) -> dict:
+    if item["type"] not in ("audio", "image"):
+        return item
     file = io.BytesIO()
     if item["type"] == "audio":
         write_sound(item["audio"], file, "wav", "pcm_f32le")
-        data = base64.b64encode(file.getvalue()).decode()
-        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
-    if item["type"] == "image":
+    else:
         item["image"].save(file, "PNG")
-        data = base64.b64encode(file.getvalue()).decode()
-        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
-    return item
+    data = base64.b64encode(file.getvalue()).decode()
+    if item["type"] == "audio":
+        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
 def write_sound(samples: np.ndarray, file, container: str, codec: str):

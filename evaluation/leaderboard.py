@@ -24,7 +24,7 @@ class LeaderboardNormalizer(EnglishTextNormalizer):
     def __init__(self, rule: dict):
         super().__init__(rule["spellings"])
         self.ignore_patterns = rf"\b({'|'.join(rule['hesitations'])})\b"
-        # It stands where Whisper's rule for every 's stood, because the order of the replacers matters.
+        # The new rule takes the place of Whisper's rule for every 's, because the order of the replacers matters.
         is_rule = (rf"\b({'|'.join(rule['words_before_is'])})'s\b", r"\1 is")
         self.replacers = dict(is_rule if pair[0] == r"'s\b" else pair for pair in self.replacers.items())
         numbers, spellings = self.standardize_numbers, self.standardize_spellings

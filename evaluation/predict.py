@@ -1,7 +1,4 @@
-"""
-Data -> questions -> predictions. A folder of results has `predictions.jsonl`, `predictions-ARM.jsonl` for each arm,
-`manifest.json` with everything that they depend on, and what the report plays and shows, `media/`.
-"""
+"""Data -> questions -> predictions in a folder; docs/evaluation.md has the files that it holds."""
 
 import importlib.metadata
 import itertools
@@ -11,10 +8,8 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import datasets
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import set_seed
 from transformers.utils import logging
 
 from collator import ChatCollator
@@ -24,8 +19,7 @@ from evaluation.questions import Question, Questions, check_groups
 from evaluation.scoring import AS_GIVEN, compare, file_of, read_prediction
 from evaluation.settings import Settings
 from publishing.paths import load_processor, only_run, replace_file, resolve, sha256, write_json
-from training.options import columns_of
-from training.rows import changed_data, describe_data, load_rows
+from training.rows import describe_data, list_changes, load_rows
 
 
 logger = logging.get_logger(__name__)
@@ -39,14 +33,9 @@ LASTING = ("model", "columns", "instruction", "group_column", "transcript_column
 
 def predict(repo: str | Path, data: list[str | Path], output: str | Path, **settings) -> Path:
     """
-    Asks a model about every row of the data, and writes every answer into a folder. Started again, it goes on.
-
-    Args:
-        settings: The other fields of [`Settings`].
-
-    Raises:
-        ValueError: if settings exclude each other, the data cannot be read, or the folder belongs to another run.
-        ConnectionError: if the server does not answer.
+    Asks a model about every row of the data, and writes every answer into a folder. Started again, it goes on. The
+    settings are the other fields of [`Settings`]. Raises a ValueError if they exclude each other, the data cannot be
+    read, or the folder belongs to another run, and a ConnectionError if the server does not answer.
     """
     settings = Settings(repo, data, output, **settings)
     resolve(settings.repo, WHOLE_MODEL)  # a model that is not there is reported before the data is read
@@ -56,14 +45,14 @@ def predict(repo: str | Path, data: list[str | Path], output: str | Path, **sett
 
 
 def predict_arms(settings: Settings):
-    set_seed(settings.seed)
     state, folder = PartialState(), settings.output
+    instruction = TRANSCRIBE if settings.instruction is None else settings.instruction
     rows = load_data(settings)
     if state.is_main_process:
-        manifest = make_manifest(settings)
+        manifest = make_manifest(settings, instruction)
         refuse_another_run(folder, manifest)
     processor, model = load_backend(settings)
-    collator = ChatCollator(processor, instruction=instruction_of(settings))
+    collator = ChatCollator(processor, instruction=instruction)
     questions = Questions(rows, collator, settings.group_column, settings.transcript_column)
     if state.is_main_process:
         (folder / "media").mkdir(exist_ok=True)
@@ -81,46 +70,36 @@ def predict_arms(settings: Settings):
 def load_data(settings: Settings):
     """Loads the rows that are asked; refuses groups that cannot be scored before a model is loaded."""
     keep = tuple(filter(None, (settings.group_column, settings.transcript_column)))
-    rows = load_rows(settings.data, settings.streaming, columns_of(settings.audio_column, settings.text_column), keep)
-    if settings.streaming:
-        return rows if settings.limit is None else rows.take(settings.limit)
+    rows = load_rows(settings.data, settings.streaming, settings.columns, keep)
     if settings.limit is not None:
-        rows = rows.select(range(min(settings.limit, len(rows))))
-    if settings.group_column is not None:
+        rows = rows.take(settings.limit if settings.streaming else min(settings.limit, len(rows)))
+    if settings.group_column is not None and not settings.streaming:
         check_groups(rows, settings.group_column)
     return rows
 
 
-def instruction_of(settings: Settings) -> str:
-    return TRANSCRIBE if settings.instruction is None else settings.instruction
-
-
 def load_backend(settings: Settings) -> tuple:
     """Returns the processor and what answers conversations, a [`LocalModel`] or a [`Server`]."""
-    limits = {"batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens}
+    limits = settings.batch_size, settings.max_new_tokens
     if settings.backend == "vllm":
         processor = load_processor(settings.repo, settings.audio_tokens)
-        return processor, Server(settings.url, settings.served_name, **limits)
+        return processor, Server(settings.url, settings.served_name, *limits)
     processor, model = load(settings.repo, settings.dtype, settings.audio_tokens)
-    return processor, LocalModel(processor, model.to(PartialState().device), **limits)
+    return processor, LocalModel(processor, model.to(PartialState().device), *limits)
 
 
 def predict_arm(arm: str, questions: Questions, model: LocalModel | Server, settings: Settings):
-    """Asks what was not asked yet, each process its share of the rows, and merges the answers."""
+    """Asks the rows that have no answer yet, shared among the processes, and merges the answers."""
     state, folder = PartialState(), settings.output
     if state.is_main_process:
         merge(folder, arm)
     state.wait_for_everyone()
     done = rows_done(folder, arm)
-    state.wait_for_everyone()  # before any of them writes
-    rows = (
-        (index, row)
-        for index, row in enumerate(questions.rows)
-        if index % state.num_processes == state.process_index and index not in done
-    )
+    state.wait_for_everyone()  # all have read before one writes
+    mine = itertools.islice(enumerate(questions.rows), state.process_index, None, state.num_processes)
+    rows = ((index, row) for index, row in mine if index not in done)
     name = file_of(arm) + (f".rank-{state.process_index}" if state.process_index else "")
-    is_streamed = isinstance(questions.rows, datasets.IterableDataset)
-    total = settings.limit if is_streamed else len(questions.rows)
+    total = settings.limit if settings.streaming else len(questions.rows)
     with tqdm(desc=arm, total=total, initial=len(done), unit="row", disable=state.process_index > 0) as bar:
         same = write_lines(folder / name, answer_rows(rows, arm, questions, model, settings), arm, bar)
     state.wait_for_everyone()
@@ -142,20 +121,19 @@ def write_lines(path: Path, lines: Iterable[dict | None], arm: str, bar: tqdm) -
                 continue
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-            comparison = compare(line)
-            if comparison.failed:
+            if "error" in line:
                 logger.warning(f"{arm}: {line['error']}")
-            else:
-                errors, words = errors + comparison.word_errors, words + comparison.words
-                bar.set_postfix_str(f"WER {errors / max(words, 1):.1%}", refresh=False)
+                continue
+            comparison = compare(line)
+            errors, words = errors + comparison.word_errors, words + comparison.words
+            bar.set_postfix_str(f"WER {errors / max(words, 1):.1%}", refresh=False)
     return same
 
 
 def answer_rows(
-    rows: Iterable[tuple[int, dict]], arm: str, questions: Questions, model: LocalModel | Server, settings: Settings
+    rows: Iterator[tuple[int, dict]], arm: str, questions: Questions, model: LocalModel | Server, settings: Settings
 ) -> Iterator[dict | None]:
     """Yields the line of each row, in the order of the answers; None for a row that the arm would ask the same."""
-    rows = iter(rows)
     while buffered := list(itertools.islice(rows, BUFFER * settings.batch_size)):
         asked = []
         for index, row in buffered:
@@ -166,30 +144,22 @@ def answer_rows(
                 yield {**line_of(question), "error": question.error}
             else:
                 asked.append(question)
-        asked.sort(key=lambda question: question.duration, reverse=True)  # memory would run out at the start
+        # The longest come first, so that memory runs out at the start or not at all.
+        asked.sort(key=lambda question: question.duration, reverse=True)
         for index, answer, seconds in model([question.messages for question in asked]):
             question = asked[index]
             media = write_media(question, settings.output) if arm == AS_GIVEN and settings.keep_media else []
-            line = line_of(question, media, round(question.duration, 3), round(seconds, 4))
+            line = line_of(question, media, duration=round(question.duration, 3), time=round(seconds, 4))
             failed = isinstance(answer, Exception)
             yield line | ({"error": f"{question.place}: {answer}"} if failed else {"pred_text": answer.strip()})
 
 
-def line_of(
-    question: Question, media: list[str] = (), duration: float | None = None, time: float | None = None
-) -> dict:
+def line_of(question: Question, media: list[str] = (), **seconds: float) -> dict:
     """The line of predictions.jsonl about a question, without its answer or error."""
-    return {
-        "row": question.row,
-        "place": question.place,
-        "group": question.group,
-        "audio_filepath": next((name for name in media if name.endswith(".mp3")), None),
-        "media": list(media),
-        "duration": duration,
-        "time": time,
-        "prompt": question.prompt,
-        "text": question.text,
-    }
+    line = {"row": question.row, "place": question.place, "group": question.group}
+    line["audio_filepath"] = next((name for name in media if name.endswith(".mp3")), None)
+    line |= {"media": list(media), "duration": None, "time": None, **seconds}
+    return {**line, "prompt": question.prompt, "text": question.text}
 
 
 def write_media(question: Question, folder: Path) -> list[str]:
@@ -207,7 +177,7 @@ def write_media(question: Question, folder: Path) -> list[str]:
 
 
 def rank_files(folder: Path, arm: str) -> list[Path]:
-    """What the other processes of a run on several devices wrote; the first one writes into the file itself."""
+    """The files of all processes of a run except the first, which writes into the file of the arm itself."""
     return sorted(folder.glob(f"{file_of(arm)}.rank-*"))
 
 
@@ -238,49 +208,34 @@ def merge(folder: Path, arm: str):
         part.unlink()
 
 
-def make_manifest(settings: Settings) -> dict:
+def make_manifest(settings: Settings, instruction: str) -> dict:
     """Describes everything that the predictions depend on, as far as it is known."""
     origin = resolve(settings.repo)
     patterns = ("*.safetensors", "*.py")
     weights, code = ({file.name: sha256(file) for file in sorted(origin.folder.glob(each))} for each in patterns)
-    columns = columns_of(settings.audio_column, settings.text_column)
+    generation = {name: getattr(settings, name) for name in ("max_new_tokens", "audio_tokens", "batch_size")}
+    as_given = ("columns", "group_column", "transcript_column", "limit", "backend", "command")
     return {
         "model": {"name": origin.name, "revision": origin.commit, "weights": weights, "code": code},
-        "data": describe_data(settings.data, columns),
-        "columns": columns,
-        "instruction": instruction_of(settings),
-        "group_column": settings.group_column,
-        "transcript_column": settings.transcript_column,
+        "data": describe_data(settings.data, settings.columns),
+        "instruction": instruction,
         "arms": [AS_GIVEN, *settings.arms],
-        "limit": settings.limit,
-        "backend": settings.backend,
-        "generation": {
-            "max_new_tokens": settings.max_new_tokens,
-            "do_sample": False,
-            "audio_tokens": settings.audio_tokens,
-            "batch_size": settings.batch_size,
-        },
-        "seed": settings.seed,
+        "generation": {**generation, "do_sample": False},
+        **{name: getattr(settings, name) for name in as_given},
         "processes": PartialState().num_processes,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-        "command": settings.command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": None,
     }
 
 
 def refuse_another_run(folder: Path, manifest: dict):
-    """
-    Raises:
-        ValueError: if the folder holds the predictions of other weights, data or settings.
-    """
+    """Raises a ValueError if the folder holds the predictions of other weights, data or settings."""
     path = folder / "manifest.json"
     if not path.is_file():
         if (folder / file_of(AS_GIVEN)).is_file():
             raise ValueError(f"{folder} holds predictions but no manifest.json; name a new --output.")
         return
-    then, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(manifest))
-    differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in LASTING if then.get(name) != now[name]]
-    if differing := [*differing, *changed_data(then["data"], now["data"])]:
+    if differing := list_changes(json.loads(path.read_text(encoding="utf-8")), manifest, LASTING, "data"):
         raise ValueError(f"{folder} holds the predictions of another run; name a new --output. {'; '.join(differing)}")

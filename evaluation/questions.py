@@ -87,12 +87,11 @@ class Questions:
     @refuse_unreadable()
     def open_messages(self, messages: list[dict]) -> list[dict]:
         """Opens audio and pictures. Whatever a decoder raises becomes a ValueError."""
-        (normalized,), _ = self.collator.processor.normalize_conversations(messages)
-        return [
-            {**message, "content": [*map(self.open_item, content)] if isinstance(content, list) else content}
-            for message in normalized
-            for content in [message["content"]]
-        ]
+        (messages,), _ = self.collator.processor.normalize_conversations(messages)
+        for message in messages:
+            if isinstance(message["content"], list):
+                message["content"] = [self.open_item(item) for item in message["content"]]
+        return messages
 
     def open_item(self, item: dict) -> dict:
         opened = self.collator.processor.open_item(item)
@@ -119,10 +118,9 @@ class Questions:
                 return question.fail(f"{question.place}: no other row has a clip that says something else")
             return question.replace("audio", itertools.cycle(other.items("audio")))
         if len(question.transcripts) != len(clips):
-            return question.fail(
-                f"{question.place}: {len(question.transcripts)} transcripts for {len(clips)} clips; the arm `text` "
-                "needs one for each, in the column that --transcript-column names"
-            )
+            counts = f"{len(question.transcripts)} transcripts for {len(clips)} clips"
+            need = "the arm `text` needs one for each, in the column that --transcript-column names"
+            return question.fail(f"{question.place}: {counts}; {need}")
         return question.replace("audio", ({"type": "text", "text": text} for text in question.transcripts))
 
     def other(self, question: Question) -> Question | None:

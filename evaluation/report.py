@@ -8,38 +8,23 @@ from pathlib import Path
 
 import jinja2
 
-from evaluation.scoring import (
-    AS_GIVEN,
-    MAX_CHARACTERS,
-    Comparison,
-    compare,
-    edit_of,
-    read_folder,
-    summarize_arms,
-)
+from evaluation.scoring import AS_GIVEN, MAX_CHARACTERS, Comparison, compare, edit_of, read_folder, summarize_arms
 from publishing.paths import replace_file, write_json
 
 
 STYLE, SCRIPT = (Path(__file__).with_name(f"report.{suffix}").read_text(encoding="utf-8") for suffix in ("css", "js"))
-ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-    undefined=jinja2.StrictUndefined,
-)
-SHADES = 8  # of a confusion table: the classes shade-1 to shade-8 of report.css
+LAYOUT = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+LOADER = jinja2.FileSystemLoader(Path(__file__).parent)
+ENVIRONMENT = jinja2.Environment(loader=LOADER, autoescape=True, undefined=jinja2.StrictUndefined, **LAYOUT)
+SHADES = 8  # shades of a confusion table: the classes shade-1 to shade-8 of report.css
 MEDIA_TYPES = {".mp3": "audio/mpeg", ".jpg": "image/jpeg"}
 
 
 def score_folder(folder: str | Path) -> dict:
     """
-    Scores the predictions of a folder, and writes `scores.json` and `report.html` into it.
-
-    Raises:
-        ValueError: if the predictions are not as `scoring.read_folder` needs them.
-        FileNotFoundError: if there is no `manifest.json`. A missing media file is named on the page instead.
+    Scores the predictions of a folder, and writes `scores.json` and `report.html` into it. Raises a ValueError if the
+    predictions are not as [`read_folder`] needs them, and a FileNotFoundError if there is no `manifest.json`. A missing
+    media file is named on the page instead.
     """
     folder = Path(folder)
     arms = {arm: [compare(row) for row in rows] for arm, rows in read_folder(folder).items()}
@@ -51,11 +36,8 @@ def score_folder(folder: str | Path) -> dict:
 
 def write_page(folder: Path, arms: dict[str, list[Comparison]], scores: dict, limit: int = 200) -> Path:
     """
-    Writes `report.html`: scores, confusions, and the worst rows of the arm "as given" with their audio and pictures.
-
-    Args:
-        folder: Holds `manifest.json`, and the media that the predictions name.
-        limit: The greatest number of rows, because each carries its media.
+    Writes `report.html`: scores, confusions, and the worst rows of the arm "as given", at most `limit`, because each
+    carries its audio and pictures. The folder holds `manifest.json`, and the media that the predictions name.
     """
     rows = sorted(arms[AS_GIVEN], key=lambda row: row.badness, reverse=True)  # stable: ties keep the order of the data
     others = {arm: {other.prediction["row"]: other for other in arms[arm]} for arm in arms if arm != AS_GIVEN}
@@ -112,8 +94,8 @@ def lines_of(value) -> str:
 
 def facts_of(prediction: dict) -> str:
     duration, time = prediction["duration"], prediction["time"]
-    facts = [f"{duration:.1f} s of audio"] if duration else []
-    return ", ".join([*facts, *([] if time is None else [f"answered in {time:.2f} s"])])
+    facts = [f"{duration:.1f} s of audio" if duration else "", "" if time is None else f"answered in {time:.2f} s"]
+    return ", ".join(filter(None, facts))
 
 
 def open_media(folder: Path, prediction: dict) -> list[dict]:

@@ -1,7 +1,4 @@
-"""
-Predictions -> scores: word and character error rates by the rule of the Open ASR Leaderboard, and accuracy where the
-answers are classes. Needs no model.
-"""
+"""Predictions -> scores: error rates by the rule of the Open ASR Leaderboard, accuracy of classes. Needs no model."""
 
 import json
 import math
@@ -30,7 +27,7 @@ TOO_LONG = "(too long)"  # stands for an answer that is not aligned; no normaliz
 
 RESAMPLES = 1_000
 REPEATING = 2.4  # `compression_ratio_threshold` of openai/whisper's transcribe.py
-# Answers are classes if there are at most so many, each of at most so many words, and at least so many rows for each.
+# When answers are classes: the most classes, the most words of a class, and the fewest rows for each class.
 CLOSED_CLASSES, CLOSED_WORDS, CLOSED_ROWS = 20, 3, 2
 
 AS_GIVEN = "as given"  # the arm of predictions.jsonl
@@ -42,7 +39,7 @@ FIELDS = {"row": ((int,), "an int from 0"), "media": ((list, NONE), "a list of s
 FIELDS |= dict.fromkeys(("place", "text", "pred_text", "error"), ((str,), "a string"))
 FIELDS |= dict.fromkeys(("group", "audio_filepath", "prompt"), ((str, NONE), "a string or null"))
 FIELDS |= dict.fromkeys(("duration", "time"), ((float, int, NONE), "seconds or null"))
-OPTIONAL = ("pred_text", "error", "prompt", "media")  # it has one of the first two; the report shows the others
+OPTIONAL = ("pred_text", "error", "prompt", "media")  # a line has one of the first two; the report shows the others
 MAX_SECONDS = 10_000_000  # the greatest `duration` and `time`: four months
 
 
@@ -78,7 +75,7 @@ class Comparison:
     answer: str | None  # normalized; None if the row failed, TOO_LONG if it is not aligned
     pairs: list[tuple[str, str]] = field(default_factory=list)  # see [`align`]; empty if the row is not aligned
     character_errors: int = 0
-    too_long: bool = False  # to be aligned: all words of the reference count as deleted
+    too_long: bool = False  # no alignment; all words of the reference count as deleted
 
     @property
     def failed(self) -> bool:
@@ -95,7 +92,7 @@ class Comparison:
 
     @cached_property
     def edits(self) -> Counter:
-        """How many pairs there are of each of [`edit_of`]."""
+        """The number of pairs for each result of [`edit_of`]."""
         return Counter(deleted=self.words) if self.too_long else Counter(edit_of(*pair) for pair in self.pairs)
 
     @property
@@ -123,7 +120,7 @@ def compare(prediction: dict) -> Comparison:
 
 
 def is_repeating(answer: str) -> bool:
-    """Whether an answer compresses as only one that repeats itself does, by Whisper's rule."""
+    """Whether an answer repeats itself, by Whisper's rule: it compresses too well."""
     data = answer.encode("utf-8", errors="replace")
     return len(data) / len(zlib.compress(data)) > REPEATING
 
@@ -135,20 +132,15 @@ def is_closed(references: list[str]) -> bool:
     """
     said = [reference for reference in references if reference not in NOTHING_SAID]
     classes = set(said)
-    return (
-        0 < len(classes) <= CLOSED_CLASSES
-        and all(len(name.split()) <= CLOSED_WORDS for name in classes)
-        and len(said) >= CLOSED_ROWS * len(classes)
-    )
+    are_few = 0 < len(classes) <= CLOSED_CLASSES and len(said) >= CLOSED_ROWS * len(classes)
+    return are_few and all(len(name.split()) <= CLOSED_WORDS for name in classes)
 
 
 def score(rows: list[dict], seed: int = 0) -> dict:
     """
-    Scores the rows of one arm, or of one group of it. Failed rows are only counted. A rate of no rows is None.
-
-    Args:
-        rows: Lines of predictions.jsonl; see [`read_predictions`]. Only `text`, and `pred_text` or `error`, are needed.
-        seed: Seed of the bootstrap: the same rows and seed give the same intervals.
+    Scores the rows of one arm, or of one group of it, which are lines of predictions.jsonl (see [`read_predictions`]);
+    only `text`, and `pred_text` or `error`, are needed. Failed rows are only counted. A rate of no rows is None. The
+    same rows and seed give the same intervals.
 
     Returns:
         `rows`, `failed`, `words` (of the references), `insertions`, `deletions` and `substitutions` (words): counts.
@@ -173,11 +165,9 @@ def summarize(comparisons: list[Comparison], seed: int) -> dict:
     answered = [row for row in comparisons if not row.failed]
     said = [row for row in answered if row.reference not in NOTHING_SAID]
     silent = [row for row in answered if row.reference in NOTHING_SAID]
-    wer, cer, accuracy = intervals(
-        errors=[(row.word_errors, row.character_errors, row.answer == row.reference) for row in said],
-        lengths=[(row.words, len(row.reference), 1) for row in said],
-        seed=seed,
-    )
+    errors = [(row.word_errors, row.character_errors, row.answer == row.reference) for row in said]
+    lengths = [(row.words, len(row.reference), 1) for row in said]
+    wer, cer, accuracy = intervals(errors, lengths, seed)
     edits = sum((row.edits for row in said), Counter())
     scores = {
         "rows": len(comparisons),
@@ -226,12 +216,10 @@ def intervals(errors: list[tuple], lengths: list[tuple], seed: int) -> list[dict
     # How often a resample draws each row, times the table: (6,).
     draws = (np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(RESAMPLES))
     sums = np.array([table.sum(0), *(times @ table for times in draws)])  # (1 + resamples, 6)
-    value, *rates = sums[:, :3] / sums[:, 3:]
-    low, high = np.quantile(rates, [0.025, 0.975], axis=0)  # (3,) each
-    return [
-        dict(zip(("value", "low", "high"), map(float, rate), strict=True))
-        for rate in zip(value, low, high, strict=True)
-    ]
+    value, *resampled = sums[:, :3] / sums[:, 3:]
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)  # (3,) each
+    rates = np.array([value, low, high]).T.tolist()
+    return [dict(zip(("value", "low", "high"), rate, strict=True)) for rate in rates]
 
 
 def confuse(comparisons: list[Comparison]) -> dict:
@@ -252,7 +240,7 @@ def score_arms(predictions: dict[str, list[dict]], seed: int = 0) -> dict:
 def summarize_arms(arms: dict[str, list[Comparison]], seed: int = 0) -> dict:
     """
     Returns `rule`, and `arms`: for each arm its scores over "all" rows, and over those of each group, if it has any.
-    Raises ValueError if a group is named "all".
+    Raises a ValueError if a group is named "all".
     """
     scores = {}
     for arm, comparisons in arms.items():
@@ -272,24 +260,18 @@ def read_predictions(path: str | Path) -> list[dict]:
     Reads a file of predictions. A line has `row` (its number, from 0), `place` (its file and line), `group`,
     `audio_filepath`, `duration` and `time` (seconds, at most 10,000,000), `text` (the reference), and `pred_text` (the
     answer) or, if it failed, `error`. It may have `prompt` and `media`, the names of files, which the report shows.
-
-    Raises:
-        ValueError: if a line is no JSON object, lacks one of the other keys, has another type there, or has the `row`
-            of a line before it. The message begins with file and line.
+    Raises a ValueError, which begins with file and line, if a line is no JSON object, lacks one of the other keys, has
+    another type there, or has the `row` of a line before it.
     """
-    rows, seen = [], {}
-    lines = Path(path).read_bytes().split(b"\n")
-    if not lines[-1]:
-        lines.pop()  # nothing follows the last newline
-    for number, line in enumerate(lines, start=1):
-        row = read_prediction(line, f"{path}:{number}")
-        if row["row"] in seen:
-            raise ValueError(
-                f"{path}:{number}: row {row['row']} is in line {seen[row['row']]} too; expected each row once. "
-                "`python -m evaluation predict` with the same arguments keeps the first of them."
-            )
-        seen[row["row"]] = number
-        rows.append(row)
+    rows, line_of = [], {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            rows.append(read_prediction(line, f"{path}:{number}"))
+            row = rows[-1]["row"]
+            first = line_of.setdefault(row, number)
+            if first != number:
+                advice = "`python -m evaluation predict` with the same arguments keeps the first of them."
+                raise ValueError(f"{path}:{number}: row {row} is in line {first} too; expected each row once. {advice}")
     return rows
 
 
@@ -328,17 +310,14 @@ def file_of(arm: str) -> str:
 def read_folder(folder: str | Path) -> dict[str, list[dict]]:
     """
     Reads the predictions of all arms in a folder: predictions.jsonl is "as given", `predictions-NAME.jsonl` is NAME.
-
-    Raises:
-        ValueError: if there is no predictions.jsonl, or a file is not as [`read_predictions`] needs it.
+    Raises a ValueError if there is no predictions.jsonl, or a file is not as [`read_predictions`] needs it.
     """
     first = Path(folder) / file_of(AS_GIVEN)
     if not first.is_file():
         raise ValueError(f"{folder} has no {first.name}; expected the predictions that are scored.")
     others = sorted(first.parent.glob(file_of("?*")))
-    return {AS_GIVEN: read_predictions(first)} | {
-        path.stem.removeprefix("predictions-"): read_predictions(path) for path in others
-    }
+    names = [AS_GIVEN, *(path.stem.removeprefix("predictions-") for path in others)]
+    return {name: read_predictions(path) for name, path in zip(names, [first, *others], strict=True)}
 
 
 def table(scores: dict) -> str:

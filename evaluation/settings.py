@@ -1,30 +1,21 @@
 """The settings of a run, checked before anything slow is imported."""
 
 import shlex
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-
-CHOICES = {
-    "arms": ("silence", "swapped", "no-image", "text"),
-    "audio_tokens": ("fixed", "trimmed"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "backend": ("transformers", "vllm"),
-}
+from publishing.arguments import check_choices, columns_of, dashed, setting
 
 
-def setting(default, help: str, **more):
-    """A field that is an option of the command line as well; `more` is what `add_argument` takes."""
-    return field(default=default, metadata={"help": help, **more})
+ARMS = ("silence", "swapped", "no-image", "text")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
 class Settings:
     """
-    What `python -m evaluation predict` takes: a model, data, the folder of the results, and options.
-
-    Raises:
-        ValueError: if settings are out of range or exclude each other.
+    What `python -m evaluation predict` takes: a model, data, the folder of the results, and options. Raises a
+    ValueError if settings are out of range or exclude each other.
     """
 
     repo: str | Path
@@ -37,13 +28,12 @@ class Settings:
     transcript_column: str | None = setting(None, "what each clip of a row says, for the arms text and swapped")
     streaming: bool = setting(False, "read the data as it is needed", action="store_true")
     limit: int | None = setting(None, "ask only the first so many rows", type=int)
-    arms: tuple[str, ...] = setting((), f"ask again, without something: {', '.join(CHOICES['arms'])}", nargs="+")
+    arms: tuple[str, ...] = setting((), "ask again, without something", nargs="+", choices=ARMS)
     batch_size: int = setting(8, "rows, or requests, at a time (default: 8)", type=int)
     max_new_tokens: int = setting(256, "greatest length of an answer (default: 256)", type=int)
-    audio_tokens: str | None = setting(None, "fixed or trimmed (default: the model's; a server has its own)")
-    dtype: str = setting("auto", f"of the weights: {', '.join(CHOICES['dtype'])} (default: auto, as they are stored)")
-    seed: int = setting(0, "(default: 0)", type=int)
-    backend: str = setting("transformers", "transformers (default), or vllm: a server with OpenAI's API")
+    audio_tokens: str | None = setting(None, "default: the model's; a server has its own", choices=("fixed", "trimmed"))
+    dtype: str = setting("auto", "of the weights (default: auto, as they are stored)", choices=DTYPES)
+    backend: str = setting("transformers", "vllm: a server with OpenAI's API", choices=("transformers", "vllm"))
     url: str | None = setting(None, "address of the server, up to and with /v1")
     served_name: str | None = setting(None, "name of the model at the server (default: the first)")
     keep_media: bool = setting(True, "keep no sound and pictures for the report", action="store_false")
@@ -51,21 +41,14 @@ class Settings:
     def __post_init__(self):
         self.repo, self.data = str(self.repo), [str(source) for source in self.data]
         self.output, self.arms = Path(self.output), tuple(self.arms)
-        for name, known in CHOICES.items():
-            value = getattr(self, name)
-            for choice in value if name == "arms" else [value]:
-                if choice not in (None, *known):
-                    expected = f"{', '.join(known[:-1])} or {known[-1]}"
-                    raise ValueError(f"{option_of(name)} must be {expected}, got {choice!r}.")
-        if (self.audio_column is None) != (self.text_column is None):
-            raise ValueError("--audio-column and --text-column must be given together, or neither of them.")
+        check_choices(self)
+        self.columns = columns_of(self.audio_column, self.text_column)
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be 1 or more, got {self.batch_size}.")
         if self.backend == "vllm" and not self.url:
             raise ValueError("--backend vllm needs --url, the address of the server, such as http://127.0.0.1:8000/v1.")
         if self.streaming and "swapped" in self.arms:
-            reason = "takes the clips of other rows, which --streaming cannot reach"
-            raise ValueError(f"--arms swapped {reason}; leave one out.")
+            raise ValueError("--arms swapped takes clips of other rows, which --streaming cannot reach; leave one out.")
 
     @property
     def command(self) -> str:
@@ -81,4 +64,4 @@ class Settings:
 
 
 def option_of(name: str) -> str:
-    return "--no-media" if name == "keep_media" else f"--{name.replace('_', '-')}"
+    return "--no-media" if name == "keep_media" else dashed(name)

@@ -1,10 +1,38 @@
-"""Checks what a command line is given, before the slow libraries are imported."""
+"""What a command line is given: the settings that it fills, and checks before the slow libraries are imported."""
 
 import re
+from dataclasses import field, fields
 from pathlib import Path
 
 
-HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # the Hub's client checks an id again, by more rules
+HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # the Hub's client knows more rules, and checks again
+
+
+def setting(default, help: str, **more):
+    """A field of a dataclass that is an option of a command line as well; `more` is what `add_argument` takes."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+def dashed(name: str) -> str:
+    """The option that fills a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_choices(settings):
+    """Raises a ValueError if a [`setting`] of a dataclass has `choices`, and its value is none of them."""
+    for option in fields(settings):
+        choices, value = option.metadata.get("choices"), getattr(settings, option.name)
+        for choice in value if isinstance(value, tuple) else [value]:
+            if choices and choice not in (None, *choices):
+                expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                raise ValueError(f"{dashed(option.name)} must be {expected}, got {choice!r}.")
+
+
+def columns_of(audio_column: str | None, text_column: str | None) -> tuple[str, str] | None:
+    """The `columns` of [`load_rows`] from two options. Raises a ValueError if only one is given."""
+    if (audio_column is None) != (text_column is None):
+        raise ValueError("--audio-column and --text-column must be given together, or neither of them.")
+    return None if audio_column is None else (audio_column, text_column)
 
 
 def require_source(source: str | Path):

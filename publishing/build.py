@@ -4,57 +4,33 @@ import glob
 import json
 import os
 import shutil
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
 import torch
-from transformers import (
-    AddedToken,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
-    AutoVideoProcessor,
-    GenerationConfig,
-    PreTrainedConfig,
-    ProcessorMixin,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-)
+import transformers
 
 from configuration_qwen2_audio_vl import EXAMPLES, SHIPPED_FILES, check_audio_tokens, require_files
+from publishing import checkpoints
 from publishing.arguments import check_build
 from publishing.card import make_card
-from publishing.checkpoints import (
-    DTYPES,
-    EMBEDDINGS,
-    PROJECTOR,
-    StoredTensor,
-    find_problems,
-    plan_tensors,
-    read_audio_tokens,
-    read_bytes,
-    read_projector,
-    stored_tensors,
-    write_weights,
-)
-from publishing.paths import ROOT, Origin, is_inside, own_class, resolve, silence_bitsandbytes, write_checksums
+from publishing.paths import ROOT, Origin, is_inside, own_class, resolve, silence_peft, write_checksums
 
 
 # For files that a base lacks; transformers has defaults for some, which fit no checkpoint.
 COPY = "copy what the published checkpoint has"
+CONFIG_CLASS = "configuration_qwen2_audio_vl.Qwen2AudioVLConfig"
+MODEL_CLASS = "modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration"
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
 AUDIO_TOKENS = ("<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>")  # in the order of their ids
 AUDIO_TOKEN_IDS = ("audio_token_id", "audio_bos_token_id", "audio_eos_token_id")  # of the configuration
 MARKER_INIT = {"<|audio_bos|>": "<|vision_start|>", "<|audio_eos|>": "<|vision_end|>"}  # start from these embeddings
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-WHISPER_FIELDS = (  # of the encoder
-    *("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layerdrop"),
-    *("num_mel_bins", "max_source_positions", "activation_function", "scale_embedding"),
-    *("dropout", "attention_dropout", "activation_dropout", "init_std"),
-)
+WHISPER_FIELDS = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layerdrop")
+WHISPER_FIELDS += ("num_mel_bins", "max_source_positions", "activation_function", "scale_embedding")
+WHISPER_FIELDS += ("dropout", "attention_dropout", "activation_dropout", "init_std")
 
 
 @dataclass
@@ -62,9 +38,9 @@ class BuildParts:
     """What a folder is made of, before any of it is written."""
 
     origins: dict[str, Origin]  # by role
-    config: PreTrainedConfig
-    processor: ProcessorMixin
-    plan: dict[str, StoredTensor | torch.Tensor]  # where each tensor of the result comes from
+    config: transformers.PreTrainedConfig
+    processor: transformers.ProcessorMixin
+    plan: dict[str, checkpoints.StoredTensor | torch.Tensor]  # where each tensor of the result comes from
     marker_rows: dict[int, bytes]  # rows of the embeddings that are not those of the plan
     is_trained: bool = True
 
@@ -102,8 +78,7 @@ def build(
         audio_tokens: "fixed" or "trimmed". The default is what was trained, as far as that is known, or fixed.
         seed: The seed of an untrained projector, which starts as a normal with the base's `initializer_range`.
 
-    Raises:
-        ValueError: if the parts do not fit each other or the disk, before anything is written.
+    Raises a ValueError if the parts do not fit each other or the disk, before anything is written.
     """
     check_build(base, audio_encoder, output, checkpoint, adapter)
     parts = plan_folder(base, audio_encoder, checkpoint, adapter, projector, audio_tokens, seed)
@@ -111,7 +86,7 @@ def build(
 
 
 def plan_folder(base, audio_encoder, checkpoint, adapter, projector, audio_tokens, seed) -> BuildParts:
-    """Reads the parts, whose tensors have to be the model's. The arguments are those of [`build`]."""
+    """Reads the parts, and compares their tensors with the model's. The arguments are those of [`build`]."""
     check_audio_tokens(audio_tokens or "fixed")
     if checkpoint:
         origin = resolve(checkpoint)
@@ -121,7 +96,7 @@ def plan_folder(base, audio_encoder, checkpoint, adapter, projector, audio_token
     if projector is not None:
         take_projector(parts, Path(projector))
     parts.processor.audio_tokens = audio_tokens or parts.processor.audio_tokens
-    if problems := find_problems(parts.plan, parts.tensors):
+    if problems := checkpoints.find_problems(parts.plan, parts.tensors):
         raise ValueError("The checkpoints do not make this model:\n" + "\n".join(problems))
     return parts
 
@@ -137,14 +112,14 @@ def write_folder(parts: BuildParts, target: Path) -> Path:
     unfinished.mkdir(parents=True)
     try:
         write_small_files(parts, unfinished)
-        write_checksums(unfinished, write_weights(unfinished, parts.tensors, parts.plan, parts.marker_rows))
+        checksums = checkpoints.write_weights(unfinished, parts.tensors, parts.plan, parts.marker_rows)
+        write_checksums(unfinished, checksums)
         try:
             return unfinished.rename(target)
-        except OSError as error:  # it is there and not empty
+        except OSError as error:  # the target is there and not empty
             raise ValueError(f"{target} was made by another build in the meantime.") from error
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # what is left after an error
 
 
 def write_small_files(parts: BuildParts, folder: Path):
@@ -153,7 +128,7 @@ def write_small_files(parts: BuildParts, folder: Path):
     parts.processor.save_pretrained(folder)
     source = next(iter(parts.origins.values())).folder  # it may have settings of generation, and examples
     generation = source if (source / "generation_config.json").is_file() else ROOT
-    GenerationConfig.from_pretrained(generation).save_pretrained(folder)
+    transformers.GenerationConfig.from_pretrained(generation).save_pretrained(folder)
     for name, path in SHIPPED_FILES.items():
         own_example = name in EXAMPLES and (source / name).is_file()
         if own_example and not is_inside(source / name, source):
@@ -166,9 +141,9 @@ def write_small_files(parts: BuildParts, folder: Path):
 def remove_abandoned(target: Path):
     """Removes the unfinished folders of builds of this target that were killed."""
     for folder in target.parent.glob(f".{glob.escape(target.name)}.*.unfinished"):
-        number = folder.name.removesuffix(".unfinished").rpartition("-")[2]
+        process = folder.name.removesuffix(".unfinished").rpartition("-")[2]
         try:
-            os.kill(int(number), 0)
+            os.kill(int(process), 0)
         except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
         except (ValueError, OverflowError, PermissionError):  # it is no build's, or another user's
@@ -179,13 +154,12 @@ def build_config(base: Path, encoder: Path, tokenizer):
     """Joins the two configurations; contradictions between them are errors."""
     for folder in (base, encoder):
         require_files(folder, ("config.json",), COPY)
-    base_config = AutoConfig.from_pretrained(base)
+    base_config = transformers.AutoConfig.from_pretrained(base)
     if base_config.model_type != "qwen2_vl":
         raise ValueError(f"{base} holds a {base_config.model_type} model; --base has to be a Qwen2-VL checkpoint.")
-    whisper = WhisperConfig.from_pretrained(encoder)
+    whisper = transformers.WhisperConfig.from_pretrained(encoder)
     audio_ids = tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS))
-    config_class = own_class("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
-    return config_class(
+    return own_class(CONFIG_CLASS)(
         text_config=base_config.text_config.to_dict(),
         vision_config=base_config.vision_config.to_dict(),
         audio_config={name: getattr(whisper, name) for name in WHISPER_FIELDS},
@@ -199,16 +173,15 @@ def build_config(base: Path, encoder: Path, tokenizer):
 
 def build_processor(base: Path, encoder: Path, tokenizer, config, trained: Path | None = None):
     """Joins the two processors. A trained checkpoint decides the kind of audio tokens."""
-    audio_tokens, trained_with = read_audio_tokens(trained / "processor_config.json") if trained else ("fixed", None)
-    processor_class = own_class("processing_qwen2_audio_vl.Qwen2AudioVLProcessor")
-    processor = processor_class(
-        image_processor=AutoImageProcessor.from_pretrained(base),
+    rules = checkpoints.read_audio_tokens(trained / "processor_config.json") if trained else ("fixed", None)
+    processor = own_class("processing_qwen2_audio_vl.Qwen2AudioVLProcessor")(
+        image_processor=transformers.AutoImageProcessor.from_pretrained(base),
         tokenizer=tokenizer,
-        video_processor=AutoVideoProcessor.from_pretrained(base),
-        feature_extractor=WhisperFeatureExtractor.from_pretrained(encoder),
+        video_processor=transformers.AutoVideoProcessor.from_pretrained(base),
+        feature_extractor=transformers.WhisperFeatureExtractor.from_pretrained(encoder),
         chat_template=(ROOT / "chat_template.jinja").read_text(encoding="utf-8"),
-        audio_tokens=audio_tokens,
-        trained_audio_tokens=trained_with,
+        audio_tokens=rules[0],
+        trained_audio_tokens=rules[1],
     )
     processor.check_config(config.to_dict())
     return processor
@@ -222,8 +195,8 @@ def build_tokenizer(base: Path, **kwargs):
     require_files(base, ("tokenizer_config.json", *(slow if is_slow else ("tokenizer.json",))), COPY)
     # Generation continues the right end of every row. `save_pretrained` keeps a padding side that the base does not
     # name only if it is given here.
-    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left", **kwargs)
-    added = [AddedToken(token, special=True, normalized=False) for token in AUDIO_TOKENS]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left", **kwargs)
+    added = [transformers.AddedToken(token, special=True, normalized=False) for token in AUDIO_TOKENS]
     tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
     tokenizer.chat_template = None  # Qwen2-VL's own drops audio silently; the processor has the right one
     return tokenizer
@@ -231,9 +204,8 @@ def build_tokenizer(base: Path, **kwargs):
 
 def meta_state_dict(config) -> dict[str, torch.Tensor]:
     """The model's own tensors, on the meta device: names, shapes and dtypes without memory."""
-    model_class = own_class("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration")
     with torch.device("meta"):
-        tensors = model_class(config).to(config.dtype).state_dict()
+        tensors = own_class(MODEL_CLASS)(config).to(config.dtype).state_dict()
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     return tensors
@@ -241,28 +213,28 @@ def meta_state_dict(config) -> dict[str, torch.Tensor]:
 
 def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) -> BuildParts:
     """Joins Qwen2-VL, Whisper's encoder, and the projector of a trained checkpoint or a random one."""
-    origins = {"base": resolve(base), "audio encoder": resolve(audio_encoder)}
-    if adapter is not None:
-        origins["trained checkpoint"] = resolve(adapter)
-    base_folder, encoder_folder, adapter_folder = [*(origin.folder for origin in origins.values()), None][:3]
+    sources = {"base": base, "audio encoder": audio_encoder, "trained checkpoint": adapter}
+    origins = {role: resolve(source) for role, source in sources.items() if source is not None}
+    folders = [origins[role].folder if role in origins else None for role in sources]
+    base_folder, encoder_folder, adapter_folder = folders
     tokenizer = build_tokenizer(base_folder)
     config = build_config(base_folder, encoder_folder, tokenizer)
     tokenizer.model_max_length = config.text_config.max_position_embeddings
     processor = build_processor(base_folder, encoder_folder, tokenizer, config, adapter_folder)
-    plan = plan_tensors(base_folder, encoder_folder, adapter_folder, config)
-    is_trained = PROJECTOR in plan
+    plan = checkpoints.plan_tensors(base_folder, encoder_folder, adapter_folder, config)
+    is_trained = checkpoints.PROJECTOR in plan
     if adapter is None:
-        size, generator = (config.text_config.hidden_size, config.audio_config.d_model), torch.Generator()
-        std = config.text_config.initializer_range
-        plan[PROJECTOR] = torch.empty(size).normal_(std=std, generator=generator.manual_seed(seed))
-    elif EMBEDDINGS in plan:
-        config.dtype = DTYPES.get(plan[EMBEDDINGS].dtype, config.dtype)
+        text, generator = config.text_config, torch.Generator().manual_seed(seed)
+        weight = torch.empty(text.hidden_size, config.audio_config.d_model)
+        plan[checkpoints.PROJECTOR] = weight.normal_(std=text.initializer_range, generator=generator)
+    elif checkpoints.EMBEDDINGS in plan:
+        config.dtype = checkpoints.DTYPES.get(plan[checkpoints.EMBEDDINGS].dtype, config.dtype)
     marker_rows = {}
     # Embeddings that come from a trained checkpoint hold trained markers already.
-    if EMBEDDINGS in plan and plan[EMBEDDINGS].path.parent == base_folder:
+    if checkpoints.EMBEDDINGS in plan and plan[checkpoints.EMBEDDINGS].path.parent == base_folder:
         for marker, init in MARKER_INIT.items():
             marker_id, init_id = tokenizer.convert_tokens_to_ids([marker, init])
-            row = read_bytes(plan[EMBEDDINGS], config.dtype, slice(init_id, init_id + 1))
+            row = checkpoints.read_bytes(plan[checkpoints.EMBEDDINGS], config.dtype, slice(init_id, init_id + 1))
             marker_rows[marker_id] = b"".join(row)
     return BuildParts(origins, config, processor, plan, marker_rows, is_trained)
 
@@ -271,14 +243,13 @@ def read_model(origin: Origin) -> BuildParts:
     """Reads a model that was trained and saved, or built."""
     folder = origin.folder
     require_files(folder, ("config.json",), COPY)
-    config_class = own_class("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
     model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     if model_type != "qwen2_audio_vl":
         raise ValueError(f"{folder} holds a {model_type} model; --checkpoint has to be one of type qwen2_audio_vl.")
-    config = config_class.from_pretrained(folder)
+    config = own_class(CONFIG_CLASS).from_pretrained(folder)
     tokenizer = build_tokenizer(folder, config=config)  # without it, the folder's own code would be asked for
     processor = build_processor(folder, folder, tokenizer, config, folder)
-    plan = {tensor.name: tensor for tensor in stored_tensors(folder)}
+    plan = {tensor.name: tensor for tensor in checkpoints.stored_tensors(folder)}
     return BuildParts({"trained checkpoint": origin}, config, processor, plan, {})
 
 
@@ -287,30 +258,25 @@ def merge_adapter(origin: Origin) -> BuildParts:
     settings = origin.folder / ADAPTER_CONFIG
     model = json.loads(settings.read_text()).get("base_model_name_or_path")
     if not model:
-        raise ValueError(
-            f"{settings} names no base_model_name_or_path; write the folder or Hub id of the model there that the "
-            "adapter was trained on."
-        )
+        advice = "write the folder or Hub id of the model there that the adapter was trained on"
+        raise ValueError(f"{settings} names no base_model_name_or_path; {advice}.")
     if not (origin.folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{origin.folder} holds no adapter_model.safetensors; save the adapter as safetensors.")
+    silence_peft()
     try:
-        silence_bitsandbytes()
         from peft import PeftModel
     except ImportError as error:
         raise ValueError("An adapter is merged by peft, which is not installed: pip install peft") from error
 
     parts = read_model(resolve(model))
-    folder = parts.origins["trained checkpoint"].folder
-    model_class = own_class("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration")
-    with warnings.catch_warnings():  # peft uses an older name of gradient checkpointing
-        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-        merged = PeftModel.from_pretrained(model_class.from_pretrained(folder, dtype="auto"), str(origin.folder))
-        parts.plan = merged.merge_and_unload().state_dict()
+    whole = own_class(MODEL_CLASS).from_pretrained(parts.origins["trained checkpoint"].folder, dtype="auto")
+    parts.plan = PeftModel.from_pretrained(whole, str(origin.folder)).merge_and_unload().state_dict()
     if parts.config.tie_word_embeddings:
         del parts.plan["lm_head.weight"]
     processor_config = origin.folder / "processor_config.json"  # which TRL and training save beside an adapter
     if processor_config.is_file():
-        parts.processor.audio_tokens, parts.processor.trained_audio_tokens = read_audio_tokens(processor_config)
+        rules = checkpoints.read_audio_tokens(processor_config)
+        parts.processor.audio_tokens, parts.processor.trained_audio_tokens = rules
     parts.origins["adapter"] = origin
     return parts
 
@@ -318,8 +284,8 @@ def merge_adapter(origin: Origin) -> BuildParts:
 def take_projector(parts: BuildParts, path: Path):
     """Replaces the projector, and the rows of the markers if the file has them, by what training wrote."""
     parts.is_trained = True
-    parts.plan[PROJECTOR], markers = read_projector(path)
-    parts.processor.audio_tokens, parts.processor.trained_audio_tokens = read_audio_tokens(path)
+    parts.plan[checkpoints.PROJECTOR], markers = checkpoints.read_projector(path)
+    parts.processor.audio_tokens, parts.processor.trained_audio_tokens = checkpoints.read_audio_tokens(path)
     for marker, row in zip(MARKER_INIT if markers else (), markers, strict=True):
         marker_id = parts.processor.tokenizer.convert_tokens_to_ids(marker)
-        parts.marker_rows[marker_id] = b"".join(read_bytes(row, parts.config.dtype))
+        parts.marker_rows[marker_id] = b"".join(checkpoints.read_bytes(row, parts.config.dtype))

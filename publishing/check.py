@@ -13,17 +13,15 @@ from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, EXAMPLES, KNOWN_FILES
-from publishing.build import AUDIO_TOKEN_IDS, AUDIO_TOKENS, meta_state_dict
+from publishing.build import AUDIO_TOKEN_IDS, AUDIO_TOKENS, CONFIG_CLASS, meta_state_dict
 from publishing.card import EVALUATION, replace_section
 from publishing.checkpoints import find_problems, stored_tensors
 from publishing.paths import CHECKSUMS, ROOT, check_content, files_of, is_inside, own_class, read_checksums
 
 
-# Bytes of the files that are read whole, of strangers as well; all files that fit a name count together.
-LARGEST = {
-    **{"README.md": 2**18, "config.json": 2**20, CHECKSUMS: 2**20},
-    **{"manifest.json": 2**20, "scores.json": 2**24, "predictions*.jsonl": 2**28},
-}
+# The greatest size in bytes of files that are read whole, also those of strangers. Files that fit one name are summed.
+LARGEST = {"README.md": 2**18, "config.json": 2**20, CHECKSUMS: 2**20}
+LARGEST |= {"manifest.json": 2**20, "scores.json": 2**24, "predictions*.jsonl": 2**28}
 
 
 def check_sizes(folder: Path):
@@ -38,10 +36,8 @@ def check_sizes(folder: Path):
 
 def ask(repo: str, revision: str | None = None) -> dict:
     """
-    Loads a folder or a Hub id the way a user does and asks it about its own examples.
-
-    Returns:
-        The Auto classes, token ids, dtype, size and the answers by question.
+    Loads a folder or a Hub id the way a user does and asks it about its own examples. Returns the Auto classes, token
+    ids, dtype, size and the answers by question.
     """
     is_folder, code = Path(repo).is_dir(), {"trust_remote_code": True, "revision": revision}
     processor = AutoProcessor.from_pretrained(repo, **code)
@@ -122,7 +118,7 @@ def check_files(folder: Path, trust_code: bool = False) -> dict[str, str]:
     changed = [name for name in CODE_FILES if (folder / name).read_bytes() != (ROOT / name).read_bytes()]
     if changed and not trust_code:
         raise ValueError(f"the code in {', '.join(changed)} is not this checkout's; --trust-code runs it all the same")
-    config = own_class("configuration_qwen2_audio_vl.Qwen2AudioVLConfig").from_pretrained(folder)
+    config = own_class(CONFIG_CLASS).from_pretrained(folder)
     tensors = {tensor.name: tensor for tensor in stored_tensors(folder)}
     if problems := find_problems(tensors, meta_state_dict(config)):
         raise ValueError("the weights are not this model's:\n" + "\n".join(problems))
@@ -150,16 +146,9 @@ def check_answers(loaded: dict) -> dict[str, str]:
 
 def check(folder: str | Path, trust_code: bool = False) -> tuple[dict[str, str], dict]:
     """
-    Checks a folder by its files, and then by loading it in a fresh process, without the token of the Hub.
-
-    Args:
-        trust_code: Whether code that differs from this checkout's may run.
-
-    Returns:
-        What was checked, by topic, and what [`ask`] returned.
-
-    Raises:
-        ValueError: naming the first thing that is wrong.
+    Checks a folder by its files, and then by loading it in a fresh process, without the token of the Hub. Code that
+    differs from this checkout's runs only if it is trusted. Returns what was checked, by topic, and what [`ask`]
+    returned. A ValueError names the first thing that is wrong.
     """
     table = check_files(Path(folder), trust_code)
     secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")

@@ -1,9 +1,7 @@
-"""
-Reads the headers of checkpoints, plans which tensor of the model comes from which file, and writes new safetensors
-files from that plan as a stream, a few megabytes at a time.
-"""
+"""Checkpoints: the headers of safetensors files, where each tensor of a model comes from, and a writer that streams."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -17,24 +15,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from publishing.paths import is_inside
+from publishing.paths import is_inside, write_json
 
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 PROJECTOR = "model.audio_projector.weight"
 MARKERS = "audio_markers.weight"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # the key is safetensors' name
 MAX_SHARD_SIZE = "5GB"
 CHUNK = 2**22  # bytes in memory at a time
 WRITE = 2**16  # bytes written at a time: Linux takes longer for the same bytes in larger pieces
 
 # Published checkpoints have the tensor names of older transformers. The rules leave current names unchanged.
-BASE_NAMES = (
-    (r"^visual\.", "model.visual."),
-    (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),
-)
+BASE_NAMES = ((r"^visual\.", "model.visual."), (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."))
 ENCODER_NAMES = ((r"^(?:model\.)?encoder\.", "model.audio_encoder."),)  # of Whisper only the encoder is used
-# Trained checkpoints of this model's first layout.
+# The rules for trained checkpoints of this model's first layout.
 ADAPTER_NAMES = (*BASE_NAMES, (r"^audio_(?=encoder\.|projector\.)", "model.audio_"))
 
 
@@ -50,10 +45,7 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """
-    Lists all tensors of a checkpoint by the headers of its safetensors files. A ValueError names a file that is not
-    there, that lies elsewhere, or whose header does not describe its bytes.
-    """
+    """Lists the tensors of a checkpoint. A ValueError names a file that is missing, damaged, or not in the folder."""
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     tensors = []
@@ -109,9 +101,8 @@ def read_projector(path: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
     except Exception as error:
         raise ValueError(f"{path} is no file of tensors by name: {error}") from error
     if PROJECTOR not in tensors or set(tensors) - {PROJECTOR, MARKERS}:
-        raise ValueError(
-            f"{path} holds {', '.join(tensors) or 'nothing'}; expected audio_projector.weight, and perhaps {MARKERS}."
-        )
+        need = f"expected audio_projector.weight, and perhaps {MARKERS}"
+        raise ValueError(f"{path} holds {', '.join(tensors) or 'nothing'}; {need}.")
     return tensors[PROJECTOR], list(tensors.get(MARKERS, ()))
 
 
@@ -143,7 +134,7 @@ def find_problems(plan: dict[str, StoredTensor | torch.Tensor], expected: dict[s
 
 
 def read_bytes(tensor: StoredTensor | torch.Tensor, dtype: torch.dtype, rows: slice = slice(None)) -> Iterator[bytes]:
-    """The bytes of a tensor, or of some of its rows, in `dtype`, a chunk at a time."""
+    """Yields the bytes of a tensor, or of some of its rows, converted to `dtype`, a chunk at a time."""
     if isinstance(tensor, torch.Tensor):
         yield tensor[rows].to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
         return
@@ -179,7 +170,7 @@ def replace_rows(chunks: Iterator[bytes], rows: dict[int, bytes]) -> Iterator[by
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], contents: dict[str, Iterator[bytes]]) -> str:
     """
     Writes a safetensors file from a stream; the library's own writer holds all of it in memory. `tensors` has shapes
-    and dtypes by name (meta tensors do), `contents` the bytes of each. Returns the file's SHA-256.
+    and dtypes by name (meta tensors suffice), `contents` the bytes of each. Returns the file's SHA-256.
     """
     safetensors_names = {dtype: name for name, dtype in DTYPES.items()}
     header, offset = {"__metadata__": {"format": "pt"}}, 0
@@ -190,14 +181,14 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], contents: di
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
+    chunks = itertools.chain([len(text).to_bytes(8, "little"), text], *(contents[name] for name in tensors))
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
         hashed = pool.submit(digest.update, b"")
-        for content in ([len(text).to_bytes(8, "little"), text], *(contents[name] for name in tensors)):
-            for chunk in content:
-                hashed.result()
-                hashed = pool.submit(digest.update, chunk)  # while this one is written and the next one is read
-                for start in range(0, len(chunk), WRITE):
-                    file.write(memoryview(chunk)[start : start + WRITE])
+        for chunk in chunks:
+            hashed.result()
+            hashed = pool.submit(digest.update, chunk)  # while this one is written and the next one is read
+            for start in range(0, len(chunk), WRITE):
+                file.write(memoryview(chunk)[start : start + WRITE])
         hashed.result()
         if file.tell() != 8 + len(text) + offset:
             raise ValueError(f"{path.name} should have {8 + len(text) + offset} bytes, but {file.tell()} were read.")
@@ -205,21 +196,13 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], contents: di
 
 
 def write_weights(
-    folder: Path,
-    tensors: dict[str, torch.Tensor],
-    plan: dict[str, StoredTensor | torch.Tensor],
-    marker_rows: dict[int, bytes],
+    folder: Path, tensors: dict[str, torch.Tensor], plan: dict[str, StoredTensor | torch.Tensor], marker_rows: dict
 ) -> dict[str, str]:
     """
-    Writes `model.safetensors`, or shards of at most `MAX_SHARD_SIZE` with their index.
-
-    Args:
-        tensors: Shapes and dtypes of the model by name; meta tensors do.
-        plan: Where the content of each comes from.
-        marker_rows: Rows of the embeddings, by number, that replace those of the plan.
-
-    Returns:
-        The SHA-256 of each safetensors file by its name.
+    Writes `model.safetensors`, or shards of at most `MAX_SHARD_SIZE` with their index. `tensors` has the shapes and
+    dtypes of the model by name (meta tensors suffice), `plan` where the content of each comes from, `marker_rows` the
+    bytes of rows of the embeddings, by number, that replace those of the plan. Returns the SHA-256 of each safetensors
+    file by its name.
     """
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
     checksums = {}
@@ -230,6 +213,5 @@ def write_weights(
         checksums[file] = write_safetensors(folder / file, {name: tensors[name] for name in names}, contents)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text)
+        write_json(folder / "model.safetensors.index.json", index)
     return checksums

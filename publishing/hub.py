@@ -5,19 +5,11 @@ import re
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    get_token,
-    hf_hub_download,
-)
+from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token, hf_hub_download
 
 from publishing.card import name_repo, save_card
 from publishing.check import ask_in_a_fresh_process, check_answers
-from publishing.paths import CHECKSUMS, check_content, files_of, read_checksums
+from publishing.paths import CHECKSUMS, check_content, read_checksums
 
 
 def push(
@@ -25,13 +17,9 @@ def push(
 ) -> CommitInfo:
     """
     Writes the answers of a folder's examples into its card, and uploads the folder in one commit. What the Hub already
-    has of an interrupted push is not sent again.
-
-    Args:
-        loaded: What [`check`] returned about the folder.
-        revision: The branch to commit to; it is made if it is not there.
-        pr: Opens a pull request instead.
-        public: Whether a new repository is public.
+    has of an interrupted push is not sent again. `loaded` is what [`check`] returned about the folder. The commit goes
+    to a branch, `revision`, which is made if it is not there, or becomes a pull request (`pr`). `public` is for a new
+    repository.
     """
     card = ModelCard.load(folder / "README.md")
     for widget in getattr(card.data, "widget", None) or []:
@@ -44,17 +32,13 @@ def push(
     api.create_repo(repo, private=not public, exist_ok=True)
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
-    names = files_of(folder)
-    operations = [CommitOperationAdd(name, folder / name) for name in names]
-    for name in set(api.list_repo_files(repo, revision=revision)) - set(names):
-        if name.endswith((".safetensors", ".safetensors.index.json", ".py")):  # of an earlier upload
-            operations.append(CommitOperationDelete(name))
-    return api.create_commit(
-        repo,
-        operations,
+    return api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
         commit_message=f"Upload qwen2-audio-vl: {loaded['parameters']:,} parameters in {loaded['dtype']}",
         revision=revision,
         create_pr=pr,
+        delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.py"],  # of an earlier upload
     )
 
 

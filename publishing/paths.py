@@ -1,13 +1,10 @@
-"""
-Folders of models and runs: where they are, which files they have, and who may write to them.
-
-Command lines import this file before they read their arguments, so it imports transformers only where it is needed.
-"""
+"""Folders of models and runs: files, checksums, locks. Command lines import this, so transformers is imported late."""
 
 import hashlib
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +14,7 @@ from filelock import FileLock, Timeout
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKSUMS = "SHA256SUMS"  # of every other file of a folder, as `sha256sum --check` reads them
+CHECKSUMS = "SHA256SUMS"  # has a line for every other file of a folder, as `sha256sum --check` reads it
 
 
 class Origin(NamedTuple):
@@ -35,8 +32,7 @@ def resolve(source: str, needed: tuple[str, ...] = ()) -> Origin:
     repo, _, revision = (str(source), "", "") if Path(source).is_dir() else str(source).partition("@")
     patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja"], "ignore_patterns": ["*fp32*"]}
     folder = find_folder(repo, revision or None, needed, **patterns)
-    cached = re.search(r"models--(.+)/snapshots/([0-9a-f]{40})$", folder.resolve().as_posix())
-    if cached:
+    if cached := re.search(r"models--(.+)/snapshots/([0-9a-f]{40})$", folder.resolve().as_posix()):
         return Origin(folder, cached[1].replace("--", "/"), cached[2])
     return Origin(folder, folder.resolve().name, None)
 
@@ -55,10 +51,8 @@ def load_processor(repo: str | Path, audio_tokens: str | None = None):
     changes = {} if audio_tokens is None else {"audio_tokens": audio_tokens}
     processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True, **changes)
     if not hasattr(processor, "answer"):
-        raise ValueError(
-            f"{repo} has the code of an earlier release, which this tool cannot call; `python upload.py build "
-            f"--checkpoint {repo} --output NEW` makes a folder of the same weights with the code of this one."
-        )
+        advice = f"`python upload.py build --checkpoint {repo} --output NEW` makes a folder of the same weights"
+        raise ValueError(f"{repo} has the code of an earlier release; {advice} with the code of this one.")
     return processor
 
 
@@ -70,10 +64,7 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[TextIO]:
-    """
-    Opens a text file that takes the place of `path` when it is complete, so that nobody reads half of it. Half of a
-    surrogate pair, which JSON can hold, becomes an escape.
-    """
+    """Opens a text file that replaces `path` when it is complete. Half of a surrogate pair, as in JSON, is escaped."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         yield file
@@ -83,6 +74,11 @@ def replace_file(path: Path) -> Iterator[TextIO]:
 def write_json(path: Path, content):
     with replace_file(path) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(table: dict):
+    """Prints a line for each topic, with the values below each other."""
+    print("\n".join(f"{topic:<32} {value}" for topic, value in table.items()))
 
 
 def sha256(path: Path) -> str:
@@ -137,6 +133,7 @@ def only_run(folder: str | Path, option: str, is_main_process: bool = True):
         raise ValueError(f"{option} {folder} is in use by another run; name a new folder, or wait for it.") from error
 
 
-def silence_bitsandbytes():
-    """Is called before peft is imported, by us or by transformers: it imports bitsandbytes, which on a CPU warns."""
+def silence_peft():
+    """Silences what peft warns of: bitsandbytes on a CPU, and a deprecated name. Call it before peft is imported."""
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -99,9 +99,9 @@ def test_options_have_two_spellings():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"stage": "all"}, "--stage is 'all'"),
+        ({"stage": "all"}, "--stage must be align, projector or lora, got 'all'"),
         ({"encoder_cache": "cache"}, "--encoder-cache cannot be used with FSDP"),
-        ({"audio_tokens": "half"}, "audio_tokens must be fixed, trimmed or both, got 'half'"),
+        ({"audio_tokens": "half"}, "--audio-tokens must be fixed, trimmed or both, got 'half'"),
     ],
 )
 def test_arguments_that_cannot_be_right_are_refused(tmp_path, monkeypatch, more, message):

@@ -1,7 +1,6 @@
 """`python -m training`: reads the command line before it imports what takes seconds."""
 
 import sys
-import warnings
 
 from training.options import parse
 
@@ -9,17 +8,15 @@ from training.options import parse
 def main(words: list[str] | None = None):
     options = parse(sys.argv[1:] if words is None else words)
 
-    from publishing.paths import only_run, resolve, silence_bitsandbytes
+    from publishing.paths import only_run, print_table, resolve, silence_peft
 
-    silence_bitsandbytes()
+    silence_peft()
     from datasets.exceptions import DatasetsError
 
     from configuration_qwen2_audio_vl import WHOLE_MODEL
     from training.arguments import Arguments
     from training.train import train
 
-    # The new name is not known to peft and to older releases of transformers.
-    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     try:
         args = Arguments(**options)
         resolve(args.model, WHOLE_MODEL)  # a model that is not there is reported before the data is read
@@ -32,7 +29,7 @@ def main(words: list[str] | None = None):
         print("training: stopped. The same command goes on from the newest checkpoint, if any.", file=sys.stderr)
         sys.exit(130)
     if args.should_log:
-        print("\n".join(f"{name:<32} {value}" for name, value in summary.items()))
+        print_table(summary)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
+from transformers.models.whisper.generation_whisper import _dynamic_time_warping, _median_filter
 
 
 MEDIAN_WIDTH = 7  # rows of 20 ms, as in openai/whisper
@@ -23,39 +23,18 @@ class Span(NamedTuple):
 
 def warp(cost: np.ndarray) -> np.ndarray:
     """
-    Dynamic time warping (Sakoe and Chiba, 1978, https://doi.org/10.1109/TASSP.1978.1163055).
-
-    Args:
-        cost: float `(tokens, rows)`.
-
-    Returns:
-        int `(tokens,)`: the row at which each token begins, on the cheapest path that never goes back.
+    Dynamic time warping (Sakoe and Chiba, 1978, https://doi.org/10.1109/TASSP.1978.1163055): cost, float
+    `(tokens, rows)` -> int `(tokens,)`, the row at which each token begins on the cheapest path that never goes back.
     """
-    tokens, rows = cost.shape
-    total = np.full((tokens + 1, rows + 1), np.inf)
-    total[0, 0] = 0
-    step = np.zeros((tokens, rows), int)  # 0: both advance, 1: the token, 2: the row
-    for token in range(tokens):
-        for row in range(rows):
-            before = total[token, row], total[token, row + 1], total[token + 1, row]
-            step[token, row] = np.argmin(before)
-            total[token + 1, row + 1] = cost[token, row] + before[step[token, row]]
-    begins, token, row = np.zeros(tokens, int), tokens - 1, rows - 1
-    while token >= 0 and row >= 0:
-        begins[token] = row
-        token, row = token - (step[token, row] < 2), row - (step[token, row] != 1)
-    return begins
+    tokens, rows = _dynamic_time_warping(cost)  # the two places of each step of the path
+    return rows[np.diff(tokens, prepend=-1) > 0]
 
 
 class Aligner:
     """
-    Finds when the words of a transcript are spoken, as openai/whisper's `timing.py` does.
-
-    Args:
-        folder: A complete Whisper, with its tokenizer and the `alignment_heads` of its `generation_config.json`.
-
-    Raises:
-        ValueError: if the folder does not name alignment heads.
+    Finds when the words of a transcript are spoken, as openai/whisper's `timing.py` does. The folder holds a complete
+    Whisper, with its tokenizer and the `alignment_heads` of its `generation_config.json`; without these, a ValueError
+    is raised.
     """
 
     def __init__(self, folder: str | Path):
@@ -64,10 +43,8 @@ class Aligner:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.heads = getattr(self.model.generation_config, "alignment_heads", None)
         if not self.heads:
-            raise ValueError(
-                f"{folder} names no `alignment_heads` in its generation_config.json; expected a Whisper as OpenAI "
-                "published it."
-            )
+            need = "expected a Whisper as OpenAI published it"
+            raise ValueError(f"{folder} names no `alignment_heads` in its generation_config.json; {need}.")
 
     @torch.no_grad()
     def align(self, windows: torch.Tensor, num_rows: int, words: list[str]) -> tuple[torch.Tensor, list[Span]]:
@@ -77,11 +54,8 @@ class Aligner:
             num_rows: The number of rows of 20 ms that the clip covers.
             words: The words of the transcript, in order.
 
-        Returns:
-            The encoder's rows of the clip, float32 `(num_rows, d_model)`, and the span of each word.
-
-        Raises:
-            ValueError: if the words do not fit Whisper's decoder.
+        Returns the encoder's rows of the clip, float32 `(num_rows, d_model)`, and the span of each word. Raises a
+        ValueError if the words do not fit Whisper's decoder.
         """
         pieces = [self.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
         prefix = self.tokenizer.convert_tokens_to_ids(PREFIX)
@@ -92,9 +66,7 @@ class Aligner:
         weights = torch.stack([outputs.cross_attentions[layer][0, head] for layer, head in self.heads])
         weights = weights[..., :num_rows]  # [heads, tokens, rows]
         weights = (weights - weights.mean(1, keepdim=True)) / weights.std(1, keepdim=True, correction=0).clamp(min=1e-9)
-        margin = MEDIAN_WIDTH // 2
-        if num_rows > margin:
-            weights = F.pad(weights, (margin, margin), "reflect").unfold(-1, MEDIAN_WIDTH, 1).median(-1).values
+        weights = _median_filter(weights, MEDIAN_WIDTH)
         # The decoder attends to a token where it predicts it, one position before. The last prediction is of the end.
         begins = warp(-weights.mean(0)[len(prefix) - 1 : -1].double().numpy())
         firsts = np.cumsum([0, *map(len, pieces)])

@@ -1,8 +1,9 @@
 """
 A start of the projector without steps: a Whisper finds when each word of a transcript is said, and a ridge regression
-takes the encoder's rows at that time to the language model's embeddings of the word.
+maps the encoder's rows at that time to the language model's embeddings of the word.
 """
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,17 +19,12 @@ from training.alignment import Aligner, Span
 from training.arguments import Arguments
 
 
-RIDGE = 1e-3  # is multiplied by the mean of the diagonal
+RIDGE = 1e-3  # times the mean of the diagonal
 FIRST_OF_ENCODER = "model.audio_encoder.conv1.weight"
 
 
 class Ridge:
-    """
-    Ridge regression of rows onto embeddings, in memory that does not grow with the rows.
-
-    Args:
-        d_model, hidden_size: The sizes of a row of the encoder and of an embedding.
-    """
+    """Ridge regression of rows `(d_model,)` onto embeddings `(hidden_size,)`, in constant memory."""
 
     def __init__(self, d_model: int, hidden_size: int):
         self.products = torch.zeros(d_model, d_model, dtype=torch.float64)
@@ -45,14 +41,13 @@ class Ridge:
 
     def solve(self) -> tuple[torch.Tensor, float]:
         """
-        Returns:
-            The weight of the projector, float32 `(hidden_size, d_model)`, and the share of the embeddings' energy that
-            the regression explains. The weight is scaled so that rows become as long as embeddings, because a
-            regression shrinks what it cannot tell.
+        Returns the weight of the projector, float32 `(hidden_size, d_model)`, and the share of the embeddings' energy
+        that the regression explains. The weight is scaled so that rows become as long as embeddings, because a
+        regression shrinks what it cannot tell.
         """
         ridge = RIDGE * self.products.diagonal().mean() * torch.eye(len(self.products), dtype=torch.float64)
         weight = torch.linalg.solve(self.products + ridge, self.targets)
-        energy = (weight * (self.products @ weight)).sum()  # of the rows that it makes
+        energy = (weight * (self.products @ weight)).sum()  # the energy of the rows that the weight makes
         explained = 2 * (weight * self.targets).sum() - energy
         return (weight * (self.energy / energy).sqrt()).T.float().contiguous(), float(explained) / self.energy
 
@@ -69,15 +64,12 @@ def fit_projector(
     """
     Args:
         clips: The log-mel window `(1, mel bins, frames)`, the rows that it covers and the transcript of each clip.
-        embeddings: The embeddings `(words, hidden_size)` of the language model, of any float dtype.
-        tokenizer: The tokenizer of the language model.
+        embeddings: The language model's embeddings `(words, hidden_size)`, of any float dtype.
+        tokenizer: The language model's tokenizer.
 
-    Returns:
-        The weight of the projector, float32 `(hidden_size, d_model)`, and a summary: numbers of clips, words and rows,
-        and the share of the embeddings' energy that the rows explain.
+    Returns what [`Ridge.solve`] returns, the second value in a summary that also counts clips, words and rows.
     """
-    ridge = Ridge(aligner.model.config.d_model, embeddings.shape[1])
-    num_clips = num_words = 0
+    ridge, num_clips, num_words = Ridge(aligner.model.config.d_model, embeddings.shape[1]), 0, 0
     for windows, num_rows, text in clips:
         words = text.split()
         rows, spans = aligner.align(windows, num_rows, words)
@@ -90,29 +82,23 @@ def fit_projector(
         ridge.add(rows[places], embeddings[tokens])
         num_clips, num_words = num_clips + 1, num_words + len(words)
     weight, explained = ridge.solve()
-    summary = {"clips": num_clips, "words": num_words, "rows of the encoder": ridge.num_rows}
-    return weight, {**summary, "explained": round(explained, 4)}
+    counts = {"clips": num_clips, "words": num_words, "rows of the encoder": ridge.num_rows}
+    return weight, {**counts, "explained": round(explained, 4)}
 
 
-def read_clips(processor, dataset, collator: ChatCollator, limit: int) -> Iterator[tuple[torch.Tensor, int, str]]:
-    """Yields window, rows and transcript of each row with one clip of one window whose answer says what is said."""
-    used = 0
+def read_clips(processor, dataset, collator: ChatCollator) -> Iterator[tuple[torch.Tensor, int, str]]:
+    """Yields window, number of rows and transcript of each row of data with one clip in one window and a transcript."""
     for row in dataset:
         text = answer_text(collator.messages(row)[-1]["content"])
         inputs = collator.inputs(row, "trimmed") if text.strip() else {}
         if len(inputs.get("input_features", ())) == 1:
             yield inputs["input_features"], int((inputs["input_ids"] == processor.audio_token_id).sum()), text
-            used += 1
-        if used == limit:
-            return
 
 
 def align(args: Arguments, processor, dataset, collator: ChatCollator) -> dict:
     """
-    Writes the projector to `args.output_dir`, and returns the summary. Only the embeddings of the model are read.
-
-    Raises:
-        ValueError: if the model has another encoder than the aligner.
+    Writes the projector to `args.output_dir`, and returns the summary. Of the model only the embeddings and a weight of
+    the encoder are read. Raises a ValueError if the model has another encoder than the aligner.
     """
     start, aligner, tensors = time.time(), Aligner(args.aligner), {}
     for tensor in stored_tensors(resolve(args.model).folder):
@@ -122,7 +108,7 @@ def align(args: Arguments, processor, dataset, collator: ChatCollator) -> dict:
     first, expected = tensors[FIRST_OF_ENCODER], aligner.model.model.encoder.conv1.weight
     if first.shape != expected.shape or not torch.allclose(first.float(), expected.float(), atol=1e-2):
         raise ValueError(f"--aligner {args.aligner} is not the Whisper whose encoder {args.model} has.")
-    clips = read_clips(processor, dataset, collator, args.align_rows)
+    clips = itertools.islice(read_clips(processor, dataset, collator), args.align_rows)
     weight, summary = fit_projector(clips, aligner, tensors[EMBEDDINGS], processor.tokenizer)
     path, rule = Path(args.output_dir) / "audio_projector.safetensors", processor.trained_audio_tokens
     save_file({"audio_projector.weight": weight}, path, {"audio_tokens": rule})

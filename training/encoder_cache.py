@@ -1,6 +1,7 @@
 """The outputs of the frozen audio encoder, kept in files from one epoch to the next."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -36,13 +37,7 @@ class CachedEncoder(WhisperEncoder):
     def forward(
         self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutput:
-        """
-        As in [`WhisperEncoder`], the last hidden state alone.
-
-        Args:
-            attention_mask (`(windows, frames)`, *optional*): Where the clips are; rows behind them are 0, and are not
-                stored.
-        """
+        """The last hidden state alone. `attention_mask` `(windows, frames)` marks the clips; rows behind them are 0."""
         device, num_rows = input_features.device, self.config.max_source_positions
         precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
         lengths = [num_rows] * len(input_features)
@@ -75,14 +70,11 @@ def write_rows(path: Path, rows: torch.Tensor):
 
 def read_rows(path: Path) -> torch.Tensor:
     """The rows `(tokens, d_model)` of a window, none if they are not stored or if their file was damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            rows = file.get_tensor("last_hidden_state")
-            if (file.metadata() or {}).get("sha256") == digest(path.stem, rows):
-                return rows
-    except FileNotFoundError:
+    if not path.exists():
         return torch.empty(0)
-    except (SafetensorError, OSError):
-        pass
+    with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+        rows = file.get_tensor("last_hidden_state")
+        if (file.metadata() or {}).get("sha256") == digest(path.stem, rows):
+            return rows
     logger.warning(f"{path} was damaged, or is of an earlier release; its window is encoded again.")
     return torch.empty(0)

@@ -1,7 +1,6 @@
-"""
-The command line of training. Importing `Arguments` imports torch, which takes seconds. Its fields, and those of
-transformers' TrainingArguments, are therefore read from the source, so that help and errors come at once.
-"""
+"""The command line of training. Options of transformers are read from its source: its import takes seconds."""
+
+from __future__ import annotations  # `settings_of` reads them as text
 
 import ast
 import difflib
@@ -9,7 +8,10 @@ import importlib.util
 import os
 import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+from publishing.arguments import columns_of, dashed, setting
 
 
 DESCRIPTION = """
@@ -23,9 +25,50 @@ On several GPUs or machines: `accelerate launch [--config_file training/fsdp-8-g
 arguments of transformers' TrainingArguments can be given, such as `--bf16` or `--per-device-train-batch-size 4`;
 `--help-all` lists them. Underscores do as well as dashes.
 """
-# Expressions in the source that are no literals.
+# The values of expressions in the source that are no literals.
 KNOWN = {"trainer_log_levels.keys()": ["detail", "debug", "info", "warning", "error", "critical", "passive"]}
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
+LEARNING_RATES = {"align": None, "projector": 1e-3, "lora": 2e-4}  # by stage
+AUDIO_TOKENS = ("fixed", "trimmed", "both")
+
+
+@dataclass
+class Options:
+    """The settings of `python -m training`, and those of TrainingArguments that have other defaults here."""
+
+    model: str | None = setting(None, "folder of `upload.py build`, or a Hub id")
+    stage: str = setting("projector", "what learns", choices=tuple(LEARNING_RATES))
+    aligner: str | None = setting(None, "the whole Whisper that --stage align needs")
+    align_rows: int = setting(1000, "how many rows with speech --stage align uses")
+    data: list[str] | None = setting(None, "JSON lines, or a folder or id of `datasets` (ID[:SPLIT]), with `messages`")
+    eval: list[str] | None = setting(None, "the same, for loss, word and character error rate")
+    streaming: bool = setting(False, "read --data as it is needed; set --max-steps as well")
+    audio_column: str | None = setting(None, "column of recordings with transcripts, instead of `messages`")
+    text_column: str | None = setting(None, "column of their transcripts")
+    instruction: str | None = setting(None, "what is asked about each of them (default: Transcribe the audio.)")
+    skip_bad_rows: bool = setting(False, "leave out rows that cannot be used, naming them")
+    audio_tokens: str | None = setting(None, "both: drawn for each batch (default: the model's)", choices=AUDIO_TOKENS)
+    adapter: str | None = setting(None, "`adapter` of an earlier run to start from")
+    train_markers: bool = setting(False, "<|audio_bos|> and <|audio_eos|> learn as well")
+    lora_r: int = setting(16, "rank of LoRA")
+    lora_alpha: int = setting(32, "scale of LoRA, over its rank")
+    lora_dropout: float = setting(0.05, "dropout of LoRA's inputs")
+    load_in_4bit: bool = setting(False, "hold the language model in 4 bits (bitsandbytes)")
+    attn_implementation: str | None = setting(None, "eager is faster on a CPU than the default, sdpa")
+    encoder_cache: str | None = setting(None, "folder that keeps the audio encoder's outputs")
+    export: str | None = setting(None, "folder for the whole model, LoRA merged, at the end")
+    max_new_tokens: int = setting(256, "length of an answer to --eval")
+    projector_learning_rate: float | None = setting(None, "for the projector beside LoRA (default: --learning-rate)")
+
+    learning_rate: float | None = setting(None, "1e-3 for the projector, 2e-4 with LoRA")
+    length_column_name: str | None = setting(None, "number in the rows that groups them (default: tokens are counted)")
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.03
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    report_to: str = "tensorboard"
+    remove_unused_columns: bool = False  # rows are read whole
+    prediction_loss_only: bool = True  # the logits of 152,064 words are not kept
 
 
 def parse_bool(text: str) -> bool:
@@ -52,42 +95,40 @@ def settings_of(annotation: str, enums: dict[str, list[str]]) -> dict:
     return {"nargs": "+"} if types[0].startswith("list[") else {"type": {"int": int, "float": float}.get(types[0], str)}
 
 
-def read_fields(tree: ast.Module, name: str, enums: dict[str, list[str]]) -> dict[str, dict]:
-    """The fields of a dataclass, each as the arguments of `add_argument`; `default` is only shown."""
-    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    fields = {}
+def read_inherited() -> dict[str, dict]:
+    """The fields of TrainingArguments, each as the arguments of `add_argument`; `default` is only shown."""
+    folder = Path(importlib.util.find_spec("transformers").origin).parent
+    sources = [(folder / name).read_text(encoding="utf-8") for name in ("training_args.py", "trainer_utils.py")]
+    classes = [node for source in sources for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    enums = {
+        node.name: [literal(line.value) for line in node.body if isinstance(line, ast.Assign)]
+        for node in classes
+        if [ast.unparse(base) for base in node.bases] == ["ExplicitEnum"]
+    }
+    (body,) = (node.body for node in classes if node.name == "TrainingArguments")
+    options = {}
     for node in body:
         if isinstance(node, ast.AnnAssign):
-            is_call = isinstance(node.value, ast.Call)
-            parts = {word.arg: word.value for word in node.value.keywords} if is_call else {"default": node.value}
+            keywords = getattr(node.value, "keywords", [])  # of `field(...)`
+            parts = {word.arg: word.value for word in keywords} or {"default": node.value}
             metadata = parts.get("metadata", ast.Dict([], []))
             option = {literal(key): literal(value) for key, value in zip(metadata.keys, metadata.values, strict=True)}
             default = literal(parts["default"]) if "default" in parts else None
-            fields[node.target.id] = settings_of(ast.unparse(node.annotation), enums) | option | {"default": default}
-    return fields
+            options[node.target.id] = settings_of(ast.unparse(node.annotation), enums) | option | {"default": default}
+    return options
 
 
 def read_options() -> tuple[dict[str, dict], dict[str, dict]]:
-    """The fields of [`Arguments`] that are its own or changed, and those of TrainingArguments."""
-    folder = Path(importlib.util.find_spec("transformers").origin).parent
-    paths = Path(__file__).with_name("arguments.py"), folder / "training_args.py", folder / "trainer_utils.py"
-    ours, theirs, shared = (ast.parse(path.read_text(encoding="utf-8")) for path in paths)
-    enums = {
-        node.name: [literal(line.value) for line in node.body if isinstance(line, ast.Assign)]
-        for node in theirs.body + shared.body
-        if isinstance(node, ast.ClassDef) and [ast.unparse(base) for base in node.bases] == ["ExplicitEnum"]
-    }
-    inherited = read_fields(theirs, "TrainingArguments", enums)
-    own = read_fields(ours, "Arguments", enums)
-    return {name: inherited.get(name, {}) | option for name, option in own.items()}, inherited
-
-
-def dashed(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    """The fields of [`Options`], and those of TrainingArguments, as [`read_inherited`] gives them."""
+    inherited, own = read_inherited(), {}
+    for field in fields(Options):
+        option = inherited.get(field.name, settings_of(field.type, {}))
+        own[field.name] = option | field.metadata | {"default": field.default}
+    return own, inherited
 
 
 def make_parser(shows_all: bool) -> ArgumentParser:
-    """A parser of the options of [`Arguments`]. Its help lists unchanged ones of TrainingArguments if `shows_all`."""
+    """A parser of [`read_options`]. Its help lists unchanged options of TrainingArguments only if `shows_all`."""
     settings = {"formatter_class": RawDescriptionHelpFormatter, "add_help": False, "argument_default": SUPPRESS}
     parser = ArgumentParser("training", "python -m training [options]", DESCRIPTION, **settings)
     own = parser.add_argument_group("options of this tool")
@@ -109,23 +150,8 @@ def make_parser(shows_all: bool) -> ArgumentParser:
     return parser
 
 
-def columns_of(audio_column: str | None, text_column: str | None) -> tuple[str, str] | None:
-    """
-    The `columns` of [`load_rows`] from the options of a command line.
-
-    Raises:
-        ValueError: if only one is given.
-    """
-    if (audio_column is None) != (text_column is None):
-        raise ValueError("--audio-column and --text-column must be given together, or neither of them.")
-    return None if audio_column is None else (audio_column, text_column)
-
-
 def check_options(options: dict):
-    """
-    Raises:
-        ValueError: if a field of [`Arguments`] is missing or contradicts another one.
-    """
+    """Raises a ValueError if a field of [`Arguments`] is missing or contradicts another one."""
     for name in ("model", "data"):
         if not options.get(name):
             raise ValueError(f"--{name} is missing; --help shows the usual commands.")
@@ -140,10 +166,8 @@ def check_options(options: dict):
     if export and Path(export).exists() and any(Path(export).iterdir()):
         raise ValueError(f"--export {export} is not empty; name a new folder.")
     if options.get("encoder_cache") and (options.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
-        raise ValueError(
-            "--encoder-cache cannot be used with FSDP, where a process that reads a window from it would leave out "
-            "layers that the others call. Leave it out."
-        )
+        reason = "where a process that reads a window from it would leave out layers that the others call"
+        raise ValueError(f"--encoder-cache cannot be used with FSDP, {reason}. Leave it out.")
 
 
 def parse(words: list[str]) -> dict:

@@ -8,10 +8,10 @@ from transformers import TrainerCallback
 
 from publishing.paths import CHECKSUMS, check_content, read_checksums, write_checksums, write_json
 from training.arguments import Arguments
-from training.rows import changed_data, describe_data
+from training.rows import describe_data, list_changes
 
 
-SECONDS_FILE = "seconds.json"  # of a checkpoint: how long training took up to it
+SECONDS_FILE = "seconds.json"  # says how long training took up to a checkpoint
 # What a run that goes on has in common with the one that was interrupted, beside the content of the data.
 SAME = ("model", "stage", "data", "audio_column", "text_column", "instruction", "audio_tokens", "train_markers")
 SAME += ("adapter", "lora_r", "lora_alpha", "learning_rate", "projector_learning_rate", "seed", "max_steps")
@@ -22,13 +22,11 @@ class MarkComplete(TrainerCallback):
     """
     Marks a checkpoint by the checksums of its files when all processes have written their part of it. Writes the
     seconds that training took so far into it, and has the loss up to it logged, for a summary of the whole run.
-
-    Args:
-        seconds: How long training took before it was interrupted.
+    Goes on from a checkpoint, up to which training took `seconds`, or from 0.
     """
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self, checkpoint: str | None):
+        self.seconds = json.loads((Path(checkpoint) / SECONDS_FILE).read_text()) if checkpoint else 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = time.time() - self.seconds
@@ -53,29 +51,19 @@ def newest_checkpoint(output_dir: str) -> str | None:
     return str(Path(output_dir) / f"checkpoint-{max(steps)}") if steps else None
 
 
-def seconds_before(checkpoint: str | None) -> float:
-    """How long training took up to a checkpoint."""
-    return json.loads((Path(checkpoint) / SECONDS_FILE).read_text()) if checkpoint else 0
-
-
 def refuse_another_run(args: Arguments):
     """
-    Writes down the arguments of a run and what tells its data from other data.
-
-    Raises:
-        ValueError: if the folder has checkpoints of a run with others, or its newest checkpoint was damaged.
+    Writes down the arguments of a run and what tells its data from other data. Raises a ValueError if the folder has
+    checkpoints of a run with others, or if its newest checkpoint was damaged.
     """
     path, checkpoint = Path(args.output_dir) / "arguments.json", newest_checkpoint(args.output_dir)
     now = {**{name: getattr(args, name) for name in SAME}, "content of data": describe_data(args.data, args.columns)}
     if checkpoint:
         before = json.loads(path.read_text())
-        differing = [f"{name} was {before[name]!r}, is {now[name]!r}" for name in SAME if before[name] != now[name]]
-        differing = differing or changed_data(before["content of data"], now["content of data"])
-        if differing:
-            raise ValueError(
-                f"{args.output_dir} holds checkpoints of another run: {'; '.join(differing)}. Go on with its "
-                "arguments, or name a new --output-dir."
-            )
+        if differing := list_changes(before, now, SAME, "content of data"):
+            text = "; ".join(differing)
+            advice = "Go on with its arguments, or name a new --output-dir."
+            raise ValueError(f"{args.output_dir} holds checkpoints of another run: {text}. {advice}")
         try:
             check_content(Path(checkpoint), read_checksums(Path(checkpoint)))
         except ValueError as error:

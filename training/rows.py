@@ -20,17 +20,11 @@ def load_rows(
     Loads JSON lines files, folders that `datasets` saved, and datasets by their Hub id or folder, written `NAME`,
     `NAME:SPLIT` or `NAME:CONFIGURATION:SPLIT`.
 
-    Args:
-        columns: Names of a column of recordings (files as bytes or paths) and one of their transcripts, where there
-            are no `messages`.
-        keep: Names of further columns to keep. Rows of JSON lines keep all that they have.
+    `columns` are a column of recordings (files as bytes or paths) and one of their transcripts, where there are no
+    `messages`. `keep` are further columns to keep; rows of JSON lines keep all that they have.
 
-    Returns:
-        [`datasets.Dataset`] or [`datasets.IterableDataset`] with columns `line` (JSON text), `messages`, or `audio`
-        and `text`, those to keep, and `place`, which names the row in messages.
-
-    Raises:
-        ValueError: if a source is not there, or has no such columns.
+    Returns a dataset of `datasets` with columns `line` (JSON text), `messages`, or `audio` and `text`, those to keep,
+    and `place`, which names the row in messages. Raises a ValueError if a source is not there, or has no such columns.
     """
     parts = []
     for source in sources:
@@ -40,7 +34,7 @@ def load_rows(
             rows = rows.map(lambda _, index, source=source: {"place": f"{source}:{index + 1}"}, with_indices=True)
         else:
             rows = rows.add_column("place", [f"{source}:{index + 1}" for index in range(len(rows))])
-        if is_lines:  # blank ones are left out here, where each row has the number of its line
+        if is_lines:  # blank lines are left out once each row has the number of its line
             rows = rows.filter(lambda row: row["line"].strip("\ufeff \t"))
         parts.append(rows)
     return datasets.concatenate_datasets(parts)
@@ -58,9 +52,9 @@ def load_lines(source: str, streaming: bool, columns: tuple[str, str] | None):
 
 def check_lines(source: str):
     """Raises a ValueError if a local file of JSON lines is not there, empty or not UTF-8."""
+    if "://" in source:
+        return
     if not Path(source).is_file():
-        if "://" in source:
-            return
         raise ValueError(f"There is no file {source}.")
     with open(source, "rb") as file:
         start = file.read(2**16)
@@ -88,10 +82,8 @@ def load_dataset(source: str, streaming: bool, columns: tuple[str, str] | None, 
         rows = datasets.load_dataset(name, *configuration, split=split or "train", streaming=streaming)
     features, needed = rows.features or {}, columns or ("messages",)
     if missing := [f"`{name}`" for name in (*needed, *keep) if name not in features]:
-        raise ValueError(
-            f"{source} has columns {', '.join(features)}; expected {' and '.join(missing)}."
-            + ("" if columns else " --audio-column and --text-column name recordings and transcripts.")
-        )
+        advice = "" if columns else " --audio-column and --text-column name recordings and transcripts."
+        raise ValueError(f"{source} has columns {', '.join(features)}; expected {' and '.join(missing)}.{advice}")
     rows = rows.select_columns(list(dict.fromkeys([*needed, *keep])))
     for name, feature in rows.features.items():
         if (stored := without_decoding(feature)) != feature:
@@ -124,16 +116,13 @@ def describe_data(sources: list[str], columns: tuple[str, str] | None = None) ->
     """
     Describes sources so that other content under the same names differs. Files that rows name are not opened.
 
-    Returns:
-        For each source its `name` without the folders above it, and what is known of it: `sha256` of a local file of
-        JSON lines; `fingerprint`, by `datasets`, of a folder that it saved; `revision` of a dataset of the Hub;
-        `files`, a checksum over names, sizes in bytes and times of change in seconds: of the files that the rows of
-        JSON lines name, or that a local dataset consists of.
+    Returns for each source its `name` without the folders above it, and what is known of it: `sha256` of a local file
+    of JSON lines; `fingerprint`, by `datasets`, of a folder that it saved; `revision` of a dataset of the Hub; `files`,
+    a checksum over names, sizes in bytes and times of change in seconds: of the files that the rows of JSON lines name,
+    or that a local dataset consists of.
     """
-    return [
-        {"name": Path(source).name if Path(source).exists() else source, **identify(source, columns)}
-        for source in sources
-    ]
+    names = (Path(source).name if Path(source).exists() else source for source in sources)
+    return [{"name": name, **identify(source, columns)} for name, source in zip(names, sources, strict=True)]
 
 
 def identify(source: str, columns: tuple[str, str] | None) -> dict[str, str]:
@@ -183,14 +172,17 @@ def checksum_of_files(folder: Path, names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def changed_data(then: list[dict], now: list[dict]) -> list[str]:
-    """Compares two descriptions by [`describe_data`], in words. What only one of them knows does not count."""
-    names = [[source["name"] for source in each] for each in (then, now)]
-    if names[0] != names[1]:
-        return [f"data was {', '.join(names[0])}, is {', '.join(names[1])}"]
-    return [
-        f"{key} of {old['name']} was {old[key]}, is {new[key]}"
-        for old, new in zip(then, now, strict=True)
-        for key in new
-        if key in old and old[key] != new[key]
-    ]
+def list_changes(then: dict, now: dict, names: tuple[str, ...], data: str) -> list[str]:
+    """
+    Compares what two runs wrote down: the values under some names, and the descriptions of their data by
+    [`describe_data`]. What only one of the descriptions knows does not count. Returns the differences in words.
+    """
+    then, now = (json.loads(json.dumps(each)) for each in (then, now))  # JSON has no tuples
+    changes = [f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in names if then.get(name) != now[name]]
+    before, after = ([source["name"] for source in each[data]] for each in (then, now))
+    if before != after:
+        return [*changes, f"data was {', '.join(before)}, is {', '.join(after)}"]
+    for old, new in zip(then[data], now[data], strict=True):
+        differing = [key for key in new if key in old and old[key] != new[key]]
+        changes += [f"{key} of {old['name']} was {old[key]}, is {new[key]}" for key in differing]
+    return changes

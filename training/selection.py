@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 
 def map_rows(dataset, function: Callable[[dict], object], args: Arguments) -> list:
-    """`function` of every row, in order: rows are shared among processes and their data loader workers."""
+    """Calls a function on every row, shared among processes and their data loader workers. The results are in order."""
     mine = range(args.process_index, len(dataset), args.world_size)
     workers = args.dataloader_num_workers
     loader = DataLoader(Subset(dataset, mine), batch_size=None, collate_fn=function, num_workers=workers)
@@ -26,11 +26,9 @@ def map_rows(dataset, function: Callable[[dict], object], args: Arguments) -> li
 
 def select_rows(dataset, collator: ChatCollator, args: Arguments):
     """
-    Refuses bad rows or, with `--skip-bad-rows`, leaves them out. Adds the length of each row if rows are grouped by
-    length. Clips and pictures are opened only for `--skip-bad-rows`, and to count tokens where the rows have no length.
-
-    Raises:
-        ValueError: that counts and names bad rows.
+    Refuses bad rows by a ValueError that counts and names them or, with `--skip-bad-rows`, leaves them out. Adds the
+    length of each row if rows are grouped by length. Clips and pictures are opened only for `--skip-bad-rows`, and to
+    count tokens where the rows have no length.
     """
     is_grouped = args.train_sampling_strategy not in ("random", "sequential")
     length_name = args.given_length if is_grouped else None
@@ -45,7 +43,7 @@ def select_rows(dataset, collator: ChatCollator, args: Arguments):
             return str(error)
 
     if isinstance(dataset, IterableDataset):
-        return leave_out_bad_rows(dataset, measure) if args.skip_bad_rows else dataset  # else training refuses them
+        return leave_out_bad_rows(dataset, measure) if args.skip_bad_rows else dataset  # training refuses others
     lengths = map_rows(dataset, measure, args)
     good = [index for index, length in enumerate(lengths) if not isinstance(length, str)]
     if bad := [error for error in lengths if isinstance(error, str)]:
@@ -55,7 +53,7 @@ def select_rows(dataset, collator: ChatCollator, args: Arguments):
         logger.warning(text)
         dataset = dataset.select(good)
     if is_grouped:
-        if args.length_column_name in dataset.column_names:  # but empty for JSON lines, which have it in `line`
+        if args.length_column_name in dataset.column_names:  # rows of JSON lines have it in `line` instead
             dataset = dataset.remove_columns(args.length_column_name)
         dataset = dataset.add_column(args.length_column_name, [lengths[index] for index in good])
     return dataset
@@ -75,9 +73,10 @@ def leave_out_bad_rows(dataset: IterableDataset, measure: Callable[[dict], float
     errors = []
 
     def is_good(row: dict) -> bool:
-        if isinstance(error := measure(row), str):
-            errors.append(error)
-            logger.warning(f"Left out, {len(errors)} so far: {error}")
-        return not isinstance(error, str)
+        result = measure(row)
+        if isinstance(result, str):
+            errors.append(result)
+            logger.warning(f"Left out, {len(errors)} so far: {result}")
+        return not isinstance(result, str)
 
     return dataset.filter(is_good)

@@ -19,7 +19,7 @@ from publishing.paths import load_processor, write_json
 from training.arguments import Arguments
 from training.closed_form import align
 from training.encoder_cache import CachedEncoder
-from training.resuming import MarkComplete, newest_checkpoint, refuse_another_run, seconds_before
+from training.resuming import MarkComplete, newest_checkpoint, refuse_another_run
 from training.rows import load_rows
 from training.selection import select_rows
 
@@ -58,12 +58,7 @@ def load_model(args: Arguments) -> PeftModel:
 
 
 def add_adapter(model, args: Arguments) -> PeftModel:
-    """
-    Adds what learns: a new adapter, or the one to start from.
-
-    Raises:
-        ValueError: if the adapter to start from has another size or other modules than the arguments say.
-    """
+    """Adds a new adapter, or the one to start from. A ValueError says in what the latter differs from the arguments."""
     markers = [model.config.audio_bos_token_id, model.config.audio_eos_token_id]
     config = LoraConfig(
         r=args.lora_r,
@@ -76,12 +71,9 @@ def add_adapter(model, args: Arguments) -> PeftModel:
     if args.adapter is None:
         return get_peft_model(model, config)
     earlier = LoraConfig.from_pretrained(args.adapter)
-    differing = [
-        f"{name} is {getattr(earlier, name)!r} there, {getattr(config, name)!r} here"
-        for name in ("r", "lora_alpha", "target_modules", "trainable_token_indices")
-        if getattr(earlier, name) != getattr(config, name)
-    ]
-    if differing:
+    names = ("r", "lora_alpha", "target_modules", "trainable_token_indices")
+    pairs = [(name, getattr(earlier, name), getattr(config, name)) for name in names]
+    if differing := [f"{name} is {there!r} there, {here!r} here" for name, there, here in pairs if there != here]:
         raise ValueError(f"--adapter {args.adapter} is of other arguments: {'; '.join(differing)}.")
     return PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
 
@@ -118,7 +110,7 @@ class AnswerTrainer(Trainer):
             return metrics
         scores = score(self.answer(self.eval_dataset if eval_dataset is None else eval_dataset))
         rates = {f"{metric_key_prefix}_{name}": scores[name]["value"] for name in ("wer", "cer")}
-        rates = {name: rate for name, rate in rates.items() if rate is not None}  # as where no reference says anything
+        rates = {name: rate for name, rate in rates.items() if rate is not None}  # None if no reference has a word
         self.log(rates)
         return {**metrics, **rates}
 
@@ -197,15 +189,7 @@ def load_data(args: Arguments, collator: ChatCollator) -> list:
 
 
 def run(trainer: AnswerTrainer, checkpoint: str | None, earlier: float) -> dict:
-    """
-    Trains from a checkpoint to the end, and evaluates.
-
-    Args:
-        earlier: How many seconds training took before the checkpoint.
-
-    Returns:
-        The summary of the whole run.
-    """
+    """Goes on from a checkpoint, which took `earlier` seconds, and evaluates. Returns the summary of the whole run."""
     args, start = trainer.args, time.time()
     learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
@@ -235,8 +219,7 @@ def write(trainer: AnswerTrainer, processor, summary: dict):
     if args.should_save:
         processor.save_pretrained(output / "adapter")  # which tells `upload.py build` the audio tokens
         if args.stage == "projector":
-            path = output / "audio_projector.safetensors"
-            write_projector(output / "adapter", path, processor.trained_audio_tokens)
+            write_projector(output / "adapter", output / "audio_projector.safetensors", processor.trained_audio_tokens)
         if args.export:
             export(args, processor, output / "adapter")
         draw_losses(trainer.state.log_history, output / "loss.png")
@@ -247,13 +230,8 @@ def train(args: Arguments) -> dict:
     """
     Trains, or goes on with a run that was interrupted, and writes what was learned to `args.output_dir`: `adapter`
     (peft), `audio_projector.safetensors` (stage projector), `loss.png` and `summary.json`; stage align writes only the
-    second and the last.
-
-    Returns:
-        The summary.
-
-    Raises:
-        ValueError: on rows that cannot be used, and on the checkpoints of another run.
+    second and the last. Returns the summary. Raises a ValueError on rows that cannot be used, and on the checkpoints of
+    another run.
     """
     if args.process_index == 0:
         refuse_another_run(args)
@@ -264,15 +242,8 @@ def train(args: Arguments) -> dict:
     if args.stage == "align":
         return align(args, processor, dataset, collator)
     checkpoint = newest_checkpoint(args.output_dir)
-    earlier = seconds_before(checkpoint)
-    trainer = AnswerTrainer(
-        model=load_model(args),
-        args=args,
-        train_dataset=dataset,
-        eval_dataset=eval_dataset,
-        data_collator=collator,
-        callbacks=[MarkComplete(earlier)],
-    )
-    summary = run(trainer, checkpoint, earlier)
+    mark = MarkComplete(checkpoint)
+    trainer = AnswerTrainer(load_model(args), args, collator, dataset, eval_dataset, callbacks=[mark])
+    summary = run(trainer, checkpoint, mark.seconds)
     write(trainer, processor, summary)
     return summary
