@@ -16,10 +16,10 @@ from collator import ChatCollator
 from configuration_qwen2_audio_vl import TRANSCRIBE, WHOLE_MODEL
 from evaluation.generate import LocalModel, Server, load, write_sound
 from evaluation.questions import Question, Questions, check_groups
+from evaluation.rows import describe_data, list_changes, load_rows
 from evaluation.scoring import AS_GIVEN, compare, file_of, read_prediction
 from evaluation.settings import Settings
 from publishing.paths import load_processor, only_run, replace_file, resolve, sha256, write_json
-from training.rows import describe_data, list_changes, load_rows
 
 
 logger = logging.get_logger(__name__)

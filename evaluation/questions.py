@@ -58,7 +58,7 @@ class Question(NamedTuple):
 
 
 class Questions:
-    """Reads the rows of `training.rows.load_rows` as questions; the columns are names or None."""
+    """Reads the rows of `evaluation.rows.load_rows` as questions; the columns are names or None."""
 
     def __init__(self, rows, collator: ChatCollator, group_column: str | None, transcript_column: str | None):
         self.rows, self.collator = rows, collator

@@ -14,8 +14,8 @@ from helpers import audio, image, text, video
 from PIL import Image
 
 from collator import BadRow
+from evaluation.rows import describe_data, load_rows
 from training.arguments import Arguments
-from training.rows import describe_data, load_rows
 from training.selection import select_rows
 
 

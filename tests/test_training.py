@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoProcessor
 
 from collator import ChatCollator
 from demo.ask import load
+from evaluation.rows import load_rows
 from evaluation.scoring import normalize
 from publishing import check as checking
 from publishing import checkpoints, paths
@@ -34,7 +35,6 @@ from training.__main__ import main
 from training.arguments import Arguments
 from training.encoder_cache import CachedEncoder, WhisperEncoder
 from training.resuming import newest_checkpoint, refuse_another_run
-from training.rows import load_rows
 
 
 pytest_plugins = "runs"  # fixtures

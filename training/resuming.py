@@ -6,9 +6,9 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from evaluation.rows import describe_data, list_changes
 from publishing.paths import CHECKSUMS, check_content, read_checksums, write_checksums, write_json
 from training.arguments import Arguments
-from training.rows import describe_data, list_changes
 
 
 SECONDS_FILE = "seconds.json"  # says how long training took up to a checkpoint

@@ -14,13 +14,13 @@ from transformers.utils import logging
 
 from collator import ChatCollator, answer_text
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, IGNORED_LABEL
+from evaluation.rows import load_rows
 from evaluation.scoring import score
 from publishing.paths import load_processor, write_json
 from training.arguments import Arguments
 from training.closed_form import align
 from training.encoder_cache import CachedEncoder
 from training.resuming import MarkComplete, newest_checkpoint, refuse_another_run
-from training.rows import load_rows
 from training.selection import select_rows
 
 
