@@ -6,7 +6,6 @@ Only model repositories and LFS's basic transfer.
 
 import base64
 import hashlib
-import hmac
 import json
 import os
 import re
@@ -17,14 +16,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote
 
-import yaml
 
-
-USER = "someone"  # who the token belongs to
+USER, TOKEN = "someone", "hf_secret"
 LFS_SUFFIXES = (".safetensors", ".bin")
 LFS_SIZE = 1_000_000  # bytes above which any file is an LFS object
 GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
-FRONT_MATTER = re.compile(r"---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 
 
 class HubError(Exception):
@@ -35,10 +31,6 @@ class HubError(Exception):
         self.status = status
         self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
         self.fields = {"error": message, **fields}
-
-
-class Disconnected(Exception):
-    """The request did not arrive whole: nobody is left to reply to."""
 
 
 def git_blob_id(content: bytes) -> str:
@@ -52,7 +44,6 @@ class Repository:
         self.private = private
         self.objects: dict[str, bytes] = {}
         self.commits: dict[str, dict] = {}
-        self.lock = threading.Lock()
         self.refs = {"main": self.write_commit(None, "initial commit", {".gitattributes": self.store(GIT_ATTRIBUTES)})}
 
     def store(self, content: bytes) -> dict:
@@ -95,23 +86,22 @@ class Repository:
 
     def commit(self, revision: str, header: dict, changes: list[dict], create_pr: bool) -> tuple[str, str]:
         """Commits to a branch, or opens a pull request on it: the ref that moved and the commit's id."""
-        with self.lock:
-            parent = self.resolve(revision)
-            files = dict(parent["files"])
-            for change in changes:  # lines of the request's NDJSON
-                value, path = change["value"], change["value"]["path"]
-                match change["key"]:
-                    case "file":
-                        files[path] = self.store(base64.b64decode(value["content"]))
-                    case "lfsFile":
-                        files[path] = self.lfs_file(value["oid"])
-                    case "deletedFile":
-                        del files[path]
-                    case key:
-                        raise HubError(400, f"Unknown operation: {key}")
-            number = sum(name.startswith("refs/pr/") for name in self.refs) + 1
-            ref = f"refs/pr/{number}" if create_pr else revision
-            self.refs[ref] = self.write_commit(parent["id"], header["summary"], files)
+        parent = self.resolve(revision)
+        files = dict(parent["files"])
+        for change in changes:  # lines of the request's NDJSON
+            value, path = change["value"], change["value"]["path"]
+            match change["key"]:
+                case "file":
+                    files[path] = self.store(base64.b64decode(value["content"]))
+                case "lfsFile":
+                    files[path] = self.lfs_file(value["oid"])
+                case "deletedFile":
+                    del files[path]
+                case key:
+                    raise HubError(400, f"Unknown operation: {key}")
+        number = sum(name.startswith("refs/pr/") for name in self.refs) + 1
+        ref = f"refs/pr/{number}" if create_pr else revision
+        self.refs[ref] = self.write_commit(parent["id"], header["summary"], files)
         return ref, self.refs[ref]
 
     def create_branch(self, name: str, starting_point: str):
@@ -157,8 +147,9 @@ class Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         self.query = dict(parse_qsl(query))
         try:
-            self.body = self.read_body()  # whole, also where the reply is an error: the next request follows it
-            if self.headers.get("Authorization", self.hub.authorization) != self.hub.authorization:
+            # The body is read also where the reply is an error, because the next request follows it.
+            self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Authorization", f"Bearer {TOKEN}") != f"Bearer {TOKEN}":
                 raise HubError(401, "Invalid credentials in Authorization header")
             function, groups = find_route(self.command, path)
             value = function(self, **groups)
@@ -166,21 +157,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(200, json.dumps(value).encode())
         except HubError as error:
             self.reply(error.status, json.dumps(error.fields).encode(), error.headers)
-        except Disconnected:
-            self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
-
-    def read_body(self) -> bytes:
-        size = int(self.headers.get("Content-Length", 0))
-        if self.command == "PUT" and self.hub.cut_upload_after is not None:
-            size, self.hub.cut_upload_after = min(size, self.hub.cut_upload_after), None
-            self.rfile.read(size)
-            raise Disconnected
-        body = self.rfile.read(size)
-        if len(body) < size:
-            raise Disconnected
-        return body
 
     def reply(self, status: int, body: bytes, headers: dict | None = None, sent: int | None = None):
         """Sends a reply; with `sent`, only so many bytes of the promised body, and hangs up."""
@@ -223,11 +201,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self):
-        match = FRONT_MATTER.match(json.loads(self.body)["content"])
-        metadata = yaml.safe_load(match[1]) if match else {}
-        if metadata.get("license"):
-            return {"warnings": [], "errors": []}
-        raise HubError(400, "Invalid metadata", warnings=[], errors=[{"message": '"license" is required'}])
+        return {"warnings": [], "errors": []}
 
     @route("POST", f"/api/models/{REPO}/preupload/{REVISION}")
     def preupload(self, repo_id: str, revision: str):
@@ -241,15 +215,13 @@ class Handler(BaseHTTPRequestHandler):
         objects = [{"oid": entry["oid"], "size": entry["size"]} for entry in json.loads(self.body)["objects"]]
         for entry in objects:
             if entry["oid"] not in repository.objects:
-                signature = self.hub.sign(repo_id, entry["oid"])
-                href = f"{self.hub.url}/{repo_id}.git/info/lfs/objects/{entry['oid']}?signature={signature}"
+                href = f"{self.hub.url}/{repo_id}.git/info/lfs/objects/{entry['oid']}"
                 entry["actions"] = {"upload": {"href": href}}
         return {"transfer": "basic", "objects": objects}
 
     @route("PUT", rf"/{REPO}\.git/info/lfs/objects/(?P<oid>[0-9a-f]{{64}})")
     def upload_lfs_object(self, repo_id: str, oid: str):
-        # The client sends no token here, as to S3: the address is signed.
-        if self.hub.refuse_uploads or self.query.get("signature") != self.hub.sign(repo_id, oid):
+        if self.hub.refuse_uploads:  # the client sends no token here, as to S3
             raise HubError(403, "Request has expired")
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise HubError(400, "The content's SHA-256 is not the object's id")
@@ -276,10 +248,8 @@ class Handler(BaseHTTPRequestHandler):
     def model_info(self, repo_id: str, revision: str = "main"):
         repository = self.repository(repo_id)
         commit = repository.resolve(revision)
-        return {
-            **{"id": repo_id, "modelId": repo_id, "sha": commit["id"], "lastModified": commit["date"], "tags": []},
-            **{"private": repository.private, "siblings": [{"rfilename": path} for path in commit["files"]]},
-        }
+        files = [{"rfilename": path} for path in commit["files"]]
+        return {"id": repo_id, "sha": commit["id"], "private": repository.private, "siblings": files}
 
     @route("GET", f"/api/models/{REPO}/tree/{REVISION}(?:/{PATH})?")
     def tree(self, repo_id: str, revision: str, path: str = ""):
@@ -349,17 +319,15 @@ class LocalHub:
     """The server, as a context manager. Tests look into `repositories`.
 
     Faults, all of them off at first:
-    `cut_upload_after`: hang up on the next LFS upload after so many bytes, once; the client tries again by itself.
     `refuse_uploads`: answer every LFS upload with 403, which the client does not try again.
     `corrupt`: path of a file that is sent with one bit flipped.
     `truncate`: path of a file of which the first half is sent, however often it is asked for.
     """
 
-    def __init__(self, token: str = "hf_secret"):
-        self.token = token
-        self.authorization = f"Bearer {token}"
+    token = TOKEN
+
+    def __init__(self):
         self.repositories: dict[str, Repository] = {}
-        self.cut_upload_after: int | None = None
         self.refuse_uploads = False
         self.corrupt: str | None = None
         self.truncate: str | None = None
@@ -373,10 +341,6 @@ class LocalHub:
     def __exit__(self, *exception):
         self.server.shutdown()
         self.server.server_close()
-
-    def sign(self, repo_id: str, oid: str) -> str:
-        """The signature that allows an upload to this address without a token."""
-        return hmac.new(self.token.encode(), f"{repo_id}:{oid}".encode(), "sha256").hexdigest()
 
     def environment(self, cache: Path, token: str | None = None) -> dict[str, str]:
         """The variables of a process whose Hub this is, with no other settings of the Hub's client than these."""

@@ -124,8 +124,7 @@ class Dialogue:
             self.cache = self.cache or DynamicCache(config=self.model.config.get_text_config())
             inputs = {"input_ids": ids[:, past:], "attention_mask": mask, "mm_token_type_ids": types[:, past:]}
             inputs |= {"past_key_values": self.cache, **vision, **join(AUDIO, *self.last_turns)}
-            with torch.no_grad():
-                logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]
+            logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]
             self.add_answer(logits.argmax(-1, keepdim=True))
             return logits
         is_whole = is_cut or self.rng.random() < 0.5
@@ -159,8 +158,7 @@ def test_each_row_equals_itself_alone(part, model, turns):
             dialogue.add_turn()
             alone = [row.alone() for row in dialogue.rows]
             logits = dialogue.continue_it(beams)
-            with torch.no_grad():
-                expected = torch.stack([model(**inputs, logits_to_keep=1).logits[0, -1] for inputs in alone])
+            expected = torch.stack([model(**inputs, logits_to_keep=1).logits[0, -1] for inputs in alone])
             print(f"dialogue {number}, turn {turn}: {', '.join(dialogue.log)}")  # pytest shows it where a test fails
             assert_close(logits, expected, atol=2e-4)
             if beams > 1:  # its cache has the rows of beams
