@@ -5,7 +5,6 @@ import itertools
 import subprocess
 import sys
 import textwrap
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -64,16 +63,19 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 2e-
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
+def greedy_output(model, inputs, steps, **more):
+    """Decodes greedily; the logits are those of all tokens, as random weights often choose the same token anyway."""
+    more = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, **more}
+    return model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, **more)
+
+
 def greedy(model, inputs, steps=4, **more):
-    output = model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, **more)
-    return output[:, inputs["input_ids"].shape[1] :]
+    return greedy_output(model, inputs, steps, **more).sequences[:, -steps:]
 
 
 def step_logits(model, inputs, steps=3, **more):
-    """Logits `[steps, batch, vocabulary]` of greedy decoding: random weights often choose the same token anyway."""
-    more = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, **more}
-    output = model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, **more)
-    return torch.stack(output.logits)
+    """Logits `[steps, batch, vocabulary]` of greedy decoding."""
+    return torch.stack(greedy_output(model, inputs, steps, **more).logits)
 
 
 def turn_inputs(processor, content: list[dict], is_first: bool = True, **kwargs):
@@ -92,21 +94,18 @@ def assert_refused(model, message: str, **inputs):
             call(**inputs)
 
 
-class TwoTurns(NamedTuple):
-    first: dict[str, torch.Tensor]  # model inputs of the first turn
-    second: dict[str, torch.Tensor]  # those of the second turn
-    whole: dict[str, torch.Tensor]  # tokens of both with the answer between them, without media
-    cache: Cache  # of the first turn and its answer
-
-
-def two_turns(processor, model, first: list[dict], second: list[dict]) -> TwoTurns:
+def two_turns(processor, model, first: list[dict], second: list[dict]) -> tuple[dict, dict, dict, Cache]:
+    """
+    Returns the model inputs of both turns, the tokens of both with the answer between them, without media, and the
+    cache of the first turn and its answer.
+    """
     first, second = turn_inputs(processor, first), turn_inputs(processor, second, is_first=False)
     output = model.generate(**first, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     answer = output.sequences[:, first["input_ids"].shape[1] :]
     ids = torch.cat([first["input_ids"], answer, second["input_ids"]], dim=1)
     types = [first["mm_token_type_ids"], torch.zeros_like(answer), second["mm_token_type_ids"]]
     whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.cat(types, dim=1)}
-    return TwoTurns(first, second, whole, output.past_key_values)
+    return first, second, whole, output.past_key_values
 
 
 def start_python(code: str, *arguments: str, **settings) -> subprocess.Popen:

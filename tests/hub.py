@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import threading
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -104,11 +103,6 @@ class Repository:
         self.refs[ref] = self.write_commit(parent["id"], header["summary"], files)
         return ref, self.refs[ref]
 
-    def create_branch(self, name: str, starting_point: str):
-        if name in self.refs:
-            raise HubError(409, f"Reference already exists: {name}")
-        self.refs[name] = self.resolve(starting_point)["id"]
-
 
 REPO = r"(?P<repo_id>\w[\w.-]*(?:/\w[\w.-]*)?)"
 REVISION = r"(?P<revision>[^/]+)"
@@ -124,13 +118,6 @@ def route(methods: str, pattern: str):
         return function
 
     return register
-
-
-def find_route(method: str, path: str):
-    for methods, pattern, function in ROUTES:
-        if method in methods and (match := pattern.fullmatch(path)):
-            return function, {name: unquote(text) for name, text in match.groupdict().items() if text is not None}
-    raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -151,14 +138,19 @@ class Handler(BaseHTTPRequestHandler):
             self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if self.headers.get("Authorization", f"Bearer {TOKEN}") != f"Bearer {TOKEN}":
                 raise HubError(401, "Invalid credentials in Authorization header")
-            function, groups = find_route(self.command, path)
-            value = function(self, **groups)
+            value = self.call_route(path)
             if value is not None:
                 self.reply(200, json.dumps(value).encode())
         except HubError as error:
             self.reply(error.status, json.dumps(error.fields).encode(), error.headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
+
+    def call_route(self, path: str):
+        for methods, pattern, function in ROUTES:
+            if self.command in methods and (match := pattern.fullmatch(path)):
+                return function(self, **{name: unquote(text) for name, text in match.groupdict().items() if text})
+        raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
     def reply(self, status: int, body: bytes, headers: dict | None = None, sent: int | None = None):
         """Sends a reply; with `sent`, only so many bytes of the promised body, and hangs up."""
@@ -205,9 +197,13 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", f"/api/models/{REPO}/preupload/{REVISION}")
     def preupload(self, repo_id: str, revision: str):
-        present = self.repository(repo_id, write=True).resolve(revision)["files"]
-        files = json.loads(self.body)["files"]
-        return {"files": [upload_mode(file["path"], file["size"], present.get(file["path"])) for file in files]}
+        self.repository(repo_id, write=True).resolve(revision)
+        files = []
+        for file in json.loads(self.body)["files"]:
+            is_lfs = file["path"].endswith(LFS_SUFFIXES) or file["size"] > LFS_SIZE
+            mode = "lfs" if is_lfs else "regular"
+            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+        return {"files": files}
 
     @route("POST", rf"/{REPO}\.git/info/lfs/objects/batch")
     def lfs_batch(self, repo_id: str):
@@ -240,8 +236,10 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", f"/api/models/{REPO}/branch/{REVISION}")
     def create_branch(self, repo_id: str, revision: str):
-        starting_point = json.loads(self.body or b"{}").get("startingPoint", "main")
-        self.repository(repo_id, write=True).create_branch(revision, starting_point)
+        repository = self.repository(repo_id, write=True)
+        if revision in repository.refs:
+            raise HubError(409, f"Reference already exists: {revision}")
+        repository.refs[revision] = repository.refs["main"]
         return {}
 
     @route("GET", f"/api/models/{REPO}(?:/revision/{REVISION})?")
@@ -291,28 +289,11 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(status, content[start:end], headers, sent)
 
 
-def upload_mode(path: str, size: int, present: dict | None) -> dict:
-    """How a file is to be uploaded, and which content its path has already."""
-    mode = "lfs" if path.endswith(LFS_SUFFIXES) or size > LFS_SIZE else "regular"
-    oid = present and present["sha256" if present["lfs"] else "oid"]
-    return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
-
-
 def tree_entry(path: str, file: dict) -> dict:
     entry = {"type": "file", "path": path, "oid": file["oid"], "size": file["size"]}
     if file["lfs"]:
         entry["lfs"] = {"oid": file["sha256"], "size": file["size"], "pointerSize": file["pointer"]}
     return entry
-
-
-class Server(ThreadingHTTPServer):
-    request_queue_size = 64
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):
-        """Shows the errors of this file; a client that hangs up is none."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
 
 
 class LocalHub:
@@ -331,7 +312,7 @@ class LocalHub:
         self.refuse_uploads = False
         self.corrupt: str | None = None
         self.truncate: str | None = None
-        self.server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self):

@@ -1,5 +1,7 @@
 """make test ONLY=tests/test_accelerated.py: every way to run faster or smaller gives the tokens of the plain way."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import text
@@ -22,10 +24,7 @@ def processor(demo_repo):
 
 @pytest.fixture(scope="module")
 def load(demo_repo):
-    def load(**settings):
-        return AutoModel.from_pretrained(demo_repo, trust_remote_code=True, **{"dtype": "auto", **settings}).eval()
-
-    return load
+    return partial(AutoModel.from_pretrained, demo_repo, trust_remote_code=True, dtype="auto")
 
 
 @pytest.fixture(scope="module")

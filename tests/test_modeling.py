@@ -197,13 +197,6 @@ def test_beams_keep_two_audios_in_order(audio_tokens, more, ask, model, sound):
             assert_close(score, log_probs.gather(-1, answer[:, None]).mean(), atol=1e-5)
 
 
-@BOTH
-def test_returned_sequences_get_their_own_audio(audio_tokens, ask, model, sound):
-    inputs = ask([audio(sound(0.7, 1)), audio(sound(0.9, 2))], [audio(sound(0.3, 3)), audio(sound(0.2, 4))])
-    once, twice = (step_logits(model, inputs, steps=1, do_sample=True, num_return_sequences=n)[0] for n in (1, 2))
-    assert_close(twice, once.repeat_interleave(2, dim=0), atol=1e-5)
-
-
 def test_missing_or_extra_audio_features_are_an_error(kinds, model):
     inputs = kinds("two audios")
     features = inputs.pop("input_features")

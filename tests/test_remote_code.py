@@ -6,10 +6,10 @@ import subprocess
 import textwrap
 
 import pytest
-from helpers import answer, finish, start_python
+from helpers import answer, finish, greedy, start_python
 
 from configuration_qwen2_audio_vl import NEWEST_PROVED
-from demo.ask import content_of
+from demo.ask import content_of, user
 
 
 USE = """
@@ -36,29 +36,29 @@ HIDE = """
 """
 
 
-def start_in(folder, *codes: str, **constants) -> subprocess.Popen:
-    """Starts Python in an empty folder on pieces of code, with constants that they use."""
-    values = "".join(f"{name} = {value!r}\n" for name, value in constants.items())
-    code = values + "".join(map(textwrap.dedent, codes))
-    return start_python(code, env={**os.environ, "HF_HOME": str(folder)}, cwd=folder)
-
-
-@pytest.fixture(scope="module")
-def constants(repo, photo, speech) -> dict:
+@pytest.fixture
+def content(photo, speech) -> list[dict]:
     items = [{"type": "image", "url": str(photo)}, {"type": "audio", "url": str(speech)}]
-    return {"REPO": str(repo), "CONTENT": [*items, {"type": "text", "text": "Answer the question about the photo."}]}
+    return [*items, {"type": "text", "text": "Answer the question about the photo."}]
 
 
 @pytest.fixture
-def start(constants, tmp_path):
-    """`start(code, ...)` starts Python on code in a process that shares nothing with this one."""
-    return lambda *codes, **more: start_in(tmp_path, *codes, **{**constants, **more})
+def start(content, repo, tmp_path):
+    """`start(code, ..., NAME=constant)` starts Python on pieces of code in an empty folder with an empty cache."""
+
+    def run(*codes: str, **constants) -> subprocess.Popen:
+        constants = {"REPO": str(repo), "CONTENT": content, **constants}
+        values = [f"{name} = {value!r}\n" for name, value in constants.items()]
+        code = "".join([*values, *map(textwrap.dedent, codes)])
+        return start_python(code, env={**os.environ, "HF_HOME": str(tmp_path)}, cwd=tmp_path)
+
+    return run
 
 
-@pytest.fixture(scope="module")
-def plain_answer(constants, tmp_path_factory) -> str:
-    """What `USE` prints in a process of its own."""
-    return answer(start_in(tmp_path_factory.mktemp("plain"), USE, **constants))
+@pytest.fixture
+def plain_answer(processor, model, content) -> str:
+    """What `USE` has to print, computed in this process."""
+    return f"TOKENS {greedy(model, processor.make_inputs(user(content)))[0].tolist()}"
 
 
 def test_the_folder_is_enough(start, demo_repo, examples):

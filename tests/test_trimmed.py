@@ -28,8 +28,6 @@ def processor(trimmed_processor):
 def test_tokens_of_a_clip(samples, tokens, windows):
     assert count_audio(samples, 1500, "trimmed") == (windows, tokens)
     assert count_audio(samples, 1500) == count_audio(samples, 1500, "fixed") == (windows, 1500 * windows)
-    with pytest.raises(ValueError, match="audio_tokens must be fixed or trimmed, got 'half'"):
-        count_audio(samples, 1500, "half")
 
 
 def test_where_the_choice_is_made(repo, processor, sound, tmp_path):

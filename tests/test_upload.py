@@ -158,8 +158,6 @@ def test_check_reports_by_its_exit_code(repo, tmp_path, run_main):
     paths.write_checksums(broken, {})
     code, output, _ = run_main("check", repo)
     assert code == 0 and "answer to audio and picture" in output
-    code, _, errors = run_main("check", broken)
-    assert code == 1 and "code in processing_qwen2_audio_vl.py is not this checkout's" in errors
     code, _, errors = run_main("check", broken, "--trust-code")
     assert code == 1 and "does not load or answer" in errors and "broken code" in errors
 
