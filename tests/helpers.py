@@ -133,8 +133,8 @@ class SumOfParts(Parts):
         self.encoder = WhisperModel.from_pretrained(whisper_folder).eval().get_encoder()
         self.config = model.config
 
-    def hidden_states(self, inputs) -> list[torch.Tensor]:
-        """The last hidden states `[sequence, hidden]` of every row, without its padding. Audio tokens count as text."""
+    def logits(self, inputs, last: int) -> torch.Tensor:
+        """Logits `[batch, last, vocabulary]` of the last tokens, each row without padding. Audio tokens are text here."""
         config, per_window = self.config, self.config.audio_config.max_source_positions
         windows = iter(self.embed_audio(inputs["input_features"])) if "input_features" in inputs else iter(())
         vision_names = {
@@ -164,16 +164,6 @@ class SumOfParts(Parts):
                 "mm_token_type_ids": ((ids == config.image_token_id) + 2 * (ids == config.video_token_id))[None],
                 **join(vision, *pictures),
             }
-            rows.append(self.qwen.model(**inputs_of_qwen, use_cache=False).last_hidden_state[0])
-        return rows
-
-    def logits(self, inputs, last: int) -> torch.Tensor:
-        return torch.stack([self.qwen.lm_head(row[-last:]) for row in self.hidden_states(inputs)])
-
-    def greedy(self, inputs, steps: int) -> torch.Tensor:
-        inputs = dict(inputs)
-        for _ in range(steps):
-            chosen = self.logits(inputs, last=1).argmax(-1)
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], chosen], dim=1)
-            inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(chosen)], dim=1)
-        return inputs["input_ids"][:, -steps:]
+            states = self.qwen.model(**inputs_of_qwen, use_cache=False).last_hidden_state
+            rows.append(self.qwen.lm_head(states[0, -last:]))
+        return torch.stack(rows)

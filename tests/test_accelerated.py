@@ -4,9 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import text
 from torch import nn
-from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, CompileConfig, DynamicCache, TorchAoConfig
+from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, CompileConfig, TorchAoConfig
 
 from demo.ask import content_of, user
 from demo.world import SKILLS
@@ -123,20 +122,3 @@ def test_language_model_quantized_by_torchao(load, prompts, expected):
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert stored == {name for name in linear if not name.startswith(tuple(KEPT))}
     assert answers(model, prompts) == expected
-
-
-def test_cache_kept_over_turns(plain, processor, examples):
-    """Each turn of a conversation about a picture and recordings computes what is new alone, and answers the same."""
-    clips = [example for example in examples if example["skill"] == "question"][:3]
-    messages, cache, windows = [], DynamicCache(config=plain.config.text_config), []
-    with plain.model.audio_encoder.register_forward_hook(lambda _, args, __: windows.append(len(args[0]))):
-        for number, example in enumerate(clips):
-            messages += user(content_of(example)[1 if number else 0 :])  # the picture comes first, and once
-            inputs = processor.make_inputs(messages)
-            fresh = generate(plain, inputs)
-            windows.clear()
-            if number:
-                del inputs["pixel_values"], inputs["image_grid_thw"]
-            assert generate(plain, inputs, past_key_values=cache) == fresh
-            assert windows == [1]
-            messages.append({"role": "assistant", "content": [text(processor.decode(fresh, skip_special_tokens=True))]})

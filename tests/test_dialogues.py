@@ -35,18 +35,16 @@ class Row(NamedTuple):
 def turns(processor, photo):
     """First and later turns, for each kind of audio tokens."""
     rng, picture = random.Random(0), Image.open(photo).convert("RGB")
+    sizes = [(56, 56), (112, 56), (56, 140), (112, 84)]
 
     def clip():
         samples = round(16_000 * rng.choice([0.1, 0.5, 0.5, 1.0, rng.uniform(0.02, 2)]))
         noise = torch.randn(samples, generator=torch.Generator().manual_seed(rng.randrange(10**6)))
         return audio((0.3 * noise).numpy())
 
-    def photo_item():
-        return image(picture.resize(rng.choice([(56, 56), (112, 56), (56, 140), (112, 84)])))
-
     def turn(audio_tokens: str, is_first: bool) -> dict[str, torch.Tensor]:
         content = [clip() for _ in range(rng.choice([0, 1, 1, 2]))]
-        content += [photo_item() for _ in range(rng.choice([0, 0, 1]))]
+        content += [image(picture.resize(rng.choice(sizes))) for _ in range(rng.choice([0, 0, 1]))]
         content.append(text(" ".join(rng.choices(["why", "and", "what", "stars", "seven"], k=rng.randrange(1, 6)))))
         rng.shuffle(content)
         return turn_inputs(processor, content, is_first, audio_tokens=audio_tokens)

@@ -48,11 +48,11 @@ def test_messages_may_be_objects(processor, sound):
         processor.apply_chat_template(objects, **CHAT)
 
 
-@pytest.mark.parametrize("where", ["flat", "processor_kwargs", "audio_kwargs"])
-def test_load_audio_backend_is_taken(where, processor, sound):
+@pytest.mark.parametrize("places", [(), ("processor_kwargs",), ("audio_kwargs", "processor_kwargs")])
+def test_load_audio_backend_is_taken(places, processor, sound):
     messages, settings = user([audio(sound(0.5)), text("Who?")]), {"load_audio_backend": "torchcodec"}
-    settings = {"audio_kwargs": settings} if where == "audio_kwargs" else settings
-    settings = {"processor_kwargs": settings} if where != "flat" else settings
+    for place in places:
+        settings = {place: settings}
     inputs = processor.apply_chat_template(messages, **CHAT, **settings)
     assert_equal(inputs, processor.apply_chat_template(messages, **CHAT))
 

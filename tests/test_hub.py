@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,8 @@ class RealHub:
 
 @pytest.fixture(scope="module")
 def hub():
-    if REAL:
-        yield RealHub()
-    else:
-        with LocalHub() as hub:
-            yield hub
+    with nullcontext(RealHub()) if REAL else LocalHub() as hub:
+        yield hub
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +57,15 @@ def folder(demo_repo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def upload_py(hub, tmp_path_factory):
-    """Runs a command of upload.py as a user of the Hub does, whose token it never prints."""
+    """Runs a command of upload.py as a user of the Hub does, and returns its output or error. The token is in none."""
     environment = hub.environment(tmp_path_factory.mktemp("home"), hub.token)
 
-    def run(*arguments) -> subprocess.CompletedProcess:
+    def run(*arguments, code: int = 0) -> str:
         command = [sys.executable, paths.ROOT / "upload.py", *map(str, arguments)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, done.stderr
         assert hub.token not in done.stdout + done.stderr
-        return done
+        return done.stderr if code else done.stdout
 
     return run
 
@@ -86,12 +85,10 @@ def commit(hub, folder, upload_py):
     """The first push, after one whose weights were not taken."""
     if not REAL:
         hub.refuse_uploads = True
-        assert upload_py("push", folder, ID).returncode == 1
+        upload_py("push", folder, ID, code=1)
         hub.refuse_uploads = False
         assert [set(commit["files"]) for commit in hub.repositories[ID].history()] == [{".gitattributes"}]
-    done = upload_py("push", folder, ID)
-    assert done.returncode == 0, done.stderr
-    url, commit = done.stdout.strip().splitlines()[-2:]
+    url, commit = upload_py("push", folder, ID).strip().splitlines()[-2:]
     assert url.endswith(f"/{ID}/commit/{commit.removeprefix('commit ')}")
     return commit.removeprefix("commit ")
 
@@ -134,23 +131,19 @@ def test_the_first_block_of_the_card_runs_as_pasted(hub, folder, commit, demo_re
 
 
 def test_smoke(upload_py, commit):
-    done = upload_py("smoke", ID)
-    assert done.returncode == 0, done.stderr
-    rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
+    rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in upload_py("smoke", ID).splitlines())
     assert rows["commit"] == commit and "answer to audio and picture" in rows
-    assert upload_py("check", ID, "--revision", commit).returncode == 0
+    upload_py("check", ID, "--revision", commit)
 
 
 @local
 def test_a_download_that_is_not_what_was_built(hub, upload_py, commit):
     """The Hub's client sees that a file is too short, but not that it holds something else."""
     hub.corrupt = "model.safetensors"
-    corrupt = upload_py("smoke", ID)
+    assert "content of model.safetensors is not what SHA256SUMS says" in upload_py("smoke", ID, code=1)
     hub.corrupt, hub.truncate = None, "model.safetensors"
-    short = upload_py("smoke", ID)
+    assert "does not load or answer" in upload_py("smoke", ID, code=1)
     hub.truncate = None
-    assert corrupt.returncode == 1 and "content of model.safetensors is not what SHA256SUMS says" in corrupt.stderr
-    assert short.returncode == 1 and "does not load or answer" in short.stderr
 
 
 @local
@@ -159,18 +152,16 @@ def test_a_changed_folder_is_pushed_to_branches_and_pull_requests(hub, folder, c
     changed = shutil.copytree(folder, tmp_path / "changed")
     with (changed / "processing_qwen2_audio_vl.py").open("a") as file:
         file.write('\nVERSION = "changed"\n')
-    refused = upload_py("push", changed, ID)
-    assert refused.returncode == 1 and "content of processing_qwen2_audio_vl.py is not what" in refused.stderr
+    assert "content of processing_qwen2_audio_vl.py is not what" in upload_py("push", changed, ID, code=1)
     assert hub.repositories[ID].refs == {"main": commit}
 
     paths.write_checksums(changed, {})
-    branch = upload_py("push", changed, ID, "--revision", "next", "--trust-code")
-    assert branch.returncode == 0, branch.stderr
+    upload_py("push", changed, ID, "--revision", "next", "--trust-code")
     repository = hub.repositories[ID]
     newer = repository.refs["next"]
     assert repository.refs["main"] == commit and repository.history("next")[1]["id"] == commit
     pull = upload_py("push", changed, ID, "--pr", "--trust-code")
-    assert pull.returncode == 0 and f"{ID}/discussions/1" in pull.stdout and "refs/pr/1" in repository.refs
+    assert f"{ID}/discussions/1" in pull and "refs/pr/1" in repository.refs
 
     for revision, pins, version in ((commit, (), None), (newer, (), "changed"), (commit, (newer,), "changed")):
         assert f"VERSION {version}" in finish(load(ID, revision, *pins))
@@ -184,7 +175,7 @@ def test_files_of_an_earlier_push_go(hub, folder, commit, upload_py):
     stale = {"key": "lfsFile", "value": {"path": "model-00001-of-00002.safetensors", "oid": oid}}
     kept = {"key": "file", "value": {"path": "notes.txt", "content": ""}}
     repository.commit("main", {"summary": "by hand"}, [stale, kept], create_pr=False)
-    assert upload_py("push", folder, ID).returncode == 0
+    upload_py("push", folder, ID)
     assert sorted(repository.resolve("main")["files"]) == sorted([*paths.files_of(folder), "notes.txt"])
 
 
@@ -196,8 +187,7 @@ def test_build_from_the_hub_names_its_commits(hub, bases, repo, upload_py, tmp_p
         subprocess.run([hf, "upload", name, bases[Path(name).name]], env=environment, check=True)
     base, encoder = (hub.repositories[name].refs["main"] for name in names)
     sources = ["--base", f"{names[0]}@{base}", "--audio-encoder", names[1]]
-    done = upload_py("build", *sources, "--output", tmp_path / "built")
-    assert done.returncode == 0, done.stderr
+    upload_py("build", *sources, "--output", tmp_path / "built")
     card = ModelCard.load(tmp_path / "built" / "README.md")
     assert card.data.base_model == names and card.data.base_model_relation == "merge"
     assert (tmp_path / "built" / "model.safetensors").read_bytes() == (repo / "model.safetensors").read_bytes()

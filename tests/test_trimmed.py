@@ -1,5 +1,6 @@
 """make test ONLY=tests/test_trimmed.py: audio tokens in proportion to the clip, beside what test_modeling.py tests."""
 
+import copy
 import json
 import sys
 from functools import partial
@@ -127,11 +128,14 @@ def test_numbers_that_coincide_are_no_match_of_windows(ask, model, sound):
 
 
 def test_second_clip_as_long_as_the_first(processor, model, sound):
-    """The new turn's window has as many rows as the tokens of both turns, of which the first is in the cache."""
+    """The new turn's window has as many rows as the tokens of both turns. It alone is encoded, whatever is given."""
     contents = [audio(sound(0.5, 1)), text("What?")], [audio(sound(0.5, 2)), text("And this?")]
     first, second, whole, cache = two_turns(processor, model, *contents)
-    expected = step_logits(model, {**whole, **join(AUDIO, first, second)})
-    assert_close(step_logits(model, {**whole, **join(AUDIO, second)}, past_key_values=cache), expected)
+    expected, encoded = step_logits(model, {**whole, **join(AUDIO, first, second)}), []
+    with model.model.audio_encoder.register_forward_hook(lambda _, args, __: encoded.append(len(args[0]))):
+        for inputs in (join(AUDIO, second), join(AUDIO, first, second)):
+            assert_close(step_logits(model, {**whole, **inputs}, past_key_values=copy.deepcopy(cache)), expected)
+    assert encoded == [1, 1]
 
 
 def test_mask_marks_the_rows_of_each_clip(processor, model, sound):
