@@ -134,7 +134,7 @@ class SumOfParts(Parts):
         self.config = model.config
 
     def logits(self, inputs, last: int) -> torch.Tensor:
-        """Logits `[batch, last, vocabulary]` of the last tokens, each row without padding. Audio tokens are text here."""
+        """Logits `[batch, last, vocabulary]` of the last tokens, row by row, with audio tokens as text."""
         config, per_window = self.config, self.config.audio_config.max_source_positions
         windows = iter(self.embed_audio(inputs["input_features"])) if "input_features" in inputs else iter(())
         vision_names = {
