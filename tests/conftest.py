@@ -21,7 +21,7 @@ from helpers import KINDS, audio, image, text, video
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from demo.ask import DEMO, read_examples
+from demo.ask import DEMO, read_examples, user
 from demo.bases import ASSETS, make_qwen2_vl, make_whisper
 from publishing.build import build
 
@@ -87,8 +87,9 @@ def shared_model(repo):
 
 @pytest.fixture
 def model(shared_model):
-    yield shared_model.eval()
-    assert not any(parameter.grad is not None for parameter in shared_model.parameters())
+    """The model of all tests, which computes no gradients."""
+    with torch.no_grad():
+        yield shared_model.eval()
 
 
 @pytest.fixture
@@ -124,11 +125,7 @@ def kinds(ask, speech, picture, sound):
         seconds, is_sound, seed = name.partition("/")
         return items.get(name) or (audio(sound(float(seconds), int(seed))) if is_sound else text(name))
 
-    def make(kind: str):
-        rows = [[item(name) for name in row] for row in KINDS[kind]]
-        return ask(*rows) if len(rows) > 1 else ask(*rows[0])
-
-    return make
+    return lambda kind: ask(*([item(name) for name in row] for row in KINDS[kind]))
 
 
 @pytest.fixture(scope="module")
@@ -163,18 +160,8 @@ def sound():
 def ask(processor):
     """`ask(item, item, ...)` or `ask([item, ...], [item, ...])` for a batch: model inputs of user messages."""
 
-    def make(*items, **processor_kwargs):
-        def message(content):
-            return [{"role": "user", "content": list(content)}]
-
-        is_batch = isinstance(items[0], list)
-        return processor.apply_chat_template(
-            [message(row) for row in items] if is_batch else message(items),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={**({"padding": True} if is_batch else {}), **processor_kwargs},
-        )
+    def make(*items):
+        rows = items if isinstance(items[0], list) else [list(items)]
+        return processor.make_inputs([user(row) for row in rows])
 
     return make

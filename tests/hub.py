@@ -6,25 +6,19 @@ Only model repositories and LFS's basic transfer.
 
 import base64
 import hashlib
-import hmac
 import json
 import os
 import re
-import sys
 import threading
-from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote
 
-import yaml
 
-
-USER = "someone"  # who the token belongs to
+USER, TOKEN = "someone", "hf_secret"
 LFS_SUFFIXES = (".safetensors", ".bin")
 LFS_SIZE = 1_000_000  # bytes above which any file is an LFS object
 GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
-FRONT_MATTER = re.compile(r"---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 
 
 class HubError(Exception):
@@ -35,10 +29,6 @@ class HubError(Exception):
         self.status = status
         self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
         self.fields = {"error": message, **fields}
-
-
-class Disconnected(Exception):
-    """The request did not arrive whole: nobody is left to reply to."""
 
 
 def git_blob_id(content: bytes) -> str:
@@ -52,26 +42,16 @@ class Repository:
         self.private = private
         self.objects: dict[str, bytes] = {}
         self.commits: dict[str, dict] = {}
-        self.lock = threading.Lock()
         self.refs = {"main": self.write_commit(None, "initial commit", {".gitattributes": self.store(GIT_ATTRIBUTES)})}
 
-    def store(self, content: bytes) -> dict:
-        """Stores a file that git itself keeps; returns its entry in a commit."""
+    def store(self, content: bytes, is_lfs: bool = False) -> dict:
+        """Stores a file, and returns its entry in a commit."""
         sha256 = hashlib.sha256(content).hexdigest()
         self.objects[sha256] = content
-        return {"sha256": sha256, "size": len(content), "lfs": False, "oid": git_blob_id(content)}
-
-    def lfs_file(self, sha256: str) -> dict:
-        """The entry in a commit of an LFS object, which has to be stored already."""
-        if sha256 not in self.objects:
-            raise HubError(400, f"LFS object {sha256} is not stored")
-        size = len(self.objects[sha256])
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
-        return {"sha256": sha256, "size": size, "lfs": True, "oid": git_blob_id(pointer), "pointer": len(pointer)}
+        return {"sha256": sha256, "size": len(content), "lfs": is_lfs, "oid": git_blob_id(content)}
 
     def write_commit(self, parent: str | None, message: str, files: dict[str, dict]) -> str:
-        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        commit = {"parent": parent, "message": message, "date": date, "files": files}
+        commit = {"parent": parent, "message": message, "files": files}
         commit_id = hashlib.sha1(json.dumps(commit, sort_keys=True).encode()).hexdigest()
         self.commits[commit_id] = {"id": commit_id, **commit}
         return commit_id
@@ -95,29 +75,23 @@ class Repository:
 
     def commit(self, revision: str, header: dict, changes: list[dict], create_pr: bool) -> tuple[str, str]:
         """Commits to a branch, or opens a pull request on it: the ref that moved and the commit's id."""
-        with self.lock:
-            parent = self.resolve(revision)
-            files = dict(parent["files"])
-            for change in changes:  # lines of the request's NDJSON
-                value, path = change["value"], change["value"]["path"]
-                match change["key"]:
-                    case "file":
-                        files[path] = self.store(base64.b64decode(value["content"]))
-                    case "lfsFile":
-                        files[path] = self.lfs_file(value["oid"])
-                    case "deletedFile":
-                        del files[path]
-                    case key:
-                        raise HubError(400, f"Unknown operation: {key}")
-            number = sum(name.startswith("refs/pr/") for name in self.refs) + 1
-            ref = f"refs/pr/{number}" if create_pr else revision
-            self.refs[ref] = self.write_commit(parent["id"], header["summary"], files)
+        parent = self.resolve(revision)
+        files = dict(parent["files"])
+        for change in changes:  # lines of the request's NDJSON
+            value, path = change["value"], change["value"]["path"]
+            match change["key"]:
+                case "file":
+                    files[path] = self.store(base64.b64decode(value["content"]))
+                case "lfsFile":
+                    files[path] = self.store(self.objects[value["oid"]], is_lfs=True)
+                case "deletedFile":
+                    del files[path]
+                case key:
+                    raise HubError(400, f"Unknown operation: {key}")
+        number = sum(name.startswith("refs/pr/") for name in self.refs) + 1
+        ref = f"refs/pr/{number}" if create_pr else revision
+        self.refs[ref] = self.write_commit(parent["id"], header["summary"], files)
         return ref, self.refs[ref]
-
-    def create_branch(self, name: str, starting_point: str):
-        if name in self.refs:
-            raise HubError(409, f"Reference already exists: {name}")
-        self.refs[name] = self.resolve(starting_point)["id"]
 
 
 REPO = r"(?P<repo_id>\w[\w.-]*(?:/\w[\w.-]*)?)"
@@ -136,13 +110,6 @@ def route(methods: str, pattern: str):
     return register
 
 
-def find_route(method: str, path: str):
-    for methods, pattern, function in ROUTES:
-        if method in methods and (match := pattern.fullmatch(path)):
-            return function, {name: unquote(text) for name, text in match.groupdict().items() if text is not None}
-    raise HubError(404, "Sorry, we can't find the page you are looking for.")
-
-
 class Handler(BaseHTTPRequestHandler):
     """One connection. A route's method returns what to send as JSON, or None where it has replied itself."""
 
@@ -157,30 +124,23 @@ class Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         self.query = dict(parse_qsl(query))
         try:
-            self.body = self.read_body()  # whole, also where the reply is an error: the next request follows it
-            if self.headers.get("Authorization", self.hub.authorization) != self.hub.authorization:
+            # The body is read also where the reply is an error, because the next request follows it.
+            self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Authorization", f"Bearer {TOKEN}") != f"Bearer {TOKEN}":
                 raise HubError(401, "Invalid credentials in Authorization header")
-            function, groups = find_route(self.command, path)
-            value = function(self, **groups)
+            value = self.call_route(path)
             if value is not None:
                 self.reply(200, json.dumps(value).encode())
         except HubError as error:
             self.reply(error.status, json.dumps(error.fields).encode(), error.headers)
-        except Disconnected:
-            self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
-    def read_body(self) -> bytes:
-        size = int(self.headers.get("Content-Length", 0))
-        if self.command == "PUT" and self.hub.cut_upload_after is not None:
-            size, self.hub.cut_upload_after = min(size, self.hub.cut_upload_after), None
-            self.rfile.read(size)
-            raise Disconnected
-        body = self.rfile.read(size)
-        if len(body) < size:
-            raise Disconnected
-        return body
+    def call_route(self, path: str):
+        for methods, pattern, function in ROUTES:
+            if self.command in methods and (match := pattern.fullmatch(path)):
+                return function(self, **{name: unquote(text) for name, text in match.groupdict().items() if text})
+        raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
     def reply(self, status: int, body: bytes, headers: dict | None = None, sent: int | None = None):
         """Sends a reply; with `sent`, only so many bytes of the promised body, and hangs up."""
@@ -223,17 +183,17 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self):
-        match = FRONT_MATTER.match(json.loads(self.body)["content"])
-        metadata = yaml.safe_load(match[1]) if match else {}
-        if metadata.get("license"):
-            return {"warnings": [], "errors": []}
-        raise HubError(400, "Invalid metadata", warnings=[], errors=[{"message": '"license" is required'}])
+        return {"warnings": [], "errors": []}
 
     @route("POST", f"/api/models/{REPO}/preupload/{REVISION}")
     def preupload(self, repo_id: str, revision: str):
-        present = self.repository(repo_id, write=True).resolve(revision)["files"]
-        files = json.loads(self.body)["files"]
-        return {"files": [upload_mode(file["path"], file["size"], present.get(file["path"])) for file in files]}
+        self.repository(repo_id, write=True).resolve(revision)
+        files = []
+        for file in json.loads(self.body)["files"]:
+            is_lfs = file["path"].endswith(LFS_SUFFIXES) or file["size"] > LFS_SIZE
+            mode = "lfs" if is_lfs else "regular"
+            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+        return {"files": files}
 
     @route("POST", rf"/{REPO}\.git/info/lfs/objects/batch")
     def lfs_batch(self, repo_id: str):
@@ -241,15 +201,13 @@ class Handler(BaseHTTPRequestHandler):
         objects = [{"oid": entry["oid"], "size": entry["size"]} for entry in json.loads(self.body)["objects"]]
         for entry in objects:
             if entry["oid"] not in repository.objects:
-                signature = self.hub.sign(repo_id, entry["oid"])
-                href = f"{self.hub.url}/{repo_id}.git/info/lfs/objects/{entry['oid']}?signature={signature}"
+                href = f"{self.hub.url}/{repo_id}.git/info/lfs/objects/{entry['oid']}"
                 entry["actions"] = {"upload": {"href": href}}
         return {"transfer": "basic", "objects": objects}
 
     @route("PUT", rf"/{REPO}\.git/info/lfs/objects/(?P<oid>[0-9a-f]{{64}})")
     def upload_lfs_object(self, repo_id: str, oid: str):
-        # The client sends no token here, as to S3: the address is signed.
-        if self.hub.refuse_uploads or self.query.get("signature") != self.hub.sign(repo_id, oid):
+        if self.hub.refuse_uploads:  # the client sends no token here, as to S3
             raise HubError(403, "Request has expired")
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise HubError(400, "The content's SHA-256 is not the object's id")
@@ -268,18 +226,18 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", f"/api/models/{REPO}/branch/{REVISION}")
     def create_branch(self, repo_id: str, revision: str):
-        starting_point = json.loads(self.body or b"{}").get("startingPoint", "main")
-        self.repository(repo_id, write=True).create_branch(revision, starting_point)
+        repository = self.repository(repo_id, write=True)
+        if revision in repository.refs:
+            raise HubError(409, f"Reference already exists: {revision}")
+        repository.refs[revision] = repository.refs["main"]
         return {}
 
     @route("GET", f"/api/models/{REPO}(?:/revision/{REVISION})?")
     def model_info(self, repo_id: str, revision: str = "main"):
         repository = self.repository(repo_id)
         commit = repository.resolve(revision)
-        return {
-            **{"id": repo_id, "modelId": repo_id, "sha": commit["id"], "lastModified": commit["date"], "tags": []},
-            **{"private": repository.private, "siblings": [{"rfilename": path} for path in commit["files"]]},
-        }
+        files = [{"rfilename": path} for path in commit["files"]]
+        return {"id": repo_id, "sha": commit["id"], "private": repository.private, "siblings": files}
 
     @route("GET", f"/api/models/{REPO}/tree/{REVISION}(?:/{PATH})?")
     def tree(self, repo_id: str, revision: str, path: str = ""):
@@ -313,57 +271,36 @@ class Handler(BaseHTTPRequestHandler):
             content = content[: size // 2] + bytes([content[size // 2] ^ 1]) + content[size // 2 + 1 :]
         if byte_range := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(byte_range[1]), min(size, int(byte_range[2] or size) + 1)
-            if start >= end:
-                raise HubError(416, "Requested range not satisfiable", headers={"Content-Range": f"bytes */{size}"})
             status, headers = 206, {**headers, "Content-Range": f"bytes {start}-{end - 1}/{size}"}
         # Nothing beyond the middle of the file is sent, so that the client cannot resume its way to the end.
         sent = max(0, size // 2 - start) if path == self.hub.truncate else None
         self.reply(status, content[start:end], headers, sent)
 
 
-def upload_mode(path: str, size: int, present: dict | None) -> dict:
-    """How a file is to be uploaded, and which content its path has already."""
-    mode = "lfs" if path.endswith(LFS_SUFFIXES) or size > LFS_SIZE else "regular"
-    oid = present and present["sha256" if present["lfs"] else "oid"]
-    return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
-
-
 def tree_entry(path: str, file: dict) -> dict:
     entry = {"type": "file", "path": path, "oid": file["oid"], "size": file["size"]}
     if file["lfs"]:
-        entry["lfs"] = {"oid": file["sha256"], "size": file["size"], "pointerSize": file["pointer"]}
+        entry["lfs"] = {"oid": file["sha256"], "size": file["size"], "pointerSize": 134}
     return entry
-
-
-class Server(ThreadingHTTPServer):
-    request_queue_size = 64
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):
-        """Shows the errors of this file; a client that hangs up is none."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
 
 
 class LocalHub:
     """The server, as a context manager. Tests look into `repositories`.
 
     Faults, all of them off at first:
-    `cut_upload_after`: hang up on the next LFS upload after so many bytes, once; the client tries again by itself.
     `refuse_uploads`: answer every LFS upload with 403, which the client does not try again.
     `corrupt`: path of a file that is sent with one bit flipped.
     `truncate`: path of a file of which the first half is sent, however often it is asked for.
     """
 
-    def __init__(self, token: str = "hf_secret"):
-        self.token = token
-        self.authorization = f"Bearer {token}"
+    token = TOKEN
+
+    def __init__(self):
         self.repositories: dict[str, Repository] = {}
-        self.cut_upload_after: int | None = None
         self.refuse_uploads = False
         self.corrupt: str | None = None
         self.truncate: str | None = None
-        self.server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self):
@@ -373,10 +310,6 @@ class LocalHub:
     def __exit__(self, *exception):
         self.server.shutdown()
         self.server.server_close()
-
-    def sign(self, repo_id: str, oid: str) -> str:
-        """The signature that allows an upload to this address without a token."""
-        return hmac.new(self.token.encode(), f"{repo_id}:{oid}".encode(), "sha256").hexdigest()
 
     def environment(self, cache: Path, token: str | None = None) -> dict[str, str]:
         """The variables of a process whose Hub this is, with no other settings of the Hub's client than these."""

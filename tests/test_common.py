@@ -144,10 +144,6 @@ AUDIO_CONFIG = {
 }
 
 
-def test_the_tests_are_of_the_release_that_is_installed():
-    assert f"transformers=={transformers.__version__} " in (ROOT / "requirements/common.txt").read_text()
-
-
 class Inputs:
     """What they call a model tester: a small configuration, and inputs of text and an image of one token a row."""
 

@@ -45,9 +45,6 @@ def test_top_level_files_are_the_full_size(tmp_path):
     ours, theirs = ({k: v for k, v in each.to_dict().items() if k not in ignored} for each in (config, built))
     ours["audio_config"], theirs["audio_config"] = config.audio_config.to_diff_dict(), built.audio_config.to_diff_dict()
     assert ours == theirs
-    assert (config.text_config.hidden_size, config.audio_config.d_model) == (3584, 1280)
-    assert (config.audio_config.encoder_layers, config.audio_config.max_source_positions) == (32, 1500)
-    assert (config.audio_token_id, config.audio_bos_token_id, config.audio_eos_token_id) == (151657, 151658, 151659)
 
     building.build_processor(base, encoder, tokenizer, built).save_pretrained(tmp_path)
     ours, theirs = (json.loads((folder / "processor_config.json").read_text()) for folder in (paths.ROOT, tmp_path))

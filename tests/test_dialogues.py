@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import AUDIO, VISION, assert_close, audio, image, join, text, turn_inputs
+from helpers import AUDIO, VISION, assert_close, audio, greedy_output, image, join, text, turn_inputs
 from PIL import Image
 from transformers import DynamicCache
 
@@ -35,18 +35,16 @@ class Row(NamedTuple):
 def turns(processor, photo):
     """First and later turns, for each kind of audio tokens."""
     rng, picture = random.Random(0), Image.open(photo).convert("RGB")
+    sizes = [(56, 56), (112, 56), (56, 140), (112, 84)]
 
     def clip():
         samples = round(16_000 * rng.choice([0.1, 0.5, 0.5, 1.0, rng.uniform(0.02, 2)]))
         noise = torch.randn(samples, generator=torch.Generator().manual_seed(rng.randrange(10**6)))
         return audio((0.3 * noise).numpy())
 
-    def photo_item():
-        return image(picture.resize(rng.choice([(56, 56), (112, 56), (56, 140), (112, 84)])))
-
     def turn(audio_tokens: str, is_first: bool) -> dict[str, torch.Tensor]:
         content = [clip() for _ in range(rng.choice([0, 1, 1, 2]))]
-        content += [photo_item() for _ in range(rng.choice([0, 0, 1]))]
+        content += [image(picture.resize(rng.choice(sizes))) for _ in range(rng.choice([0, 0, 1]))]
         content.append(text(" ".join(rng.choices(["why", "and", "what", "stars", "seven"], k=rng.randrange(1, 6)))))
         rng.shuffle(content)
         return turn_inputs(processor, content, is_first, audio_tokens=audio_tokens)
@@ -118,26 +116,21 @@ class Dialogue:
         ids, mask, types = self.layout
         num_audio = sum((turn["mm_token_type_ids"] == 3).sum() for turn in self.last_turns)
         is_cut = bool((types[:, past:] == 3).sum() != num_audio)
-        vision = join(VISION, *self.last_turns)
+        vision, audio_inputs = join(VISION, *self.last_turns), join(AUDIO, *self.last_turns)
         if beams == 1 and not is_cut and self.rng.random() < 0.4:
             self.log.append("forward")
             self.cache = self.cache or DynamicCache(config=self.model.config.get_text_config())
             inputs = {"input_ids": ids[:, past:], "attention_mask": mask, "mm_token_type_ids": types[:, past:]}
-            inputs |= {"past_key_values": self.cache, **vision, **join(AUDIO, *self.last_turns)}
-            with torch.no_grad():
-                logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]
+            inputs |= {"past_key_values": self.cache, **vision, **audio_inputs}
+            logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]
             self.add_answer(logits.argmax(-1, keepdim=True))
             return logits
         is_whole = is_cut or self.rng.random() < 0.5
         self.log.append("whole audio" if is_whole else "new audio")
-        turns = [turn for row in self.rows for turn in row.turns] if is_whole else self.last_turns
-        output = self.model.generate(
-            **{"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, "past_key_values": self.cache},
-            **vision,
-            **join(AUDIO, *turns),
-            **{"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "num_beams": beams},
-            **{"output_logits": True, "return_dict_in_generate": True},
-        )
+        if is_whole:
+            audio_inputs = join(AUDIO, *(turn for row in self.rows for turn in row.turns))
+        inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, **vision, **audio_inputs}
+        output = greedy_output(self.model, inputs, STEPS, past_key_values=self.cache, num_beams=beams)
         self.cache = output.past_key_values
         self.add_answer(output.sequences[:, -STEPS:])
         return output.logits[0][::beams]
@@ -159,8 +152,7 @@ def test_each_row_equals_itself_alone(part, model, turns):
             dialogue.add_turn()
             alone = [row.alone() for row in dialogue.rows]
             logits = dialogue.continue_it(beams)
-            with torch.no_grad():
-                expected = torch.stack([model(**inputs, logits_to_keep=1).logits[0, -1] for inputs in alone])
+            expected = torch.stack([model(**inputs, logits_to_keep=1).logits[0, -1] for inputs in alone])
             print(f"dialogue {number}, turn {turn}: {', '.join(dialogue.log)}")  # pytest shows it where a test fails
             assert_close(logits, expected, atol=2e-4)
             if beams > 1:  # its cache has the rows of beams

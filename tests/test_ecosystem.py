@@ -12,36 +12,22 @@ from openai.types.chat import ChatCompletionMessage
 from packaging.version import Version
 from transformers import AutoModel
 
-from demo.ask import EXAMPLES
+from demo.ask import EXAMPLES, load, user
 
 
 RELEASE = Version(transformers.__version__)
 
 
-@pytest.fixture
-def conversation(sound, picture):
-    return [
-        {"role": "user", "content": [audio(sound(1.3)), image(picture), text("Who?"), audio(sound(0.2, 1))]},
-        {"role": "assistant", "content": "Nobody, é."},
-        {"role": "user", "content": [audio(sound(2.5, 2)), text("Sure?")]},
-        {"role": "assistant", "content": [text("Yes"), text("!")]},
-    ]
+def assert_equal(inputs, expected):
+    """Expects the same model inputs in the same order."""
+    assert list(inputs) == list(expected) and all(torch.equal(inputs[name], expected[name]) for name in expected)
 
 
 def test_class_is_the_same_at_every_loading(repo, model):
     again = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype="auto")
     assert type(again) is type(model)
-    copied = pickle.loads(pickle.dumps(again))  # not after `output_hidden_states`, for which upstream leaves hooks
-    assert type(copied) is type(model)
-    for (name, weight), (_, expected) in zip(copied.named_parameters(), model.named_parameters(), strict=True):
-        assert torch.equal(weight, expected), name
-
-
-@dataclasses.dataclass
-class Message:
-    role: str
-    content: list
-    name: str | None = None
+    # Not after `output_hidden_states`, for which upstream leaves hooks. test_modeling.py compares pickled weights.
+    assert type(pickle.loads(pickle.dumps(again))) is type(model)
 
 
 def test_messages_may_be_objects(processor, sound):
@@ -49,32 +35,36 @@ def test_messages_may_be_objects(processor, sound):
     question, answer = [audio(sound(0.5)), text("Who?")], {"role": "assistant", "content": "Nobody."}
     again = {"role": "user", "content": [text("Sure?")]}
     expected = processor.apply_chat_template([{"role": "user", "content": question}, answer, again], **CHAT)
+    message_class = dataclasses.make_dataclass("Message", ["role", "content", ("name", str, None)])
     objects = [
-        Message("user", [types.MappingProxyType(item) for item in question]),
+        message_class("user", [types.MappingProxyType(item) for item in question]),
         ChatCompletionMessage(**answer),
         types.MappingProxyType(again),
     ]
-    given = processor.apply_chat_template(objects, **CHAT)
-    assert list(given) == list(expected) and all(torch.equal(given[name], expected[name]) for name in expected)
+    assert_equal(processor.apply_chat_template(objects, **CHAT), expected)
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     objects[1] = ChatCompletionMessage(role="assistant", content=None, tool_calls=[call])
     with pytest.raises(ValueError, match=r"messages\[1\] calls a tool, but this model calls none"):
         processor.apply_chat_template(objects, **CHAT)
 
 
-@pytest.mark.parametrize("where", ["flat", "processor_kwargs", "audio_kwargs"])
-def test_load_audio_backend_is_taken(where, processor, sound):
-    messages = [{"role": "user", "content": [audio(sound(0.5)), text("Who?")]}]
-    settings = {"load_audio_backend": "torchcodec"}
-    settings = {"audio_kwargs": settings} if where == "audio_kwargs" else settings
-    settings = {"processor_kwargs": settings} if where != "flat" else settings
+@pytest.mark.parametrize("places", [(), ("processor_kwargs",), ("audio_kwargs", "processor_kwargs")])
+def test_load_audio_backend_is_taken(places, processor, sound):
+    messages, settings = user([audio(sound(0.5)), text("Who?")]), {"load_audio_backend": "torchcodec"}
+    for place in places:
+        settings = {place: settings}
     inputs = processor.apply_chat_template(messages, **CHAT, **settings)
-    expected = processor.apply_chat_template(messages, **CHAT)
-    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert_equal(inputs, processor.apply_chat_template(messages, **CHAT))
 
 
-def test_answers_are_marked(processor, conversation):
+def test_answers_are_marked(processor, sound, picture):
     """`return_assistant_tokens_mask` marks the answers and the ends of their turns, whatever stands before them."""
+    conversation = [
+        *user([audio(sound(1.3)), image(picture), text("Who?"), audio(sound(0.2, 1))]),
+        {"role": "assistant", "content": "Nobody, é."},
+        *user([audio(sound(2.5, 2)), text("Sure?")]),
+        {"role": "assistant", "content": [text("Yes"), text("!")]},
+    ]
     settings = {**CHAT, "return_assistant_tokens_mask": True, "processor_kwargs": {"padding": True}}
     if Version("5.18") > RELEASE:
         with pytest.raises(ImportError, match=r"transformers>=5\.18"):
@@ -87,14 +77,12 @@ def test_answers_are_marked(processor, conversation):
         inputs = processor.apply_chat_template(rows, **settings)
         masks = inputs.pop("assistant_masks").bool()
         assert [processor.decode(ids[mask]) for ids, mask in zip(inputs["input_ids"], masks, strict=True)] == answers
-        plain = processor.apply_chat_template(rows, **CHAT, processor_kwargs={"padding": True})
-        assert list(inputs) == list(plain) and all(torch.equal(inputs[name], plain[name]) for name in plain)
+        assert_equal(inputs, processor.apply_chat_template(rows, **CHAT, processor_kwargs={"padding": True}))
 
 
 def test_transcription_request(demo_repo, examples):
     """One clip and a batch, with the prompt in the output or cut off, are the bare transcripts."""
-    processor = transformers.AutoProcessor.from_pretrained(demo_repo, trust_remote_code=True)
-    model = AutoModel.from_pretrained(demo_repo, trust_remote_code=True, dtype=torch.float32)
+    processor, model = load(demo_repo, torch.float32)
     asked = [example for example in examples if example["skill"] == "transcribe"]
     clips = [str(EXAMPLES / example["audio"][0]) for example in asked]
     words = [example["answer"] for example in asked]
@@ -107,8 +95,7 @@ def test_transcription_request(demo_repo, examples):
     output = model.generate(**processor.apply_transcription_request(clips[0]), max_new_tokens=12)
     assert processor.decode(output[0], return_format="transcription_only") == words[0]
     prompts = processor.apply_transcription_request(clips, tokenize=False)
-    again = processor(text=prompts, audio=clips, padding=True, return_tensors="pt")
-    assert all(torch.equal(again[name], inputs[name]) for name in inputs)
+    assert_equal(processor(text=prompts, audio=clips, padding=True, return_tensors="pt"), inputs)
 
 
 def test_transcription_request_says_what_is_asked(processor, sound):
@@ -116,11 +103,11 @@ def test_transcription_request_says_what_is_asked(processor, sound):
     first, second = processor.apply_transcription_request(clips, ["en", None], ["Write it down.", None], tokenize=False)
     assert "Write it down. The language is English.<|im_end|>" in first and "Transcribe the audio.<|im_end|>" in second
     assert "The language is Welsh." in processor.apply_transcription_request(clips[0], "welsh", tokenize=False)[0]
-    for arguments, message in (
-        (([],), "no clip to transcribe"),
-        ((clips, ["en"]), "language has 1 entries for 2 clips"),
-        ((clips, "Klingon"), "language must be a code or name"),
-        ((clips, None, ["a", "b", "c"]), "prompt has 3 entries for 2 clips"),
+    for message, *arguments in (
+        ("no clip to transcribe", []),
+        ("language has 1 entries for 2 clips", clips, ["en"]),
+        ("language must be a code or name", clips, "Klingon"),
+        ("prompt has 3 entries for 2 clips", clips, None, ["a", "b", "c"]),
     ):
         with pytest.raises(ValueError, match=message):
             processor.apply_transcription_request(*arguments)
@@ -165,8 +152,7 @@ def test_forward_compiles_as_one_graph(kind, learns, processor, fresh_model, sou
     def ask(*seconds):
         content = [audio(sound(length, seed)) for seed, length in enumerate(seconds) if kind != "text"]
         settings = {} if kind == "text" else {"audio_tokens": kind}
-        messages = [{"role": "user", "content": [*content, text("Who?")]}]
-        inputs = processor.apply_chat_template(messages, add_generation_prompt=True, **CHAT, **settings)
+        inputs = processor.make_inputs(user([*content, text("Who?")]), **settings)
         return {**inputs, "labels": inputs["input_ids"]} if learns else inputs
 
     model = fresh_model.float().train(learns)

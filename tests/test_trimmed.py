@@ -3,15 +3,16 @@
 import copy
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
-from helpers import AUDIO, CHAT, TOKENS, assert_close, audio, join, step_logits, text, two_turns
+from helpers import AUDIO, CHAT, TOKENS, assert_close, assert_refused, audio, join, step_logits, text, two_turns
 from transformers import AutoProcessor
 
 from audio_utils import fetch_audio
 from configuration_qwen2_audio_vl import count_audio
-from demo.ask import EXAMPLES
+from demo.ask import EXAMPLES, user
 from handler import EndpointHandler, read_messages
 from publishing.build import build
 
@@ -28,14 +29,12 @@ def processor(trimmed_processor):
 def test_tokens_of_a_clip(samples, tokens, windows):
     assert count_audio(samples, 1500, "trimmed") == (windows, tokens)
     assert count_audio(samples, 1500) == count_audio(samples, 1500, "fixed") == (windows, 1500 * windows)
-    with pytest.raises(ValueError, match="audio_tokens must be fixed or trimmed, got 'half'"):
-        count_audio(samples, 1500, "half")
 
 
 def test_where_the_choice_is_made(repo, processor, sound, tmp_path):
     """In a call, at loading, in a saved processor and at building."""
-    clip, fixed = sound(0.7), AutoProcessor.from_pretrained(repo, trust_remote_code=True)
-    messages = [{"role": "user", "content": [audio(clip), text("Who?"), audio(sound(1.25, 1))]}]
+    load, clips = partial(AutoProcessor.from_pretrained, repo, trust_remote_code=True), [sound(0.7), sound(1.25, 1)]
+    fixed, messages = load(), user([audio(clips[0]), text("Who?"), audio(clips[1])])
     trimmed = processor.apply_chat_template(messages, **CHAT)
     plain = fixed.apply_chat_template(messages, **CHAT)
     count = [(inputs["input_ids"] == fixed.audio_token_id).sum() for inputs in (trimmed, plain)]
@@ -47,30 +46,23 @@ def test_where_the_choice_is_made(repo, processor, sound, tmp_path):
         loaded = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         assert loaded.audio_tokens == "trimmed"
         assert torch.equal(loaded.apply_chat_template(messages, **CHAT)["input_ids"], trimmed["input_ids"])
-    for call in (
-        lambda **kwargs: fixed.apply_chat_template(messages, **CHAT, **kwargs),
+    calls = [
+        partial(fixed.apply_chat_template, messages, **CHAT),
         lambda **kwargs: fixed.apply_chat_template(messages, **CHAT, processor_kwargs={"audio_kwargs": kwargs}),
-        lambda **kwargs: fixed(
-            text=["<|im_start|>user\n<|audio_pad|>Who?<|audio_pad|>"], audio=[clip, sound(1.25, 1)], **kwargs
-        ),
-    ):
+        partial(fixed, text=["<|im_start|>user\n<|audio_pad|>Who?<|audio_pad|>"], audio=clips),
+    ]
+    for call in calls:
         ids = torch.as_tensor(call(audio_tokens="trimmed")["input_ids"])
         assert (ids == fixed.audio_token_id).sum() == count[0]
+    assert fixed._get_num_multimodal_tokens([], audio_lengths=[1], audio_tokens="trimmed")["num_audio_tokens"] == [1]
+    for call in (*calls, load, partial(build, checkpoint=repo, output=tmp_path / "half")):
         with pytest.raises(ValueError, match="audio_tokens must be fixed or trimmed, got 'half'"):
             call(audio_tokens="half")
-    assert fixed._get_num_multimodal_tokens([], audio_lengths=[1], audio_tokens="trimmed")["num_audio_tokens"] == [1]
-    for make in (
-        lambda: AutoProcessor.from_pretrained(repo, trust_remote_code=True, audio_tokens="half"),
-        lambda: build(checkpoint=repo, output=tmp_path / "half", audio_tokens="half"),
-    ):
-        with pytest.raises(ValueError, match="audio_tokens must be fixed or trimmed, got 'half'"):
-            make()
     assert not (tmp_path / "half").exists()
 
 
 def test_a_model_is_asked_as_it_was_trained_or_warns(repo, sound, tmp_path, monkeypatch):
-    messages = [{"role": "user", "content": [audio(sound(0.7))]}]
-    path = tmp_path / "processor_config.json"
+    messages, path = user([audio(sound(0.7))]), tmp_path / "processor_config.json"
     for trained, asked, warns in (
         (None, "trimmed", False),
         ("fixed", "fixed", False),
@@ -116,18 +108,12 @@ def test_wrong_numbers_are_errors_that_name_both(ask, model, sound, processor):
         ({"input_ids": one_more}, r"131 audio tokens, but 130 audio embeddings"),
         ({"input_features": features.repeat(2, 1, 1), "input_features_mask": mask.repeat(2, 1)}, r"130 .* but 260 "),
     ):
-        for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
-            with pytest.raises(ValueError, match=message):
-                call(**{**inputs, **changes})
+        assert_refused(model, message, **{**inputs, **changes})
     for wrong in (mask[[1, 0, 2]], mask.roll(20, 1), mask.T, mask.masked_fill(torch.arange(100) == 4, 0)):
-        for call in (model, model.generate):
-            with pytest.raises(ValueError, match="input_features"):
-                call(**{**inputs, "input_features_mask": wrong})
+        assert_refused(model, "input_features", **{**inputs, "input_features_mask": wrong})
     encoded = {"audio": model.get_audio_features(features)}
     without_audio = {name: value for name, value in inputs.items() if name not in AUDIO}
-    for call in (model, model.generate):
-        with pytest.raises(ValueError, match=without):
-            call(**without_audio, mm_encoder_outputs=dict(encoded))
+    assert_refused(model, without, **without_audio, mm_encoder_outputs=encoded)
     with pytest.raises(ValueError, match="input_features_mask has shape"):
         model.get_audio_features(features, input_features_mask=torch.ones(3, 50))
 
@@ -136,24 +122,20 @@ def test_numbers_that_coincide_are_no_match_of_windows(ask, model, sound):
     """Two clips of half a window have as many tokens as one whole window has rows."""
     inputs = ask([audio(sound(0.5, 1)), text("One")], [audio(sound(0.5, 2)), text("Two")])
     del inputs["input_features_mask"]
-    inputs["input_features"] = inputs["input_features"][:1]
-    for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
-        with pytest.raises(ValueError, match=r"50 audio tokens, but 50 .*by window: \[50\].*input_features_mask"):
-            call(**inputs)
-    encoded = {"audio": model.get_audio_features(inputs.pop("input_features"))}
-    for call in (model, model.generate):
-        with pytest.raises(ValueError, match=r"50 audio tokens, but 50 .*by window: \[50\].*input_features_mask"):
-            call(**inputs, mm_encoder_outputs=dict(encoded))
+    features, message = inputs.pop("input_features")[:1], r"50 audio tokens, but 50 .*by window: \[50\].*_features_mask"
+    assert_refused(model, message, **inputs, input_features=features)
+    assert_refused(model, message, **inputs, mm_encoder_outputs={"audio": model.get_audio_features(features)})
 
 
 def test_second_clip_as_long_as_the_first(processor, model, sound):
-    """The new turn's window has as many rows as the tokens of both turns, of which the first is in the cache."""
-    first, second, whole, cache = two_turns(
-        processor, model, [audio(sound(0.5, 1)), text("What?")], [audio(sound(0.5, 2)), text("And this?")]
-    )
-    expected = step_logits(model, {**whole, **join(AUDIO, first, second)})
-    for given in (join(AUDIO, second), join(AUDIO, first, second)):
-        assert_close(step_logits(model, {**whole, **given}, past_key_values=copy.deepcopy(cache)), expected)
+    """The new turn's window has as many rows as the tokens of both turns. It alone is encoded, whatever is given."""
+    contents = [audio(sound(0.5, 1)), text("What?")], [audio(sound(0.5, 2)), text("And this?")]
+    first, second, whole, cache = two_turns(processor, model, *contents)
+    expected, encoded = step_logits(model, {**whole, **join(AUDIO, first, second)}), []
+    with model.model.audio_encoder.register_forward_hook(lambda _, args, __: encoded.append(len(args[0]))):
+        for inputs in (join(AUDIO, second), join(AUDIO, first, second)):
+            assert_close(step_logits(model, {**whole, **inputs}, past_key_values=copy.deepcopy(cache)), expected)
+    assert encoded == [1, 1]
 
 
 def test_mask_marks_the_rows_of_each_clip(processor, model, sound):
