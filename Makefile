@@ -12,8 +12,8 @@ SOURCE := $(VENV)/transformers-source
 export HF_HOME := $(CURDIR)/build/huggingface
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo speech app eval test test-common test-releases test-endurance test-app test-vllm test-trl test-speech \
-	releases bench held-out lint format clean
+.PHONY: help demo speech app eval test test-long test-common test-releases test-endurance test-app test-vllm test-trl \
+	test-speech releases bench held-out lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ eval: $(READY)  ## ask the small model 48 questions, with the audio and without,
 
 test: $(READY)  ## the test suite, or a part of it: make test ONLY=tests/test_hub.py
 	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ONLY)
+
+test-long: $(READY)  ## what takes longer: whole trainings, pushes, kills, compilers and fuzzers
+	$(PYTHON) -m pytest -m long --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-common: $(READY) $(SOURCE)/.ready  ## transformers' own tests of models and processors, on ours and on stock Qwen2-VL
 	$(PYTHON) -m pytest -m common -rfEx --numprocesses auto --maxprocesses 8 --dist load tests/test_common.py

@@ -28,7 +28,7 @@ TORCHES = {
     "2.15.0": ("torchvision==0.29.2", "transformers==5.24.0"),
 }
 CI = ("5.16.1", "5.20.2")
-WORKERS = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile")
+WORKERS = ("--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile", "-m", "not speech")
 PARTS = ["configuration", "conversations", "dialogues", "processing", "modeling", "trimmed", "ecosystem"]
 PARTS += ["remote_code", "serving", "accelerated", "alignment"]
 CORE = [f"tests/test_{part}.py" for part in PARTS]

@@ -65,6 +65,7 @@ def test_attention(name, load, prompts, expected):
     assert answers(model, prompts) == expected
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 cannot trace transformers' own decorators")
 def test_static_cache_and_compiled_steps(plain, prompts, expected):
     """Prompts of any length whose caches have the same length share one compiled decode step."""

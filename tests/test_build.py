@@ -307,6 +307,7 @@ KILLED = """
 """
 
 
+@pytest.mark.long
 def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path):
     """Eight kills from the first file that is read to the last that is written; then a run gives the same folder."""
     process = start_python(KILLED, bases["qwen2_vl"], bases["whisper"], tmp_path / "out", cwd=paths.ROOT)

@@ -113,6 +113,7 @@ def write_halves(repo: Path, base: Path, encoder: Path):
     (encoder / "preprocessor_config.json").write_text(json.dumps(processors["feature_extractor"]))
 
 
+@pytest.mark.long
 def test_training_from_two_base_folders_to_a_repository_that_transcribes(demo_repo, tmp_path):
     """The halves of the checkpoint are joined with a random projector, which learns to transcribe."""
     write_halves(demo_repo, tmp_path / "qwen2-vl", tmp_path / "whisper")

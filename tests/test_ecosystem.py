@@ -145,6 +145,7 @@ def test_fewer_pictures_than_placeholders(grids, ask, model, picture):
         model.generate(**inputs, max_new_tokens=2)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 cannot trace transformers' own decorators")
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("kind", ["text", "fixed", "trimmed"])

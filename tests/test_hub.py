@@ -111,6 +111,7 @@ def test_the_card_shows_what_the_model_answered(hub, commit):
     assert f'REPO = "{ID}"\nprocessor = ' in card.text
 
 
+@pytest.mark.long
 def test_new_processes_with_one_empty_cache_load_the_commit_at_once(load, commit, demo_repo):
     processes = [load(ID, commit), load(ID, commit), load(str(demo_repo), "main", cache="other")]
     assert len({answer(process) for process in processes}) == 1
@@ -136,6 +137,7 @@ def test_smoke(upload_py, commit):
     upload_py("check", ID, "--revision", commit)
 
 
+@pytest.mark.long
 @local
 def test_a_download_that_is_not_what_was_built(hub, upload_py, commit):
     """The Hub's client sees that a file is too short, but not that it holds something else."""
@@ -146,6 +148,7 @@ def test_a_download_that_is_not_what_was_built(hub, upload_py, commit):
     hub.truncate = None
 
 
+@pytest.mark.long
 @local
 def test_a_changed_folder_is_pushed_to_branches_and_pull_requests(hub, folder, commit, upload_py, load, tmp_path):
     """Code and weights are pinned apart: `code_revision` gives the weights of one commit the code of another."""
@@ -167,6 +170,7 @@ def test_a_changed_folder_is_pushed_to_branches_and_pull_requests(hub, folder, c
         assert f"VERSION {version}" in finish(load(ID, revision, *pins))
 
 
+@pytest.mark.long
 @local
 def test_files_of_an_earlier_push_go(hub, folder, commit, upload_py):
     """Weights in other shards than before must not stay beside the new ones."""

@@ -47,6 +47,7 @@ def test_long_silence_in_a_small_file_is_not_decoded_to_its_end():
         fetch_audio(silence(192_000, seconds=2, format="wav"), max_seconds=4)
 
 
+@pytest.mark.long
 def test_bombs_cost_little_memory(tmp_path, web):
     """Each in a process of its own, which says how much its peak grew: 10 s at 48 kHz are 2 MB."""
     (tmp_path / "bomb.flac").write_bytes(silence(48_000, seconds=300, format="flac"))
@@ -249,6 +250,7 @@ def web():
         yield address
 
 
+@pytest.mark.long
 def test_broken_files_are_decoded_or_refused():
     """3,000 seeded mutations in processes of their own, so that a crash of the interpreter is seen as one."""
     script = Path(__file__).with_name("fuzz.py")

@@ -106,6 +106,7 @@ def test_handler_answers_every_form(handler, address, examples):
     assert handler({"inputs": Image.open(EXAMPLES / picture["image"])}) == {"text": picture["answer"]}
 
 
+@pytest.mark.long
 def test_pictures_of_eight_requests_take_the_memory_of_two(demo_repo):
     """Each has all the pixels that a request may have. Decoded all at once they would take 800 MB and more."""
     code = """

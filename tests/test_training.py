@@ -93,6 +93,7 @@ def test_adapter_becomes_a_folder(run, start, tones, tmp_path):
         build(checkpoint=adapter, output=tmp_path / "none")
 
 
+@pytest.mark.long
 def test_run_that_was_killed_goes_on_to_the_same_bits(run, settings, trained, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "training", *words(settings(output, save_steps=1))]
@@ -156,6 +157,7 @@ def test_data_that_is_not_there_is_named(settings, tmp_path, capsys, option):
     assert "training: There is no file" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_two_processes_equal_one_with_twice_the_batch(settings, tones, trained, tmp_path):
     flags = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     more = {"per_device_train_batch_size": 2, "eval": [tones / "test.jsonl"], "max_new_tokens": 2}
@@ -340,6 +342,7 @@ FSDP_STEP = """
     """
 
 
+@pytest.mark.long
 def test_processes_of_fsdp_need_not_have_the_same_inputs(repo, processor, fresh_model, photo, sound, tmp_path):
     """One process has audio and a video, one only text, one only pictures; they learn as one process with all rows."""
     settings = yaml.safe_load((paths.ROOT / "training" / "fsdp-8-gpus.yaml").read_text())["fsdp_config"]
