@@ -61,19 +61,8 @@ def copy_checkout(folder: Path) -> Path:
 def run_tests(folder: Path, tests: str) -> tuple[str, str]:
     """Runs tests in a copy of the checkout. Returns "passed", "failed" or "broken", and the end of the output."""
     name, *options = shlex.split(tests)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-m",
-        "not speech",
-        "-p",
-        "no:cacheprovider",
-        f"tests/test_{name}.py",
-        *options,
-    ]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not speech", "-p", "no:cacheprovider"]
+    command += [f"tests/test_{name}.py", *options]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
