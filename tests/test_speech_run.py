@@ -26,6 +26,7 @@ def parts(bases, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.long
 def test_the_adapter_is_in_the_folder_that_is_built(parts, sound):
     start = build(parts / "smollm2", parts / "whisper", parts / "start", audio_tokens="trimmed")
     learned = LoraConfig(
