@@ -315,6 +315,7 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path
     assert (tmp_path / "out" / "SHA256SUMS").read_bytes() == (repo / "SHA256SUMS").read_bytes()
 
 
+@pytest.mark.long
 def test_hostile_headers_are_refused(bases, tmp_path, refuse):
     """Offsets that overlap, are negative, twice the same or beyond the file, and an index that leaves its folder."""
     base = shutil.copytree(bases["qwen2_vl"], tmp_path / "base")
