@@ -195,6 +195,12 @@ def normalize_item(item, place: str) -> dict:
     if modality is None:
         expected = f"expected a dict of type {', '.join(MODALITIES)}"
         raise ValueError(f"{place}: Content of {description} cannot be taken: {expected}.")
+    # A text beside a source is only a label, but a source beside a text or another source must not be dropped.
+    if dropped := [name for name in item if MODALITIES.get(name, modality) not in (modality, "text")]:
+        raise ValueError(
+            f"{place}: An item of type {item_type} must hold nothing else, but this one has {', '.join(dropped)} as "
+            "well; give each its own item."
+        )
     others = {name: value for name, value in item.items() if name not in (*MODALITIES, *SOURCE_KEYS)}
     if modality != "text":
         try:

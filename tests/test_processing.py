@@ -274,6 +274,8 @@ def test_messages_with_pictures_in_any_form(render, photo, sound):
         ({"speech": "x.wav"}, r"type None and keys \['speech'\]"),
         ("just words", "Python type str"),
         ({"type": "text", "content": "words"}, "needs a string under 'text'"),
+        ({"type": "text", "text": "words", "audio": "x.wav"}, "has audio as well"),
+        ({"type": "image", "image": "x.png", "audio_url": "x.wav"}, "has audio_url as well"),
         ({"type": "audio", "file": "x.wav"}, r"the prompts have \[1\] .* `audio` has 0\."),
         ({"type": "audio", "path": "x", "url": "y"}, r'^messages.0.."content"..0.: .*exactly one.*has url, path'),
         ({"type": "image", "path": "x", "url": "y"}, r'^messages.0.."content"..0.: .*exactly one.*has url, path'),
