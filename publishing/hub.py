@@ -38,6 +38,7 @@ def push(
         commit_message=f"Upload qwen2-audio-vl: {loaded['parameters']:,} parameters in {loaded['dtype']}",
         revision=revision,
         create_pr=pr,
+        ignore_patterns=[".cache/*"],  # which `check` does not look into
         delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.py"],  # of an earlier upload
     )
 
