@@ -355,7 +355,7 @@ def test_videos_that_cannot_be_read(processor, render, sound, tmp_path):
     if not hasattr(torchvision.io, "read_video"):  # before 0.26 it reads this
         with pytest.raises(ValueError, match="does not say how many frames it has"):
             processor(text="<|video_pad|>", videos=[str(path)], return_tensors="pt")
-    with pytest.raises(ValueError, match="could be .channels, samples.|is no sound"):
+    with pytest.raises(ValueError, match="could be .channels, samples.|is not audio"):
         render([video(np.zeros((4, 56, 56, 3), np.uint8))], load_audio_from_video=True)
 
 
