@@ -1,4 +1,4 @@
-"""Is a folder or a repository of the Hub complete and unchanged, and does it load and answer?"""
+"""Checks whether a folder or a repository of the Hub is complete and unchanged, and whether it loads and answers."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from publishing.checkpoints import find_problems, stored_tensors
 from publishing.paths import CHECKSUMS, ROOT, check_content, files_of, is_inside, own_class, read_checksums
 
 
-# The greatest size in bytes of files that are read whole, also those of strangers. Files that fit one name are summed.
+# The limit in bytes of files that are read whole, as they may be a stranger's. Files that match one name are summed.
 LARGEST = {"README.md": 2**18, "config.json": 2**20, CHECKSUMS: 2**20}
 LARGEST |= {"manifest.json": 2**20, "scores.json": 2**24, "predictions*.jsonl": 2**28}
 
