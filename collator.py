@@ -64,7 +64,9 @@ class ChatCollator:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
         is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
         if not is_list or not messages:
-            raise ValueError("there is no list of `messages`, nor a recording as `audio` and its `text`")
+            raise ValueError(
+                "there is no list of `messages`, dicts of role and content, nor a recording as `audio` and its `text`"
+            )
         messages = [{name: message.get(name) for name in ("role", "content")} for message in messages]
         (messages,), _ = self.processor.normalize_conversations(messages)
         return messages, is_recording

@@ -386,7 +386,8 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         if item["type"] != "image" or isinstance(source, Image.Image):
             return item
         if not isinstance(source, (str, bytes)):
-            raise ValueError(f"A picture must be an address, base64 or bytes, got a {type(source).__name__}.")
+            description = "nothing" if source is None else f"a {type(source).__name__}"
+            raise ValueError(f"A picture must be an address, base64 or bytes, got {description}.")
         file = read(source, **{name: limits[name] for name in READ_LIMITS if name in limits})
         try:
             return {"type": "image", "image": Image.open(file, formats=formats)}

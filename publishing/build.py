@@ -73,8 +73,8 @@ def build(
             peft adapter of such a model, which is merged into it in memory.
         projector: What training wrote: a trained `audio_projector.weight` and perhaps the rows of the two markers,
             in a safetensors or `.pt` file.
-        adapter: A trained checkpoint of the whole model, in its present or its first layout; its tensors
-            replace those of the bases, and decide the dtype.
+        adapter: A trained checkpoint of the whole model, in its present or its first layout; its tensors replace those
+            of the bases, and decide the dtype.
         audio_tokens: "fixed" or "trimmed". The default is what was trained, as far as that is known, or fixed.
         seed: The seed of an untrained projector, which starts as a normal with the base's `initializer_range`.
 
@@ -116,7 +116,7 @@ def write_folder(parts: BuildParts, target: Path) -> Path:
         write_checksums(unfinished, checksums)
         try:
             return unfinished.rename(target)
-        except OSError as error:  # the target is not empty any more
+        except OSError as error:  # the target has files by now
             raise ValueError(f"{target} was made by another build in the meantime.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # what is left after an error

@@ -235,7 +235,7 @@ def test_without_torchaudio_a_line_says_where_sound_is_resampled(monkeypatch, ca
         ({"type": "audio"}, "exactly one source"),
         ({"url": "a.wav", "path": "b.wav"}, "has url, path"),
         ((np.zeros(5, np.float32), 0), "whole number of Hz from 1000 to 768000, got 0"),
-        ((np.zeros(5, np.float32), 44100.5), "not 44100.5"),
+        ((np.zeros(5, np.float32), 44100.5), "got 44100.5"),
         ((np.zeros(2, np.float32), 768_000), "too short: 2 samples at 768000 Hz are none at 16000 Hz"),
         # Others are refused in any words.
         *[(np.zeros(shape), "") for shape in ((0, 0), (), (1, 1, 1, 1, 1))],
