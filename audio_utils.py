@@ -194,7 +194,7 @@ def normalize_item(item, place: str) -> dict:
     modality = MODALITIES.get(item_type) if isinstance(item_type, str) else None
     if modality is None:
         expected = f"expected a dict of type {', '.join(MODALITIES)}"
-        raise ValueError(f"{place}: Content of {description} cannot be taken: {expected}.")
+        raise ValueError(f"{place}: Content of {description} is not supported: {expected}.")
     # A text beside a source is only a label, but a source beside a text or another source must not be dropped.
     if dropped := [name for name in item if MODALITIES.get(name, modality) not in (modality, "text")]:
         raise ValueError(

@@ -57,7 +57,7 @@ MAX_WAITING_BYTES = 2**31  # bytes of the inputs of requests that wait; a pictur
 MAX_BATCH = 16  # requests answered together
 MAX_BATCH_TOKENS = 2**16  # tokens computed at once, padding and answers included
 SHORT = 64  # a batch pauses for answers of at most this many tokens
-NEW_TOKENS = 256  # `max_new_tokens` where it is not given
+NEW_TOKENS = 256  # the default of `max_new_tokens`
 # The type and the bounds of each generation parameter.
 PARAMETERS = {
     "max_new_tokens": (int, 1, 1024),
@@ -251,7 +251,7 @@ class EndpointHandler:
                 check_limit(count_pixels(items), "pixels together", MAX_PIXELS)
 
     def _process(self, messages: list[dict]) -> BatchFeature:
-        """Returns the model's inputs for open messages. Pictures are decoded here, and taken out of the messages."""
+        """Returns the model's inputs for open messages. Pictures are decoded here, and removed from the messages."""
         pictures = [item for item in items_of(messages) if item["type"] == "image"]
         for item in pictures:
             item["image"] = read_pixels(decode_image(item["image"]))
@@ -372,7 +372,7 @@ def make_messages(inputs: dict) -> list[dict]:
     inputs = {"text": TRANSCRIBE if "audio" in inputs else DESCRIBE, **inputs}
     sources = {name: inputs[name] for name in MODALITIES if inputs.get(name) is not None}
     lists = {name: source if isinstance(source, list) else [source] for name, source in sources.items()}
-    check_limit(sum(map(len, lists.values())), "items", MAX_CONTENT)  # before an item is made of each
+    check_limit(sum(map(len, lists.values())), "items", MAX_CONTENT)  # before each becomes an item
     content = [{"type": name, name: source} for name, sources in lists.items() for source in sources]
     return [{"role": "user", "content": content}]
 

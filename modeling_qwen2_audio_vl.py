@@ -400,7 +400,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         # here, once, and its embeddings are repeated with its row. Upstream would repeat each window and mix up rows.
         num_new = model_kwargs["position_ids"].shape[-1] - cached_length(model_kwargs.get(CACHE))
         audio_outputs = self._encode_new_audio(input_ids, model_kwargs, expand_size, num_new)
-        # Upstream counts the pictures of each row by its tokens, and only new pictures are given.
+        # Upstream counts the pictures of each row by its tokens, and `model_kwargs` has only new pictures.
         new_ids = input_ids.clone()
         new_ids[:, :-num_new] = 0
         if outputs := model_kwargs.get("mm_encoder_outputs"):  # which upstream would repeat in place
@@ -482,7 +482,7 @@ def pop_audio(kwargs: dict) -> AudioInputs | None:
 
 
 def is_traced() -> bool:
-    """Tells whether this call is made into a graph. A graph cannot read values of tensors, and checks on the device."""
+    """Tells whether this call is traced into a graph. A graph cannot read values of tensors, and checks on the device."""
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 

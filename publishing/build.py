@@ -193,8 +193,8 @@ def build_tokenizer(base: Path, **kwargs):
     slow = ("vocab.json", "merges.txt")
     is_slow = not (base / "tokenizer.json").is_file() and all((base / name).is_file() for name in slow)
     require_files(base, ("tokenizer_config.json", *(slow if is_slow else ("tokenizer.json",))), COPY)
-    # Generation continues the right end of every row. `save_pretrained` keeps a padding side that the base does not
-    # name only if it is given here.
+    # Generation continues the right end of every row. Without this argument `save_pretrained` would not keep the
+    # padding side if the base does not name it.
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left", **kwargs)
     added = [transformers.AddedToken(token, special=True, normalized=False) for token in AUDIO_TOKENS]
     tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)

@@ -270,7 +270,7 @@ def test_messages_with_pictures_in_any_form(render, photo, sound):
 @pytest.mark.parametrize(
     "item, message",
     [
-        ({"type": "sound", "sound": "x.wav"}, r"type 'sound' and keys \['type', 'sound'\] cannot be taken: expected"),
+        ({"type": "sound", "sound": "x.wav"}, r"type 'sound' and keys \['type', 'sound'\] is not supported: expected"),
         ({"speech": "x.wav"}, r"type None and keys \['speech'\]"),
         ("just words", "Python type str"),
         ({"type": "text", "content": "words"}, "needs a string under 'text'"),
@@ -299,7 +299,7 @@ def test_template_alone_drops_nothing(processor, sound):
         "<|audio_pad|>Hm?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert render([{"role": "user", "content": content}], add_generation_prompt=True) == expected
-    with pytest.raises(Exception, match="Content of type sound cannot be taken"):
+    with pytest.raises(Exception, match="Content of type sound is not supported"):
         render([{"role": "user", "content": [{"type": "sound"}]}])
     with pytest.raises(Exception, match="calls no tools"):
         render([{"role": "user", "content": "Hi"}], tools=[{"type": "function", "function": {"name": "f"}}])
