@@ -482,7 +482,7 @@ def pop_audio(kwargs: dict) -> AudioInputs | None:
 
 
 def is_traced() -> bool:
-    """Tells whether this call is traced into a graph. A graph cannot read values of tensors, and checks on the device."""
+    """Tells whether this call is traced to a graph. A graph cannot read values of tensors, and checks on the device."""
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
