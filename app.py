@@ -38,7 +38,7 @@ QUESTIONS = {
 
 @contextmanager
 def shown(title: str, words: str = ""):
-    """Turns a ValueError of the block into an error that the page shows, after some words."""
+    """Turns a ValueError of the block into an error that the page shows. `words` come before its message."""
     try:
         yield
     except ValueError as error:
@@ -86,7 +86,7 @@ class DemoModel:
         return clip, image
 
     def prepare(self, clip: torch.Tensor | None, image: Image.Image | None, question: str | None) -> BatchFeature:
-        """Returns the model's inputs for what a visitor gave."""
+        """Returns the model's inputs for what a visitor sent."""
         question = question or QUESTIONS.get((clip is not None, image is not None))
         if not question:
             raise gr.Error("Give audio, a picture or a question.", title="Nothing to answer")
@@ -171,7 +171,7 @@ class DemoModel:
         return torch.stack(layers).mean(0)
 
     def draw(self, inputs, attention, clip, image) -> tuple[Figure | None, Figure | None]:
-        """Draws the attention to the clip and to the picture, each if it is there."""
+        """Draws the attention to the clip and to the picture, None where there is none."""
         config, ids, audio_figure, picture_figure = self.model.config, inputs["input_ids"][0].cpu(), None, None
         if clip is not None:
             to_audio = attention[ids == config.audio_token_id]

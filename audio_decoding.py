@@ -52,10 +52,10 @@ class AudioError(ValueError):
 
 @functools.cache
 def audio_codecs() -> str:
-    """FFmpeg's decoders of audio, for its `codec_whitelist`: it then opens none for pictures, such as covers."""
+    """Returns FFmpeg's audio decoders for its `codec_whitelist`, so that it decodes no pictures, such as covers."""
     codecs = []
     for name in sorted(av.codecs_available):
-        with contextlib.suppress(ValueError):  # only an encoder
+        with contextlib.suppress(ValueError):  # this codec has no decoder
             codecs += [name] if av.Codec(name, "r").type == "audio" else []
     return ",".join(codecs)
 
@@ -95,7 +95,7 @@ def decode_pieces(file, name: str, max_seconds: float) -> Iterator[tuple[int, np
     try:
         with file, av.open(file, metadata_errors="ignore", options=options) as container:
             if not container.streams.audio:
-                raise AudioError(f"{name} has no sound track.")
+                raise AudioError(f"{name} has no audio track.")
             frames = limit_length(container.decode(container.streams.audio[0]), name, max_seconds)
             layouts = itertools.groupby(frames, lambda f: (f.sample_rate, f.format.name, f.layout.nb_channels))
             for (rate, format, channels), alike in layouts:
@@ -110,7 +110,7 @@ def decode_pieces(file, name: str, max_seconds: float) -> Iterator[tuple[int, np
                     yield rate, mix_down(samples, name)
     except AudioError:
         raise
-    except Exception as error:  # not FFmpeg's errors alone: hostile files run into IndexError and others within PyAV
+    except Exception as error:  # besides FFmpeg's errors, hostile files cause IndexError and others in PyAV
         raise AudioError(f"{name} cannot be decoded: {error or type(error).__name__}") from error
 
 
@@ -161,7 +161,7 @@ class DecodingWorker:
 
     def decode(self, file, name: str, max_seconds: float, deadline: float, seconds: float) -> tuple[np.ndarray, int]:
         """
-        As [`decode`], within `seconds`, which do not count the start of the process, and before `deadline`, by
+        Does what [`decode`] does, in at most `seconds` after the process has started, and before `deadline`, a time of
         `time.monotonic`. The process reads the file by its descriptor, so that its content needs no memory there.
 
         Raises:
@@ -227,9 +227,9 @@ class WorkerPool:
             worker = turn.result(max(0.0, deadline - time.monotonic()))
         except concurrent.futures.TimeoutError:
             if turn.cancel():
-                reason = "every process that decodes files is busy when `timeout` ends. Try again later."
+                reason = "every process that decodes files was busy until `timeout` ended. Try again later."
                 raise AudioError(f"{name} cannot be decoded: {reason}") from None
-            worker = turn.result()  # it came at the last moment
+            worker = turn.result()  # the turn came at the last moment
         try:
             return worker.decode(file, name, max_seconds, deadline, self.seconds)
         finally:
@@ -237,7 +237,7 @@ class WorkerPool:
             self.give_turns()
 
     def give_turns(self):
-        """Gives the free workers to those who wait the longest. Taking from the queue alone would let others cut in."""
+        """Gives free workers to the calls that wait the longest. In a plain queue later calls could overtake."""
         with self.lock:
             while self.turns and self.free:
                 turn = self.turns.popleft()
@@ -251,10 +251,10 @@ POOLS = (WorkerPool(4, QUICK_SECONDS), WorkerPool(2, WORKER_SECONDS))
 
 
 def decode_in_worker(file, name: str, max_seconds: float, deadline: float) -> tuple[np.ndarray, int]:
-    """[`decode`] of an untrusted file, by the next worker that is free. Raises AudioError at the deadline as well."""
+    """Decodes an untrusted file as [`decode`] does, by the next free worker. Also raises AudioError at the deadline."""
     if resource is None:
         return decode(file, name, max_seconds)
-    # A file without a name, in memory on Linux.
+    # The copy is a file without a name. On Linux it is in memory.
     with open(os.memfd_create("audio"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile() as copy:
         with file:
             shutil.copyfileobj(file, copy)
@@ -263,14 +263,14 @@ def decode_in_worker(file, name: str, max_seconds: float, deadline: float) -> tu
             with contextlib.suppress(TimeoutError):
                 return pool.decode(copy, name, max_seconds, deadline)
             if time.monotonic() >= deadline:
-                raise AudioError(f"{name} is not decoded when `timeout` ends, which counts its download as well.")
+                raise AudioError(f"{name} was not decoded before `timeout` ended, which counts its download as well.")
     raise AudioError(f"{name} takes longer than the limit of {pool.seconds:g} s to decode.")
 
 
 def serve(connection: Connection):
     """
-    The process of a [`DecodingWorker`]. For each file it sends messages of 4 bytes of rate and float32 samples, then an
-    empty one; an error is a rate of 0 and its text. The process never holds all samples of a file.
+    Runs in the process of a [`DecodingWorker`]. For each file it sends messages of 4 bytes of rate and float32 samples,
+    then an empty one; an error is a rate of 0 and its text. The process never holds all samples of a file.
     """
     pages = Path("/proc/self/statm")  # Linux; other systems limit the time alone
     if pages.exists():
@@ -288,7 +288,7 @@ def serve(connection: Connection):
                 connection.send_bytes(b"")
             except AudioError as error:
                 connection.send_bytes(bytes(4) + str(error).encode())
-            except MemoryError:  # there is none to send a long piece
+            except MemoryError:  # there is no memory left to send a long piece
                 connection.send_bytes(bytes(4) + f"{name} needs more memory to decode than the limit.".encode())
 
 

@@ -26,7 +26,7 @@ try:
 except ImportError:  # not part of a package: the tools beside this file import it by its bare name
     from audio_decoding import AudioError
 
-MAX_BYTES = 2**28  # limit of a source that is no local file
+MAX_BYTES = 2**28  # limit of a source that is not a local file
 CHUNK = 2**16  # bytes read from a connection at a time
 TIMEOUT = 30.0  # seconds for a whole download
 # `ipaddress` does not know these: IETF protocols, and a cloud's own services.
@@ -43,7 +43,7 @@ def read(source, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, public_on
         content = source.read(max_bytes + 1)
     elif not isinstance(source, (str, Path)):
         raise AudioError(
-            f"{describe(source)} is no sound: expected a path, an address, base64 text, bytes, a binary file object, "
+            f"{describe(source)} is not audio: expected a path, an address, base64 text, bytes, a binary file object, "
             "a numpy array or a tensor, or a dict that holds one of these."
         )
     else:
@@ -59,7 +59,7 @@ def read(source, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, public_on
 
 
 def read_text(source: str, max_bytes: int, timeout: float, public_only: bool) -> bytes | io.BufferedIOBase:
-    """The content behind an address or in base64 text; of a local file the file."""
+    """Returns the content of an address or of base64 text, or an open local file."""
     scheme = urlsplit(source[:4096]).scheme.lower()
     if scheme in ("http", "https"):
         return download(source, max_bytes, timeout, public_only)
@@ -120,7 +120,9 @@ class WebRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request, fp, code, message, headers, new_url):
         if urlsplit(new_url).scheme.lower() not in ("http", "https"):
-            raise AudioError(f"{describe(request.full_url)} redirects to {describe(new_url)}, which is not on the web.")
+            raise AudioError(
+                f"{describe(request.full_url)} redirects to {describe(new_url)}, which is not an http(s) address."
+            )
         fp.close()  # or urllib reads all of its content, whatever its size
         return super().redirect_request(request, fp, code, message, headers, new_url)
 
@@ -153,7 +155,7 @@ class WebHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         targets = [info[4][:2] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         for target, _ in targets if self.public_only else ():
             if not is_public(ipaddress.ip_address(target.partition("%")[0])):
-                raise AudioError(f"What the host {host!r} resolves to is not a public address.")
+                raise AudioError(f"The host {host!r} resolves to an address that is not public.")
         for num_left in range(len(targets), 0, -1):
             try:  # with a share of the time, so that an address that does not answer leaves some for the others
                 sock = socket.create_connection(targets[-num_left], self.time_left() / num_left)
@@ -189,7 +191,7 @@ class TimedReads(io.RawIOBase):
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    # An IPv6 address may carry an IPv4 one, which is then the one that is reached.
+    # An IPv6 address may carry an IPv4 address. The connection then reaches the IPv4 address.
     for embedded in (getattr(address, name, None) for name in ("ipv4_mapped", "sixtofour")):
         if embedded is not None:
             return is_public(embedded)
@@ -199,7 +201,7 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 def describe(source) -> str:
-    """A source in a few words, for messages: never its whole content."""
+    """Describes a source in a few words for messages, and never shows its whole content."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
         name = "array" if isinstance(source, np.ndarray) else "tensor"
         return f"The {name} of shape {tuple(source.shape)} and dtype {source.dtype}"

@@ -33,7 +33,7 @@ SAMPLING_RATE = 16_000  # Hz, Whisper's
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; beyond these a file's header is broken
 SILENCE = (math.log10(1e-10) + 4.0) / 4.0  # log-mel of no power
 BLOCK = 1000  # frames transformed at a time, so that the intermediate tensors stay in a core's cache
-WINDOWS_AT_ONCE = {"cpu": 1}  # transformed together; an accelerator takes 32, whose padding costs it nothing
+WINDOWS_AT_ONCE = {"cpu": 1}  # windows transformed together; an accelerator takes 32, because padding is cheap there
 MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
 INTEGER_SCALE = {torch.uint8: FULL_SCALE["u1"], torch.int16: FULL_SCALE["i2"], torch.int32: FULL_SCALE["i4"]}
@@ -97,7 +97,7 @@ def fetch_audio(
             array, rate = decode(file, name, max_seconds)
         samples, rate = torch.from_numpy(array), check_rate(rate)
     else:
-        rate = check_rate(next(known for known in (rate, sampling_rate, sr) if known is not None))
+        rate = check_rate(next(known_rate for known_rate in (rate, sampling_rate, sr) if known_rate is not None))
         seconds = max(source.shape, default=0) / rate
         if seconds > max_seconds:  # before anything is copied
             raise AudioError(f"{name} lasts {seconds:.0f} s, past the limit of {max_seconds:g} s.")
@@ -112,7 +112,7 @@ def fetch_audio(
 
 
 def check_peak(samples: torch.Tensor, name: str) -> float:
-    """The largest absolute value. Raises AudioError if there are no samples, or if full scale cannot be 1.0."""
+    """Returns the largest absolute value. Raises AudioError if there are no samples, or if full scale cannot be 1.0."""
     if not samples.numel():
         raise AudioError(f"{name} holds no samples.")
     peak = float(samples.abs().amax())
@@ -131,8 +131,8 @@ def normalize_conversations(conversation) -> tuple[list[list[dict]], bool]:
     Checks the structure of a conversation, or of a list of conversations, without opening anything.
 
     Returns:
-        A list of conversations, copied, with every content item as [`normalize_item`] returns it; and whether it
-        was a list of them.
+        A list of copied conversations, with every content item as [`normalize_item`] returns it, and whether
+        `conversation` was a list of conversations.
 
     Raises:
         ValueError: naming the place of the first fault, such as `messages[2]["content"][1]`.
@@ -167,7 +167,7 @@ def normalize_message(message, place: str) -> dict:
 
 
 def read_object(value):
-    """The fields of a pydantic model, such as a message of the OpenAI client, or of a dataclass; else `value`."""
+    """Returns the fields of a pydantic model, such as a message of the OpenAI client, or of a dataclass, or `value`."""
     if callable(getattr(value, "model_dump", None)):
         return value.model_dump()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -182,9 +182,9 @@ def describe_value(value) -> str:
 
 def normalize_item(item, place: str) -> dict:
     """
-    A content item in its one form: `type` is text, image, video or audio, and its text or source, if it has one, is
-    under that name, without a dict around it. Audio may have a `sampling_rate`. Keys that only its user's own chat
-    template knows are kept.
+    Returns a content item in one form: `type` is text, image, video or audio, and its text or source, if it has one,
+    is under that name, without a dict around it. Audio may have a `sampling_rate`. Other keys are kept, because a
+    user's own chat template may read them.
     """
     item, description, item_type = read_object(item), f"Python type {type(item).__name__}", None
     if isinstance(item, Mapping):
@@ -194,7 +194,13 @@ def normalize_item(item, place: str) -> dict:
     modality = MODALITIES.get(item_type) if isinstance(item_type, str) else None
     if modality is None:
         expected = f"expected a dict of type {', '.join(MODALITIES)}"
-        raise ValueError(f"{place}: Content of {description} cannot be taken: {expected}.")
+        raise ValueError(f"{place}: Content of {description} is not supported: {expected}.")
+    # A text beside a source is only a label, but a source beside a text or another source must not be dropped.
+    if dropped := [name for name in item if MODALITIES.get(name, modality) not in (modality, "text")]:
+        raise ValueError(
+            f"{place}: An item of type {item_type} must hold nothing else, but this one has {', '.join(dropped)} as "
+            "well; give each its own item."
+        )
     others = {name: value for name, value in item.items() if name not in (*MODALITIES, *SOURCE_KEYS)}
     if modality != "text":
         try:
@@ -206,13 +212,13 @@ def normalize_item(item, place: str) -> dict:
     if not isinstance(item.get("text"), str):
         raise ValueError(f"{place}: A text item needs a string under 'text'; this one has keys {list(item)}.")
     if re.search("[\ud800-\udfff]", item["text"]):
-        raise ValueError(f"{place}: A text must be Unicode; this one has a lone surrogate, half of a character.")
+        raise ValueError(f"{place}: A text must be Unicode; this one has half of a surrogate pair.")
     return {**others, "type": "text", "text": item["text"]}
 
 
 def find_source(item: dict, modality: str, is_needed: bool = False) -> tuple:
     """
-    The source of an item and its sampling rate, from the item or from one dict in it. Both may be None.
+    Returns the source of an item and its sampling rate, from the item or from one dict in it. Both may be None.
 
     Raises:
         AudioError: if there are several sources, or none although one is needed.
@@ -223,13 +229,13 @@ def find_source(item: dict, modality: str, is_needed: bool = False) -> tuple:
         keys = [key for key in keys if key != "path"]
     if len(keys) > 1 or (is_needed and not keys):
         raise AudioError(
-            f"An item of {modality} needs exactly one source, under one of {', '.join(known)}; this one has "
+            f"An item of type {modality} needs exactly one source, under one of {', '.join(known)}; this one has "
             f"{', '.join(keys) or 'none'} (its keys are {', '.join(map(str, item))})."
         )
     source, rate = item[keys[0]] if keys else None, item.get("sampling_rate")
     if isinstance(source, dict):
         if any(isinstance(value, dict) for value in source.values()):
-            raise AudioError(f"An item of {modality} holds its source directly or in one dict, not in a dict of dicts.")
+            raise AudioError(f"An item of type {modality} must hold its source itself or in one dict, not in two.")
         source, own_rate = find_source(source, modality, is_needed=True)
         rate = rate if own_rate is None else own_rate  # the one nearest to the samples
     return source, rate
@@ -237,8 +243,8 @@ def find_source(item: dict, modality: str, is_needed: bool = False) -> tuple:
 
 def join_texts(items: list[dict]) -> list[dict]:
     """
-    Normalized content items, with each run of adjacent texts joined to one. The chat template writes them without a
-    gap, so that one may begin a control token and the next one end it: sanitizing must see the whole text.
+    Returns normalized content items with adjacent texts joined to one. The chat template writes them without a gap, so
+    one text may begin a control token and the next one may end it: sanitizing must see the whole text.
     """
     joined = []
     for item in items:
@@ -264,7 +270,7 @@ def take_audio(messages: list[dict], load_audio_from_video: bool = False) -> tup
 
 
 def name_address(item: dict) -> dict:
-    """A normalized item as transformers takes it: without audio, and the address of a picture or video under `url`."""
+    """Returns a normalized item without audio, and with the address of a picture or video under `url`."""
     item, modality = dict(item), item["type"]
     if modality == "audio":
         item.pop("audio", None)
@@ -275,7 +281,7 @@ def name_address(item: dict) -> dict:
 
 
 def add_tracks(items: list[dict]) -> list[dict]:
-    """Puts the audio track of each video behind it, in the place of the empty item that transformers needs there."""
+    """Adds the audio track of each video after it. It replaces an empty audio item, which transformers needs there."""
     with_tracks, is_slot = [], False
     for item in items:
         if not is_slot or item["type"] != "audio" or "audio" in item:
@@ -336,7 +342,7 @@ def to_mono(samples: np.ndarray | torch.Tensor) -> torch.Tensor:
     """
     name, shape = describe(samples), samples.shape
     if len(shape) not in (1, 2):
-        raise AudioError(f"{name} is no sound: expected [samples], [channels, samples] or [samples, channels].")
+        raise AudioError(f"{name} is not audio: expected [samples], [channels, samples] or [samples, channels].")
     channel_axes = [axis for axis in (0, 1) if len(shape) == 2 and shape[axis] == 1]
     channel_axes = channel_axes or [axis for axis in (0, 1) if len(shape) == 2 and shape[axis] <= MAX_CHANNELS]
     if len(shape) == 2 and len(channel_axes) != 1 and shape != (1, 1):
@@ -351,7 +357,7 @@ def to_mono(samples: np.ndarray | torch.Tensor) -> torch.Tensor:
         dtype = np.float64 if samples.dtype == np.longdouble else samples.dtype.newbyteorder("=")
         samples = torch.from_numpy(np.array(samples, dtype=dtype, order="C"))
     if not (isinstance(samples, torch.Tensor) and (samples.is_floating_point() or samples.dtype in INTEGER_SCALE)):
-        raise AudioError(f"{name} is no sound: expected float, int16, int32 or uint8 samples.")
+        raise AudioError(f"{name} is not audio: expected float, int16, int32 or uint8 samples.")
     samples = samples.detach()
     if samples.dtype in INTEGER_SCALE:
         zero, scale = INTEGER_SCALE[samples.dtype]
@@ -362,7 +368,9 @@ def to_mono(samples: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 def check_rate(rate) -> int:
     if not (isinstance(rate, Real) and MIN_RATE <= rate <= MAX_RATE and int(rate) == rate):
-        raise AudioError(f"A sampling rate is a whole number of Hz from {MIN_RATE} to {MAX_RATE}, not {rate!r:.40}.")
+        raise AudioError(
+            f"A sampling rate must be a whole number of Hz from {MIN_RATE} to {MAX_RATE}, got {rate!r:.40}."
+        )
     return int(rate)
 
 
@@ -380,7 +388,7 @@ def resample(samples: torch.Tensor, rate: int, sr: int, device: str | torch.devi
     if device.type != "cpu" and rate * sr // common**2 <= MAX_PHASES:
         if torchaudio is not None:
             return torchaudio_resampler(rate, sr, device)(samples.to(device))[:length]
-        logger.warning_once("torchaudio does not import: sound for the accelerator is resampled on the CPU by PyAV.")
+        logger.warning_once("torchaudio does not import: PyAV resamples the audio for the accelerator on the CPU.")
     # Both ends get silence: libswresample mirrors them, and loses clips that are shorter than its filter. It lasts
     # 20 ms, or a little longer to be a whole number of samples at both rates.
     silence = math.ceil(common / 50)
@@ -396,7 +404,10 @@ def resample(samples: torch.Tensor, rate: int, sr: int, device: str | torch.devi
 
 @functools.lru_cache(maxsize=32)
 def torchaudio_resampler(rate: int, sr: int, device: torch.device) -> torch.nn.Module:
-    """Has libswresample's filter: 16 zero crossings to each side, a Kaiser window, at most 97% of the new band."""
+    """
+    Returns a resampler with libswresample's filter: 16 zero crossings to each side, a Kaiser window, at most 97% of the
+    new band.
+    """
     rolloff = min(rate, 0.97 * sr) / min(rate, sr)
     return torchaudio.transforms.Resample(
         rate, sr, resampling_method="sinc_interp_kaiser", lowpass_filter_width=16, rolloff=rolloff, beta=9.0
@@ -410,7 +421,7 @@ def split_windows(samples: torch.Tensor, feature_extractor) -> list[torch.Tensor
 
 @functools.lru_cache(maxsize=8)
 def spectral_basis(feature_extractor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Hann window `[n_fft]` and the mel filters `[mel bins, n_fft / 2 + 1]`, float32 on `device`."""
+    """Returns the Hann window `[n_fft]` and the mel filters `[mel bins, n_fft / 2 + 1]`, float32 on `device`."""
     filters = torch.from_numpy(feature_extractor.mel_filters).to(device, torch.float32)
     return torch.hann_window(feature_extractor.n_fft, device=device), filters.T
 

@@ -46,17 +46,17 @@ class ChatCollator:
         self.audio_tokens = audio_tokens or processor.audio_tokens
 
     def messages(self, row: dict) -> list[dict]:
-        """The normalized messages of a row, checked but not rendered; local files are found beside the source."""
+        """Returns the normalized and checked messages of a row. Their paths start from the folder of the source."""
         with prefix_errors(place_of(row)):
             messages, is_recording = self.read(content_of(row))
-            self.check(messages, may_be_empty=is_recording)  # because nothing may be said in a recording
+            self.check(messages, may_be_empty=is_recording)  # a recording may have no words
             folder = Path(place_of(row).rpartition(":")[0]).parent
             for item in (item for message in messages for item in items_of(message)):
                 item.update(self.locate(item, folder))
             return messages
 
     def read(self, content: dict) -> tuple[list[dict], bool]:
-        """The normalized messages of a row, and whether they come from a recording and its transcript."""
+        """Returns the normalized messages of a row, and whether they come from a recording and its transcript."""
         messages, (audio, text) = content.get("messages"), (content.get(name) for name in RECORDING)
         is_recording = messages is None and audio is not None and isinstance(text, str)
         if is_recording:
@@ -64,7 +64,9 @@ class ChatCollator:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
         is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
         if not is_list or not messages:
-            raise ValueError("there is no list of `messages`, nor a recording as `audio` and its `text`")
+            raise ValueError(
+                "there is no list of `messages`, dicts of role and content, nor a recording as `audio` and its `text`"
+            )
         messages = [{name: message.get(name) for name in ("role", "content")} for message in messages]
         (messages,), _ = self.processor.normalize_conversations(messages)
         return messages, is_recording
@@ -72,7 +74,7 @@ class ChatCollator:
     def check(self, messages: list[dict], may_be_empty: bool):
         """
         Raises:
-            ValueError: if nobody has the role of a message, if an answer is empty or missing, if a text spells a token
+            ValueError: if the role of a message is unknown, if an answer is empty or missing, if a text spells a token
                 that only the chat template or the processor may write, or if there is no audio although it is needed.
         """
         for message in messages:
@@ -92,7 +94,7 @@ class ChatCollator:
             raise ValueError("there is no audio, so the projector learns nothing from it")
 
     def locate(self, item: dict, folder: Path) -> dict:
-        """A normalized item with an absolute path, or with a picture in the place of the bytes of its file."""
+        """Returns a normalized item with an absolute path, or with a picture instead of the bytes of its file."""
         source = item.get(item["type"])
         if item["type"] == "image" and isinstance(source, bytes):
             with refuse_unreadable():
@@ -105,8 +107,8 @@ class ChatCollator:
 
     def inputs(self, row: dict, audio_tokens: str | None = None) -> dict[str, torch.Tensor]:
         """
-        Model inputs of one row, unpadded, and `labels`: the words of the answers and the ends of their turns, -100
-        elsewhere, also on audio and pictures in an answer.
+        Returns model inputs of one row, unpadded, and `labels`: the words of the answers and the ends of their turns,
+        -100 elsewhere, also on audio and pictures in an answer.
         """
         messages = self.messages(row)
         with prefix_errors(place_of(row)), refuse_unreadable():
@@ -125,7 +127,7 @@ class ChatCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Collates rows to a batch."""
         audio_tokens = self.audio_tokens
-        if audio_tokens == "both":  # by the rows, so that a run that goes on draws as one that was never interrupted
+        if audio_tokens == "both":  # drawn by the rows, so that a resumed run draws as an uninterrupted one
             places = "".join(row.get("place") or "" for row in rows)
             number = zlib.crc32(places.encode()) if places else int(torch.randint(2, (1,)))
             audio_tokens = ("fixed", "trimmed")[number % 2]
@@ -133,15 +135,15 @@ class ChatCollator:
 
 
 def content_of(row: dict) -> dict:
-    """What a row holds, read from its line of JSON if it has one; nothing if that is no object."""
+    """Returns what a row holds, read from its line of JSON if it has one. A line that is no object holds nothing."""
     if row.get("line") is None:
         return row
-    content = json.loads(row["line"].lstrip("\ufeff"))  # some editors mark UTF-8 by it
+    content = json.loads(row["line"].lstrip("\ufeff"))  # some editors begin UTF-8 with this mark
     return content if isinstance(content, dict) else {}
 
 
 def place_of(row: dict) -> str:
-    """`FILE:LINE` of a row that [`load_rows`] read. The paths of other rows start from the working directory."""
+    """Returns `FILE:LINE` of a row from [`load_rows`]. The paths of other rows start from the working directory."""
     return row.get("place") or "a row"
 
 
@@ -171,7 +173,7 @@ def refuse_unreadable():
 
 
 def items_of(message: dict) -> list[dict]:
-    """The content items of a normalized message."""
+    """Returns the content items of a normalized message."""
     content = message.get("content") or []
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
@@ -181,7 +183,7 @@ def answer_text(content) -> str:
 
 
 def names_file(item: dict) -> bool:
-    """Whether a normalized item names a local file."""
+    """Tells whether a normalized item names a local file."""
     source = item.get(item["type"])
     is_path = isinstance(source, str) and not re.match(r"\w+:", source) and len(source) < 1024  # base64 is longer
     return is_path and item["type"] != "text"

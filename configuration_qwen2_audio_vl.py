@@ -1,10 +1,10 @@
-"""The configuration: Qwen2-VL's with a Whisper encoder and three audio tokens. Also the names of the shipped files."""
+"""The configuration of Qwen2-VL with a Whisper encoder and three audio tokens, and the names of the shipped files."""
 
 from transformers.utils.versions import require_version
 
 
-# This check comes first because the imports below fail on older releases without a reason. The processing file repeats
-# it, because a processor is loaded without the configuration.
+# This check comes first because the imports below fail on older releases without naming the reason. The processing
+# file repeats it, because a processor is loaded without the configuration.
 require_version("transformers>=5.16.1,<6", "Install one with: pip install 'transformers>=5.16.1,<6'")
 
 import importlib.metadata
@@ -55,7 +55,7 @@ CODE_FILES = (
 EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png": "assets/images/chelsea.png"}
 BESIDE_CODE = ("LICENSE", "requirements.txt", ".gitattributes", "handler.py", "app.py", "serve.py", "collator.py")
 SHIPPED_FILES = {name: name for name in (*CODE_FILES, *BESIDE_CODE)} | EXAMPLES
-# Names and patterns of all files that a folder can have: those, and what a build or an evaluation writes.
+# Names and patterns of all files that a folder can have: the shipped ones, and what a build or an evaluation writes.
 KNOWN_FILES = (
     *SHIPPED_FILES,
     *("README.md", "SHA256SUMS", "config.json", "generation_config.json", "processor_config.json"),
@@ -101,7 +101,7 @@ class AudioCount(NamedTuple):
 
 
 def tokens_per_window(feature_extractor) -> int:
-    """Audio tokens of one window: 3000 log-mel frames -> 1500 tokens in Whisper's own sizes."""
+    """Returns the audio tokens of one window: 3000 log-mel frames -> 1500 tokens in Whisper's own sizes."""
     return feature_extractor.nb_max_frames // ENCODER_STRIDE
 
 
@@ -184,8 +184,8 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
         if isinstance(self.audio_config, dict):
             self.audio_config = WhisperConfig(**self.audio_config)
         if isinstance(self.vision_config, dict):
-            # Newer releases save the type of the vision tower's rotary embeddings, and older ones warn about it. It is
-            # the same in all, so a release that does not know it goes without.
+            # Newer releases save the type of the vision tower's rotary embeddings, and older ones warn about it. All
+            # releases compute the same, so it is removed where the release does not know it.
             default = getattr(self.sub_configs["vision_config"], "default_rope_type", None)
             stored = self.vision_config.get("rope_parameters") or {}
             if stored.get("rope_type") == "axial" != default:

@@ -35,7 +35,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 CPU_LENGTHS = 64  # on a CPU prompts are padded to a multiple of this, so that there are fewer shapes
 
 DESCRIBE = "What is in the photo?"  # what is asked about a picture that comes without a question
-# Base64 that is too long to be a word: `InferenceClient.automatic_speech_recognition` sends a clip so, with parameters.
+# Base64 that is too long to be a word. `InferenceClient.automatic_speech_recognition` sends clips so with parameters.
 FILE = re.compile(r"[A-Za-z0-9+/]{1000,}={0,2}")
 ROLES = ("system", "user", "assistant")
 MODALITIES = ("image", "audio", "text")  # the types of content that are served
@@ -48,7 +48,7 @@ MAX_CONTENT = 1024  # items of a request, texts included
 MAX_MESSAGES = 64  # messages of a request
 MAX_TEXT = 100_000  # characters of a request
 TIMEOUT = 15.0  # seconds to open all pictures and clips of a request
-QUEUE_SECONDS = 30.0  # seconds from a request's arrival until its answer begins
+QUEUE_SECONDS = 30.0  # seconds from the arrival of a request until its answer begins
 MAX_DOWNLOADS = 16  # requests with addresses that are opened at once, so that others find a free thread
 NUM_DECODERS = 2  # requests whose pictures are decoded at once
 STRIP = 256  # rows of a picture that are converted at a time
@@ -56,8 +56,8 @@ MAX_WAITING = 64  # requests that are opened, wait or are answered at once
 MAX_WAITING_BYTES = 2**31  # bytes of the inputs of requests that wait; a picture of full size has 308 MB of them
 MAX_BATCH = 16  # requests answered together
 MAX_BATCH_TOKENS = 2**16  # tokens computed at once, padding and answers included
-SHORT = 64  # a longer batch pauses for answers of at most so many tokens
-NEW_TOKENS = 256  # `max_new_tokens` where it is not given
+SHORT = 64  # a batch pauses for answers of at most this many tokens
+NEW_TOKENS = 256  # the default of `max_new_tokens`
 # The type and the bounds of each generation parameter.
 PARAMETERS = {
     "max_new_tokens": (int, 1, 1024),
@@ -196,7 +196,7 @@ class EndpointHandler:
 
         Raises:
             RequestError: if the request cannot be answered; its message tells why. Others are not affected.
-            RuntimeError: if the fault is the server's. The reason stands in the log and not in the message.
+            RuntimeError: if the fault is the server's. The log has the reason, and the message has not.
         """
         try:
             with one_of(self.places, f"{MAX_WAITING} requests are waiting already; send the request again later."):
@@ -251,7 +251,7 @@ class EndpointHandler:
                 check_limit(count_pixels(items), "pixels together", MAX_PIXELS)
 
     def _process(self, messages: list[dict]) -> BatchFeature:
-        """Returns the model's inputs for open messages. Pictures are decoded here, and taken out of the messages."""
+        """Returns the model's inputs for open messages. Pictures are decoded here, and removed from the messages."""
         pictures = [item for item in items_of(messages) if item["type"] == "image"]
         for item in pictures:
             item["image"] = read_pixels(decode_image(item["image"]))
@@ -324,7 +324,7 @@ class EndpointHandler:
 
 @contextmanager
 def one_of(places: threading.BoundedSemaphore, message: str):
-    """Takes one of some places for the length of a block, or raises a [`RequestError`] at once if all are taken."""
+    """Holds one of some places during a block, or raises a [`RequestError`] at once if no place is free."""
     if not places.acquire(blocking=False):
         raise RequestError(message)
     try:
@@ -372,7 +372,7 @@ def make_messages(inputs: dict) -> list[dict]:
     inputs = {"text": TRANSCRIBE if "audio" in inputs else DESCRIBE, **inputs}
     sources = {name: inputs[name] for name in MODALITIES if inputs.get(name) is not None}
     lists = {name: source if isinstance(source, list) else [source] for name, source in sources.items()}
-    check_limit(sum(map(len, lists.values())), "items", MAX_CONTENT)  # before an item is made of each
+    check_limit(sum(map(len, lists.values())), "items", MAX_CONTENT)  # before each becomes an item
     content = [{"type": name, name: source} for name, sources in lists.items() for source in sources]
     return [{"role": "user", "content": content}]
 
@@ -447,11 +447,11 @@ def read_parameters(parameters: dict) -> dict:
             raise RequestError(f"There is no parameter {name!s:.40}; it must be one of {', '.join(PARAMETERS)}.")
         number, low, high = PARAMETERS[name]
         types = (int, float) if number is float else (number,)
-        if type(value) not in types or not low <= value <= high:  # a bool is an int, but no number
+        if type(value) not in types or not low <= value <= high:  # Python counts a bool as an int
             article = "an" if number is int else "a"
             raise RequestError(f"{name} must be {article} {number.__name__} from {low} to {high}, got {value!r:.40}.")
         settings[name] = number(value)  # `generate` refuses 2 where it takes 2.0
-    if settings.get("temperature", 1.0) < 1e-6:  # 0 is the usual way to ask for greedy, and less divides by nothing
+    if settings.get("temperature", 1.0) < 1e-6:  # 0 is the usual way to ask for greedy, and close to 0 logits overflow
         del settings["temperature"]
         settings.setdefault("do_sample", False)
     sampling = [name for name in SAMPLING if name in settings]

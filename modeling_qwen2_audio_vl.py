@@ -315,7 +315,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         return_dict = kwargs.pop("return_dict", None)
         encoder_outputs = {"audio": None, **(mm_encoder_outputs or {})}
         kwargs["mm_encoder_outputs"] = encoder_outputs  # releases before 5.18 do not name this argument
-        # `generate` and `Trainer` read this signature, and refuse or drop what it does not name.
+        # All arguments are named, because `generate` and `Trainer` refuse or drop what this signature does not name.
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -400,7 +400,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         # here, once, and its embeddings are repeated with its row. Upstream would repeat each window and mix up rows.
         num_new = model_kwargs["position_ids"].shape[-1] - cached_length(model_kwargs.get(CACHE))
         audio_outputs = self._encode_new_audio(input_ids, model_kwargs, expand_size, num_new)
-        # Upstream counts the pictures of each row by its tokens, and only new pictures are given.
+        # Upstream counts the pictures of each row by its tokens, and `model_kwargs` has only new pictures.
         new_ids = input_ids.clone()
         new_ids[:, :-num_new] = 0
         if outputs := model_kwargs.get("mm_encoder_outputs"):  # which upstream would repeat in place
@@ -425,13 +425,13 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
 
         rows = self.model.count_rows(audio)
         # The audio is that of the whole conversation or that of its new turn, whichever has as many tokens.
-        is_given = is_audio if int(is_audio.sum()) == int(rows.sum()) else is_new
-        self.model.check_audio(is_given, rows)
+        is_covered = is_audio if int(is_audio.sum()) == int(rows.sum()) else is_new
+        self.model.check_audio(is_covered, rows)
         tokens = is_new.sum(1).tolist()
         if not any(tokens):
             return None
-        is_needed = torch.arange(-is_given.shape[1], 0, device=is_given.device) >= -is_new.shape[1]
-        is_needed = is_needed.expand_as(is_given)[is_given]  # one value for each embedding: its token is not cached
+        is_needed = torch.arange(-is_covered.shape[1], 0, device=is_covered.device) >= -is_new.shape[1]
+        is_needed = is_needed.expand_as(is_covered)[is_covered]  # one value for each embedding: its token is not cached
         if audio.outputs is not None:
             embeddings = audio.outputs.pooler_output
             embeddings = embeddings.flatten(0, -2)[is_needed.to(embeddings.device)]
@@ -482,7 +482,7 @@ def pop_audio(kwargs: dict) -> AudioInputs | None:
 
 
 def is_traced() -> bool:
-    """Whether this call is made into a graph, which cannot read the values of a tensor, so it checks on the device."""
+    """Tells whether this call is traced to a graph. A graph cannot read values of tensors, and checks on the device."""
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 

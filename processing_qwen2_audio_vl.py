@@ -3,8 +3,8 @@
 from transformers.utils.versions import require_version
 
 
-# Checked first, as the imports below fail on older releases without saying why. The configuration file does the same,
-# because a processor is loaded without the configuration.
+# This check comes first because the imports below fail on older releases without naming the reason. The configuration
+# file repeats it, because a processor is loaded without the configuration.
 require_version("transformers>=5.16.1,<6", "Install one with: pip install 'transformers>=5.16.1,<6'")
 
 import difflib
@@ -67,8 +67,8 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     """
     Image processor, video processor, tokenizer and [`WhisperFeatureExtractor`] in one.
 
-    One `<|audio_pad|>` in the text stands for one clip. It becomes `<|audio_bos|>`, so many `<|audio_pad|>` as
-    `count_audio` says, in Whisper's own sizes 1500 for every window of 30 s, and `<|audio_eos|>`.
+    One `<|audio_pad|>` in the text stands for one clip. It becomes `<|audio_bos|>`, as many `<|audio_pad|>` as
+    `count_audio` returns (1500 for each window of 30 s in Whisper's own sizes), and `<|audio_eos|>`.
 
     Args:
         audio_tokens (`str`, defaults to "fixed"): "fixed" or "trimmed" tokens for each clip, see `count_audio`.
@@ -148,7 +148,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             chat_audio: The same; `apply_chat_template` passes the clips of the messages here.
             sampling_rate, max_bytes, max_seconds, timeout, public_only: As in `audio_utils.fetch_audio`. Like the
                 next two they may be given in `audio_kwargs`.
-            device (`str` or `torch.device`, *optional*): Where features are made, and where they lie.
+            device (`str` or `torch.device`, *optional*): Where features are computed, and where they lie.
             audio_tokens (`str`, *optional*): "fixed" or "trimmed". The default is the processor's.
             load_audio_backend: Accepted for compatibility, without effect: PyAV decodes.
             kwargs: Arguments of the tokenizer, the image processor and the video processor, flat or in `text_kwargs`,
@@ -163,7 +163,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         Raises:
             TypeError: on arguments that no part knows.
             ValueError: if placeholders and data differ in number, if truncation would cut a clip, if a prompt passes
-                the model's positions; as [`AudioError`], if a clip cannot be opened.
+                the model's positions, or, as its subclass [`AudioError`], if a clip cannot be opened.
         """
         self._refuse_unknown(kwargs)
         audio_kwargs, kwargs = self._split_kwargs(kwargs)
@@ -175,13 +175,13 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         inputs = super().__call__(images=images, text=text, videos=videos, audio=clips or None, **kwargs)
         if clips and text is not None:
             self._check_prompts(inputs["input_ids"])
-        # With both kinds of offsets transformers masks the answers, and the features stay as they are.
+        # With both offsets transformers masks the answers, and the features stay as they are.
         if clips and kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping"):
             self._split_features(inputs, [self._count(len(clip), audio_kwargs.get("audio_tokens")) for clip in clips])
         return inputs
 
     def _split_kwargs(self, kwargs: dict) -> tuple[dict, dict]:
-        """The arguments of audio, and all arguments without those that transformers does not know."""
+        """Returns the arguments of audio, and all arguments except those that transformers does not know."""
         audio_kwargs = {**kwargs, **kwargs.get("audio_kwargs", {})}
         if audio_kwargs.get("load_audio_backend") not in (None, "auto"):
             logger.warning_once("load_audio_backend has no effect: this processor decodes audio with PyAV.")
@@ -191,7 +191,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         return audio_kwargs, passed
 
     def _check_counts(self, texts: list[str], clips: list):
-        """Compares placeholders with clips, before any is opened."""
+        """Compares placeholders with clips before any clip is opened."""
         is_nested = any(isinstance(clip, list) for clip in clips)
         placeholders = [sample.count(self.audio_token) for sample in texts]
         num_clips = [len(clip) if isinstance(clip, list) else 1 for clip in clips] if is_nested else len(clips)
@@ -203,7 +203,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             )
 
     def _open_clips(self, clips: list, audio_kwargs: dict) -> list[torch.Tensor]:
-        """The samples of each clip, float32 `[samples]`; `clips` may be one list per text."""
+        """Returns the samples of each clip, float32 `[samples]`; `clips` may be one list per text."""
         clips = [clip for row in clips for clip in (row if isinstance(row, list) else [row])]
         audio_tokens = audio_kwargs.get("audio_tokens") or self.audio_tokens
         check_audio_tokens(audio_tokens)
@@ -217,7 +217,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         return [fetch_audio(clip, sr, device, **limits) for clip in clips]
 
     def _split_features(self, inputs: BatchFeature, counts: list[AudioCount]):
-        """Makes the features one tensor for each clip. vLLM takes each entry for a clip, and would pad or cut it."""
+        """Splits the features by clips, because vLLM takes each entry for one clip, and would pad or cut it."""
         windows = inputs["input_features"].split([count.windows for count in counts])
         inputs["input_features"] = [torch.cat(list(clip), dim=1) for clip in windows]
         masks = [self.mask_frames(count).flatten() for count in counts]
@@ -227,7 +227,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         return count_audio(num_samples, self.tokens_per_window, audio_tokens or self.audio_tokens)
 
     def mask_frames(self, count: AudioCount) -> torch.Tensor:
-        """`input_features_mask` of one clip, int64 `(windows, frames)`: 1 for the frames that become its tokens."""
+        """Returns the mask of one clip, int64 `(windows, frames)`: 1 for the frames that become its tokens."""
         places = torch.arange(count.windows * self.feature_extractor.nb_max_frames)
         return (places < ENCODER_STRIDE * count.tokens).long().view(count.windows, -1)
 
@@ -328,14 +328,14 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             raise ValueError(f"The conversation cannot be processed: {str(error) or type(error).__name__}") from error
 
     def make_inputs(self, conversations: list, **kwargs) -> BatchFeature:
-        """[`apply_chat_template`] for `generate`: with a generation prompt, as tensors, padded on the left."""
+        """Calls [`apply_chat_template`] for `generate`: with a generation prompt, as tensors, padded on the left."""
         settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         settings["processor_kwargs"] = {"padding": True, **(kwargs.pop("processor_kwargs", None) or {})}
         return self.apply_chat_template(conversations, **{**settings, **kwargs})
 
     def answer(self, model, conversations: list[list[dict]], max_new_tokens: int = 256, **kwargs) -> list[str]:
         """
-        The answers of a model to conversations that end with a user's message, in one batch of at most
+        Returns the answers of a model to conversations that end with a user's message, in one batch of at most
         `max_new_tokens` tokens each. `kwargs` are those of `generate`; the default is greedy.
         """
         inputs = self.make_inputs(conversations).to(model.device)
@@ -386,7 +386,8 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         if item["type"] != "image" or isinstance(source, Image.Image):
             return item
         if not isinstance(source, (str, bytes)):
-            raise ValueError(f"A picture must be an address, base64 or bytes, got a {type(source).__name__}.")
+            description = "nothing" if source is None else f"a {type(source).__name__}"
+            raise ValueError(f"A picture must be an address, base64 or bytes, got {description}.")
         file = read(source, **{name: limits[name] for name in READ_LIMITS if name in limits})
         try:
             return {"type": "image", "image": Image.open(file, formats=formats)}
@@ -397,7 +398,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
 
     def apply_transcription_request(self, audio, language=None, prompt=None, tokenize: bool = True, **kwargs):
         """
-        The inputs of `generate` that ask for the words of a clip. What is generated after the prompt is the transcript:
+        Returns inputs of `generate` that ask for the words of a clip. What is generated after them is the transcript:
         `processor.decode(output, return_format="transcription_only")`.
 
         Args:
@@ -442,7 +443,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         return answers[0] if isinstance(decoded, str) else answers
 
     def _known_kwargs(self, modality: str | None = None) -> set[str]:
-        """The arguments that may be in one of `MODALITIES`, or flat."""
+        """Returns the names of the arguments that `modality`, one of `MODALITIES`, may hold, or that may be flat."""
         if modality == "audio_kwargs":
             return {*AUDIO_KWARGS}
         annotations = self.valid_processor_kwargs.__annotations__
@@ -484,10 +485,10 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
 
 
 def name_language(language: str) -> str:
-    """The English name of a language, from one that Whisper knows or its code."""
+    """Returns the English name of a language, for a name or code that Whisper knows."""
     name = LANGUAGES.get(language.lower(), language.lower()) if isinstance(language, str) else None
     if name not in LANGUAGES.values():
-        raise ValueError(f"language must be a code or name of Whisper's, such as en or English; got {language!r}.")
+        raise ValueError(f"language must be a code or name of Whisper's, such as en or English, got {language!r}.")
     return name.title()
 
 

@@ -109,7 +109,9 @@ def make_parser() -> ArgumentParser:
     command.add_argument("repo", metavar="REPO")
     command.add_argument("--revision", help="branch to commit to; made if it is not there")
     command.add_argument("--pr", action="store_true", help="open a pull request instead of committing")
-    command.add_argument("--results", type=Path, metavar="DIR", help="of `python -m evaluation`; shown in the card")
+    command.add_argument(
+        "--results", type=Path, metavar="DIR", help="of `python -m evaluation`; its scores go in the card"
+    )
     command.add_argument("--trust-code", action="store_true", help="push code that is not this checkout's")
     command.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     return parser
@@ -121,7 +123,7 @@ def main(arguments: list[str] | None = None):
     command, run = options.pop("command"), options.pop("run")
     try:
         run(**options)
-    except (ValueError, OSError) as error:  # the errors of the Hub's client are among them
+    except (ValueError, OSError, ImportError) as error:  # the errors of the Hub's client are OSErrors
         parser.exit(1, f"upload.py {command}: {error}\n")
     except Exception as error:  # hostile files run into many others, within the libraries that read them
         parser.exit(1, f"upload.py {command}: these files cannot be used: {type(error).__name__}: {error}\n")

@@ -1,20 +1,20 @@
-"""What a command line is given: the settings that it fills, and checks before the slow libraries are imported."""
+"""Options of command lines, and their checks, which run before the slow libraries are imported."""
 
 import re
 from dataclasses import field, fields
 from pathlib import Path
 
 
-HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # the Hub's client knows more rules, and checks again
+HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # the Hub's client has more rules, and checks again
 
 
 def setting(default, help: str, **more):
-    """A field of a dataclass that is an option of a command line as well; `more` is what `add_argument` takes."""
+    """Returns a dataclass field that is also a command-line option. `more` are arguments of `add_argument`."""
     return field(default=default, metadata={"help": help, **more})
 
 
 def dashed(name: str) -> str:
-    """The option that fills a field."""
+    """Returns the option that fills a field."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -29,7 +29,7 @@ def check_choices(settings):
 
 
 def columns_of(audio_column: str | None, text_column: str | None) -> tuple[str, str] | None:
-    """The `columns` of [`load_rows`] from two options. Raises a ValueError if only one is given."""
+    """Returns the `columns` of [`load_rows`] from two options. Raises a ValueError if only one is given."""
     if (audio_column is None) != (text_column is None):
         raise ValueError("--audio-column and --text-column must be given together, or neither of them.")
     return None if audio_column is None else (audio_column, text_column)

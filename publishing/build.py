@@ -19,13 +19,13 @@ from publishing.card import make_card
 from publishing.paths import ROOT, Origin, is_inside, own_class, resolve, silence_peft, write_checksums
 
 
-# For files that a base lacks; transformers has defaults for some, which fit no checkpoint.
+# The advice for a file that a base lacks. transformers has defaults for some files, but they fit no checkpoint.
 COPY = "copy what the published checkpoint has"
 CONFIG_CLASS = "configuration_qwen2_audio_vl.Qwen2AudioVLConfig"
 MODEL_CLASS = "modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration"
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
 AUDIO_TOKENS = ("<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>")  # in the order of their ids
-AUDIO_TOKEN_IDS = ("audio_token_id", "audio_bos_token_id", "audio_eos_token_id")  # of the configuration
+AUDIO_TOKEN_IDS = ("audio_token_id", "audio_bos_token_id", "audio_eos_token_id")  # their fields in the configuration
 MARKER_INIT = {"<|audio_bos|>": "<|vision_start|>", "<|audio_eos|>": "<|vision_end|>"}  # start from these embeddings
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 WHISPER_FIELDS = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layerdrop")
@@ -73,8 +73,8 @@ def build(
             peft adapter of such a model, which is merged into it in memory.
         projector: What training wrote: a trained `audio_projector.weight` and perhaps the rows of the two markers,
             in a safetensors or `.pt` file.
-        adapter: A trained checkpoint of the whole model, in its present or its first layout; its tensors go before
-            those of the bases, and decide the dtype.
+        adapter: A trained checkpoint of the whole model, in its present or its first layout; its tensors replace those
+            of the bases, and decide the dtype.
         audio_tokens: "fixed" or "trimmed". The default is what was trained, as far as that is known, or fixed.
         seed: The seed of an untrained projector, which starts as a normal with the base's `initializer_range`.
 
@@ -116,7 +116,7 @@ def write_folder(parts: BuildParts, target: Path) -> Path:
         write_checksums(unfinished, checksums)
         try:
             return unfinished.rename(target)
-        except OSError as error:  # the target is there and not empty
+        except OSError as error:  # the target has files by now
             raise ValueError(f"{target} was made by another build in the meantime.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # what is left after an error
@@ -146,7 +146,7 @@ def remove_abandoned(target: Path):
             os.kill(int(process), 0)
         except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
-        except (ValueError, OverflowError, PermissionError):  # it is no build's, or another user's
+        except (ValueError, OverflowError, PermissionError):  # the folder is not from a build, or is another user's
             continue
 
 
@@ -172,7 +172,7 @@ def build_config(base: Path, encoder: Path, tokenizer):
 
 
 def build_processor(base: Path, encoder: Path, tokenizer, config, trained: Path | None = None):
-    """Joins the two processors. A trained checkpoint decides the kind of audio tokens."""
+    """Joins the two processors. A trained checkpoint decides between fixed and trimmed audio tokens."""
     rules = checkpoints.read_audio_tokens(trained / "processor_config.json") if trained else ("fixed", None)
     processor = own_class("processing_qwen2_audio_vl.Qwen2AudioVLProcessor")(
         image_processor=transformers.AutoImageProcessor.from_pretrained(base),
@@ -193,8 +193,8 @@ def build_tokenizer(base: Path, **kwargs):
     slow = ("vocab.json", "merges.txt")
     is_slow = not (base / "tokenizer.json").is_file() and all((base / name).is_file() for name in slow)
     require_files(base, ("tokenizer_config.json", *(slow if is_slow else ("tokenizer.json",))), COPY)
-    # Generation continues the right end of every row. `save_pretrained` keeps a padding side that the base does not
-    # name only if it is given here.
+    # Generation continues the right end of every row. Without this argument `save_pretrained` would not keep the
+    # padding side if the base does not name it.
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left", **kwargs)
     added = [transformers.AddedToken(token, special=True, normalized=False) for token in AUDIO_TOKENS]
     tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
@@ -203,7 +203,7 @@ def build_tokenizer(base: Path, **kwargs):
 
 
 def meta_state_dict(config) -> dict[str, torch.Tensor]:
-    """The model's own tensors, on the meta device: names, shapes and dtypes without memory."""
+    """Returns the model's own tensors on the meta device, which have names, shapes and dtypes but no memory."""
     with torch.device("meta"):
         tensors = own_class(MODEL_CLASS)(config).to(config.dtype).state_dict()
     if config.tie_word_embeddings:

@@ -33,7 +33,7 @@ def name_repo(text: str, repo: str) -> str:
 
 
 def make_card(origins: dict[str, Origin], is_trained: bool, tensors: dict, config, processor) -> ModelCard:
-    """The card of a new folder. The tensors are the model's own by name; meta tensors suffice."""
+    """Makes the card of a new folder. The tensors are the model's own by name; meta tensors suffice."""
     untrained = "**The projector is untrained: answers about audio mean nothing until it is trained.**"
     facts = ["The projector is trained." if is_trained else untrained, ""]
     for role, (_, name, commit) in origins.items():

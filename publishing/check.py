@@ -1,4 +1,4 @@
-"""Is a folder or a repository of the Hub complete and unchanged, and does it load and answer?"""
+"""Checks whether a folder or a repository of the Hub is complete and unchanged, and whether it loads and answers."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from publishing.checkpoints import find_problems, stored_tensors
 from publishing.paths import CHECKSUMS, ROOT, check_content, files_of, is_inside, own_class, read_checksums
 
 
-# The greatest size in bytes of files that are read whole, also those of strangers. Files that fit one name are summed.
+# The limit in bytes of files that are read whole, as they may be a stranger's. Files that match one name are summed.
 LARGEST = {"README.md": 2**18, "config.json": 2**20, CHECKSUMS: 2**20}
 LARGEST |= {"manifest.json": 2**20, "scores.json": 2**24, "predictions*.jsonl": 2**28}
 
@@ -36,8 +36,8 @@ def check_sizes(folder: Path):
 
 def ask(repo: str, revision: str | None = None) -> dict:
     """
-    Loads a folder or a Hub id the way a user does and asks it about its own examples. Returns the Auto classes, token
-    ids, dtype, size and the answers by question.
+    Loads a folder or a Hub id the way a user does and asks it about its own examples. Returns its classes, the
+    Auto classes, token ids, dtype, size and the answers by question.
     """
     is_folder, code = Path(repo).is_dir(), {"trust_remote_code": True, "revision": revision}
     processor = AutoProcessor.from_pretrained(repo, **code)
@@ -62,6 +62,7 @@ def ask(repo: str, revision: str | None = None) -> dict:
         answers[name] = processor.decode(output, skip_special_tokens=True).strip()
 
     return {
+        "classes": {"AutoProcessor": type(processor).__name__, "AutoModel": type(model).__name__},
         "auto classes": {
             auto: get_class_from_dynamic_module(reference, repo, revision=revision).__name__
             for auto, reference in sorted(model.config.auto_map.items())
@@ -136,6 +137,9 @@ def check_answers(loaded: dict) -> dict[str, str]:
     tokens = loaded["token ids"]
     if list(tokens.values()) != loaded["ids of the configuration"]:
         raise ValueError(f"the tokenizer has {tokens}, the configuration {loaded['ids of the configuration']}")
+    for auto, name in loaded["classes"].items():  # processor_config.json may name another class than config.json
+        if loaded["auto classes"].get(auto) != name:
+            raise ValueError(f"{auto} loads {name}, but the auto_map of config.json names another class for it")
     return {
         **loaded["auto classes"],
         "token ids": ", ".join(f"{token} {number}" for token, number in tokens.items()),

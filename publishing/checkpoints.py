@@ -59,7 +59,7 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
             with safe_open(path, "pt"):  # refuses offsets that overlap, leave gaps or do not fit shapes and file
                 pass
         except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file, or is cut short: {error}") from error
+            raise ValueError(f"{path} is not a safetensors file, or is cut short: {error}") from error
         with path.open("rb") as file:  # https://github.com/huggingface/safetensors#format
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
@@ -99,7 +99,7 @@ def read_projector(path: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         tensors = {rename(name, ADAPTER_NAMES): tensor for name, tensor in tensors.items()}
     except Exception as error:
-        raise ValueError(f"{path} is no file of tensors by name: {error}") from error
+        raise ValueError(f"{path} is not a file of tensors by name: {error}") from error
     if PROJECTOR not in tensors or set(tensors) - {PROJECTOR, MARKERS}:
         need = f"expected audio_projector.weight, and perhaps {MARKERS}"
         raise ValueError(f"{path} holds {', '.join(tensors) or 'nothing'}; {need}.")
@@ -107,7 +107,7 @@ def read_projector(path: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def plan_tensors(base: Path, encoder: Path, adapter: Path | None, config) -> dict[str, StoredTensor]:
-    """Where each tensor of the result comes from. Those of a trained checkpoint take precedence over the bases'."""
+    """Maps each tensor of the result to its source. Those of a trained checkpoint take precedence over the bases'."""
     plan = {}
     for folder, rules in ((base, BASE_NAMES), (encoder, ENCODER_NAMES), (adapter, ADAPTER_NAMES)):
         for tensor in stored_tensors(folder) if folder else ():
@@ -125,7 +125,7 @@ def find_problems(plan: dict[str, StoredTensor | torch.Tensor], expected: dict[s
     problems = [f"missing: {name}" for name in expected if name not in plan]
     for name, tensor in plan.items():
         if name not in expected:
-            problems.append(f"unexpected: {name} (there as {tensor.name})")
+            problems.append(f"unexpected: {name} (stored as {tensor.name or name})")
         elif tuple(tensor.shape) != tuple(expected[name].shape):
             problems.append(f"misshapen: {name} is {tuple(tensor.shape)}, the model's is {tuple(expected[name].shape)}")
         elif isinstance(tensor, StoredTensor) and tensor.dtype not in DTYPES:
@@ -155,7 +155,7 @@ def read_bytes(tensor: StoredTensor | torch.Tensor, dtype: torch.dtype, rows: sl
 
 
 def replace_rows(chunks: Iterator[bytes], rows: dict[int, bytes]) -> Iterator[bytes]:
-    """The bytes of a matrix with some of its rows replaced."""
+    """Yields the bytes of a matrix with some of its rows replaced."""
     position = 0
     for chunk in chunks:
         for number, row in rows.items():

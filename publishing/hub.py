@@ -38,6 +38,7 @@ def push(
         commit_message=f"Upload qwen2-audio-vl: {loaded['parameters']:,} parameters in {loaded['dtype']}",
         revision=revision,
         create_pr=pr,
+        ignore_patterns=[".cache/*"],  # which `files_of` leaves out, so that `check` did not see it
         delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.py"],  # of an earlier upload
     )
 

@@ -38,7 +38,7 @@ def resolve(source: str, needed: tuple[str, ...] = ()) -> Origin:
 
 
 def own_class(reference: str) -> type:
-    """A class of this checkout's remote code, loaded as transformers loads it."""
+    """Returns a class of this checkout's remote code, loaded as transformers loads it."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     return get_class_from_dynamic_module(reference, ROOT)
@@ -57,7 +57,7 @@ def load_processor(repo: str | Path, audio_tokens: str | None = None):
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path of a folder stays in it; the Hub's cache links its snapshots to the blobs beside them."""
+    """Tells whether a path of a folder stays in it. The Hub's cache links its snapshots to the blobs beside them."""
     real, home = path.resolve(), folder.resolve()
     return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == home.parents[1] / "blobs")
 
@@ -77,7 +77,7 @@ def write_json(path: Path, content):
 
 
 def print_table(table: dict):
-    """Prints a line for each topic, with the values below each other."""
+    """Prints a line for each topic, with aligned values."""
     print("\n".join(f"{topic:<32} {value}" for topic, value in table.items()))
 
 
@@ -87,7 +87,7 @@ def sha256(path: Path) -> str:
 
 
 def files_of(folder: Path) -> list[str]:
-    """The names of all files of a folder; the Hub's client keeps some of its own in `.cache`."""
+    """Lists the names of all files of a folder, except those that git and the Hub's client keep there."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if not name.startswith((".cache/", ".git/")))
 
@@ -98,7 +98,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def weights_of(folder: Path) -> dict[str, str]:
-    """The checksums of the weights of a folder."""
+    """Returns the checksums of the weights of a folder."""
     return {name: checksum for name, checksum in read_checksums(folder).items() if name.endswith(".safetensors")}
 
 

@@ -123,7 +123,7 @@ BAD = {
     "a video": (ask(user({"type": "video", "video": "x"})), "video is not served"),
     "a local sound": (ask({"audio": str(EXAMPLES / "speech.mp3")}), "local files"),
     "a local picture": (ask({"image": str(EXAMPLES / "photo.png")}), "local files"),
-    "a private address": (ask({"image": "http://127.0.0.1/x.png"}), "not a public address"),
+    "a private address": (ask({"image": "http://127.0.0.1/x.png"}), "an address that is not public"),
     "no sound": (ask({"audio": GARBAGE}), "cannot be decoded"),
     "no picture": (ask({"image": GARBAGE}), "PNG"),
     "half a picture": (ask({"image": HALF_A_PICTURE}), "broken"),

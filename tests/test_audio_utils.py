@@ -205,7 +205,7 @@ def test_without_torchaudio_a_line_says_where_sound_is_resampled(monkeypatch, ca
     for _ in range(2):
         assert fetch_audio(RECORDINGS / "english.wav", device="meta").device.type == "meta"
     assert [record.message for record in caplog.records] == [
-        "torchaudio does not import: sound for the accelerator is resampled on the CPU by PyAV."
+        "torchaudio does not import: PyAV resamples the audio for the accelerator on the CPU."
     ]
 
 
@@ -227,15 +227,15 @@ def test_without_torchaudio_a_line_says_where_sound_is_resampled(monkeypatch, ca
         (np.zeros((9, 900)), "or is neither"),
         (np.zeros((2, 3, 4)), "expected .samples., "),
         (np.zeros(5, bool), "expected float, int16, int32 or uint8"),
-        (np.zeros(5, np.int64), "int64 is no sound"),
-        (np.array(["a"]), "is no sound"),
-        ([0.1, 0.2], "The list is no sound"),
-        (None, "NoneType is no sound"),
+        (np.zeros(5, np.int64), "int64 is not audio"),
+        (np.array(["a"]), "is not audio"),
+        ([0.1, 0.2], "The list is not audio"),
+        (None, "NoneType is not audio"),
         (ASSETS / "images" / "chelsea.png", "chelsea.png"),
         ({"type": "audio"}, "exactly one source"),
         ({"url": "a.wav", "path": "b.wav"}, "has url, path"),
-        ((np.zeros(5, np.float32), 0), "whole number of Hz from 1000 to 768000, not 0"),
-        ((np.zeros(5, np.float32), 44100.5), "not 44100.5"),
+        ((np.zeros(5, np.float32), 0), "whole number of Hz from 1000 to 768000, got 0"),
+        ((np.zeros(5, np.float32), 44100.5), "got 44100.5"),
         ((np.zeros(2, np.float32), 768_000), "too short: 2 samples at 768000 Hz are none at 16000 Hz"),
         # Others are refused in any words.
         *[(np.zeros(shape), "") for shape in ((0, 0), (), (1, 1, 1, 1, 1))],
@@ -275,7 +275,7 @@ def test_a_video_without_sound_is_refused():
         stream.width = stream.height = 32
         output.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
         output.mux(stream.encode(None))
-    with pytest.raises(AudioError, match="no sound track"):
+    with pytest.raises(AudioError, match="no audio track"):
         fetch_audio(file.getvalue())
 
 

@@ -232,7 +232,7 @@ def test_wrong_projectors_are_refused(tmp_path, refuse):
     torch.save({name: Evil(tmp_path / "evil")}, tmp_path / "evil.pt")
     path.write_text("no tensors")
     for wrong in (path, tmp_path / "evil.pt", tmp_path / "missing.pt"):
-        refuse("is no file of tensors by name", projector=wrong)
+        refuse("is not a file of tensors by name", projector=wrong)
     assert not (tmp_path / "evil").exists()
 
 
@@ -329,7 +329,7 @@ def test_hostile_headers_are_refused(bases, tmp_path, refuse):
         headers.append(json.dumps(header | {second: {**header[second], "data_offsets": offsets}}).encode())
     for hostile in headers:
         (base / "model.safetensors").write_bytes(len(hostile).to_bytes(8, "little") + hostile + content[8 + size :])
-        refuse("no safetensors file, or is cut short", base=base)
+        refuse("not a safetensors file, or is cut short", base=base)
     (base / "model.safetensors").unlink()
     (base / "linked.safetensors").symlink_to(bases["whisper"] / "model.safetensors")
     for name in ("../whisper/model.safetensors", "/etc/hostname", "linked.safetensors"):
@@ -356,7 +356,7 @@ def test_wrong_parts_are_refused_before_anything_is_written(bases, repo, tmp_pat
     norm = tensors.pop(NORM)
     refuse("missing: model.language_model.norm.weight", base=copy_base(qwen2_vl, tmp_path / "missing", tensors))
     extra = copy_base(qwen2_vl, tmp_path / "extra", tensors | {"model.other": norm})
-    refuse(r"unexpected: model.other \(there as model.other\)", base=extra)
+    refuse(r"unexpected: model.other \(stored as model.other\)", base=extra)
     extractor = shutil.copytree(whisper, tmp_path / "extractor")
     settings = json.loads((extractor / "preprocessor_config.json").read_text())
     (extractor / "preprocessor_config.json").write_text(json.dumps(settings | {"feature_size": 80}))

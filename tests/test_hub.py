@@ -52,7 +52,10 @@ def hub():
 @pytest.fixture(scope="module")
 def folder(demo_repo, tmp_path_factory):
     """A folder that push may change, of the demo checkpoint, whose small tokenizer loads fast."""
-    return Path(shutil.copytree(demo_repo, tmp_path_factory.mktemp("pushed") / "folder"))
+    folder = Path(shutil.copytree(demo_repo, tmp_path_factory.mktemp("pushed") / "folder"))
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "unchecked.bin").write_bytes(b"must not be pushed")
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -270,10 +270,12 @@ def test_messages_with_pictures_in_any_form(render, photo, sound):
 @pytest.mark.parametrize(
     "item, message",
     [
-        ({"type": "sound", "sound": "x.wav"}, r"type 'sound' and keys \['type', 'sound'\] cannot be taken: expected"),
+        ({"type": "sound", "sound": "x.wav"}, r"type 'sound' and keys \['type', 'sound'\] is not supported: expected"),
         ({"speech": "x.wav"}, r"type None and keys \['speech'\]"),
         ("just words", "Python type str"),
         ({"type": "text", "content": "words"}, "needs a string under 'text'"),
+        ({"type": "text", "text": "words", "audio": "x.wav"}, "has audio as well"),
+        ({"type": "image", "image": "x.png", "audio_url": "x.wav"}, "has audio_url as well"),
         ({"type": "audio", "file": "x.wav"}, r"the prompts have \[1\] .* `audio` has 0\."),
         ({"type": "audio", "path": "x", "url": "y"}, r'^messages.0.."content"..0.: .*exactly one.*has url, path'),
         ({"type": "image", "path": "x", "url": "y"}, r'^messages.0.."content"..0.: .*exactly one.*has url, path'),
@@ -297,7 +299,7 @@ def test_template_alone_drops_nothing(processor, sound):
         "<|audio_pad|>Hm?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert render([{"role": "user", "content": content}], add_generation_prompt=True) == expected
-    with pytest.raises(Exception, match="Content of type sound cannot be taken"):
+    with pytest.raises(Exception, match="Content of type sound is not supported"):
         render([{"role": "user", "content": [{"type": "sound"}]}])
     with pytest.raises(Exception, match="calls no tools"):
         render([{"role": "user", "content": "Hi"}], tools=[{"type": "function", "function": {"name": "f"}}])
@@ -353,7 +355,7 @@ def test_videos_that_cannot_be_read(processor, render, sound, tmp_path):
     if not hasattr(torchvision.io, "read_video"):  # before 0.26 it reads this
         with pytest.raises(ValueError, match="does not say how many frames it has"):
             processor(text="<|video_pad|>", videos=[str(path)], return_tensors="pt")
-    with pytest.raises(ValueError, match="could be .channels, samples.|is no sound"):
+    with pytest.raises(ValueError, match="could be .channels, samples.|is not audio"):
         render([video(np.zeros((4, 56, 56, 3), np.uint8))], load_audio_from_video=True)
 
 
