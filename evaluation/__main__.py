@@ -1,5 +1,5 @@
 """
-Scores a model, in two steps that may be far apart in time and place:
+Scores a model in two steps. The second can run later, and on another machine:
 
     python -m evaluation predict REPO --data DATA --output DIR    asks the model row by row; goes on where it stopped
     python -m evaluation score DIR                                scores the answers; needs no model and no GPU
@@ -18,7 +18,8 @@ from publishing.paths import silence_peft
 
 
 def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    settings = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("python -m evaluation", **settings)
     commands = parser.add_subparsers(dest="command", required=True)
     predictor = commands.add_parser("predict", help="ask a model")
     predictor.add_argument("repo", metavar="REPO", help="folder of upload.py build, or a Hub id")

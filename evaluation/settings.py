@@ -24,11 +24,11 @@ class Settings:
     audio_column: str | None = setting(None, "name of a column of recordings that have transcripts")
     text_column: str | None = setting(None, "name of the column of their transcripts")
     instruction: str | None = setting(None, "what is asked about each of them (default: Transcribe the audio.)")
-    group_column: str | None = setting(None, "groups of rows that are scored for themselves as well")
-    transcript_column: str | None = setting(None, "what each clip of a row says, for the arms text and swapped")
-    streaming: bool = setting(False, "read the data as it is needed", action="store_true")
-    limit: int | None = setting(None, "ask only the first so many rows", type=int)
-    arms: tuple[str, ...] = setting((), "ask again, without something", nargs="+", choices=ARMS)
+    group_column: str | None = setting(None, "name of a column; the rows of each of its values get scores of their own")
+    transcript_column: str | None = setting(None, "column with the words of each clip, for the arms text and swapped")
+    streaming: bool = setting(False, "read rows when they are needed", action="store_true")
+    limit: int | None = setting(None, "ask only this many rows, from the first", type=int)
+    arms: tuple[str, ...] = setting((), "ask all rows again without a part of their content", nargs="+", choices=ARMS)
     batch_size: int = setting(8, "rows, or requests, at a time (default: 8)", type=int)
     max_new_tokens: int = setting(256, "greatest length of an answer (default: 256)", type=int)
     audio_tokens: str | None = setting(None, "default: the model's; a server has its own", choices=("fixed", "trimmed"))
@@ -36,7 +36,7 @@ class Settings:
     backend: str = setting("transformers", "vllm: a server with OpenAI's API", choices=("transformers", "vllm"))
     url: str | None = setting(None, "address of the server, up to and with /v1")
     served_name: str | None = setting(None, "name of the model at the server (default: the first)")
-    keep_media: bool = setting(True, "keep no sound and pictures for the report", action="store_false")
+    keep_media: bool = setting(True, "keep no audio and pictures for the report", action="store_false")
 
     def __post_init__(self):
         self.repo, self.data = str(self.repo), [str(source) for source in self.data]

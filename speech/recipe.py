@@ -2,7 +2,7 @@
 Trains the speech adapter from the published parts, through every stage; each goes on where it was interrupted:
 
     python -m speech.recipe            all rounds of recipe.json, hours; the adapter goes to speech/adapter
-    python -m speech.recipe --short    ten minutes: 320 clips, and the loss has to fall below MAX_LOSS
+    python -m speech.recipe --short    ten minutes: 320 clips; fails unless the loss falls below MAX_LOSS
 
 Everything is in build/speech. The stages are those of upload.py and `python -m training`.
 """

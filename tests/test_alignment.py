@@ -1,6 +1,6 @@
 """
-make test ONLY=tests/test_alignment.py: word times from Whisper's cross-attention (with `-m speech` of a person), and a
-projector in closed form.
+make test ONLY=tests/test_alignment.py: word times from Whisper's cross-attention, and a projector in closed
+form. `make test-speech` compares the word times of a recording of a person.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""make test ONLY=tests/test_demo.py: what the demo checkpoint answers, and a training of such a model."""
+"""make test ONLY=tests/test_demo.py: what the demo checkpoint answers. `make test-long` trains such a model."""
 
 import json
 import shutil

@@ -1,6 +1,6 @@
 """
 python -m pytest -m speech tests/test_speech.py: the pretrained parts of speech/ (`pip install -r
-speech/requirements.txt`). All tests but the first download 243 MB once, into build/speech.
+speech/requirements.txt`). All tests except the first download 243 MB once, into build/speech.
 """
 
 import struct

@@ -1,6 +1,6 @@
 """
-make test ONLY=tests/test_speech_data.py: training texts (Debian: wordnet-base, fortunes, scowl). With the marker
-`speech` clips as well (Debian's synthesizers and `demo/requirements.txt`).
+make test ONLY=tests/test_speech_data.py: training texts (Debian: wordnet-base, fortunes, scowl).
+`make test-speech` tests clips as well (Debian's synthesizers and `demo/requirements.txt`).
 """
 
 import random

@@ -1,4 +1,4 @@
-"""make test ONLY=tests/test_training.py: what learns and what does not, through kills and in several processes."""
+"""make test ONLY=tests/test_training.py: what learns and what does not. `make test-long`: kills, several processes."""
 
 import json
 import os

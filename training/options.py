@@ -42,7 +42,7 @@ class Options:
     align_rows: int = setting(1000, "how many rows with speech --stage align uses")
     data: list[str] | None = setting(None, "JSON lines, or a folder or id of `datasets` (ID[:SPLIT]), with `messages`")
     eval: list[str] | None = setting(None, "the same, for loss, word and character error rate")
-    streaming: bool = setting(False, "read --data as it is needed; set --max-steps as well")
+    streaming: bool = setting(False, "read rows when they are needed; set --max-steps as well")
     audio_column: str | None = setting(None, "column of recordings with transcripts, instead of `messages`")
     text_column: str | None = setting(None, "column of their transcripts")
     instruction: str | None = setting(None, "what is asked about each of them (default: Transcribe the audio.)")
@@ -61,7 +61,7 @@ class Options:
     projector_learning_rate: float | None = setting(None, "for the projector beside LoRA (default: --learning-rate)")
 
     learning_rate: float | None = setting(None, "1e-3 for the projector, 2e-4 with LoRA")
-    length_column_name: str | None = setting(None, "number in the rows that groups them (default: tokens are counted)")
+    length_column_name: str | None = setting(None, "column of lengths that group the rows (default: count tokens)")
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03
     logging_steps: float = 10
