@@ -53,7 +53,7 @@ class Settings:
     @property
     def command(self) -> str:
         """The command line that has these settings."""
-        words = ["evaluation", "predict", self.repo]
+        words = ["python", "-m", "evaluation", "predict", self.repo]
         for option in fields(self)[1:]:
             value = getattr(self, option.name)
             if value != option.default:

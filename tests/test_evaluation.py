@@ -287,7 +287,7 @@ def test_the_command_line_answers_before_slow_imports(words, message):
 def test_the_manifest_has_a_command_that_gives_the_same_settings():
     settings = Settings("a repo", ["a.jsonl", "b:test"], "out", limit=0, arms=["text"], batch_size=8, keep_media=False)
     assert settings.command == (
-        "evaluation predict 'a repo' --data a.jsonl b:test --output out --limit 0 --arms text --no-media"
+        "python -m evaluation predict 'a repo' --data a.jsonl b:test --output out --limit 0 --arms text --no-media"
     )
 
 
