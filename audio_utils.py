@@ -44,6 +44,7 @@ MODALITIES = {"text": "text", "image": "image", "image_url": "image", "video": "
 MODALITIES |= {"audio": "audio", "audio_url": "audio", "input_audio": "audio"}
 # Other keys under which an item, a `datasets` row or a part of an OpenAI message may hold its source.
 SOURCE_KEYS = ("url", "path", "base64", "bytes", "array", "data")
+CONTENT_KEYS = {*MODALITIES, *SOURCE_KEYS}
 
 
 def fetch_audio(
@@ -201,7 +202,7 @@ def normalize_item(item, place: str) -> dict:
             f"{place}: An item of type {item_type} must hold nothing else, but this one has {', '.join(dropped)} as "
             "well; give each its own item."
         )
-    others = {name: value for name, value in item.items() if name not in (*MODALITIES, *SOURCE_KEYS)}
+    others = {name: value for name, value in item.items() if name not in CONTENT_KEYS}
     if modality != "text":
         try:
             source, rate = find_source(item, modality)

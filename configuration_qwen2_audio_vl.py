@@ -71,10 +71,9 @@ HOP_LENGTH = 160  # samples at 16 kHz from one log-mel frame to the next
 ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
 AUDIO_TOKEN_COUNTS = ("fixed", "trimmed")  # the rules by which `count_audio` counts the audio tokens of a clip
 TRAINED_AUDIO_TOKENS = (*AUDIO_TOKEN_COUNTS, "both")  # the rules that a model can be trained with
-SPECIAL_TOKEN_IDS = (  # the fields of a configuration that hold them
-    *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
-    *("audio_token_id", "audio_bos_token_id", "audio_eos_token_id"),
-)
+# The fields of a configuration that hold the ids of special tokens.
+VISION_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+AUDIO_TOKEN_IDS = ("audio_token_id", "audio_bos_token_id", "audio_eos_token_id")
 
 QWEN2_VL_7B = {
     "hidden_size": 3584,
@@ -206,7 +205,7 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
                 "audio_config.d_model must be a multiple of audio_config.encoder_attention_heads, got "
                 f"{self.audio_config.d_model} and {self.audio_config.encoder_attention_heads}."
             )
-        ids = {name: getattr(self, name) for name in SPECIAL_TOKEN_IDS}
+        ids = {name: getattr(self, name) for name in (*VISION_TOKEN_IDS, *AUDIO_TOKEN_IDS)}
         for name, token_id in ids.items():
             if name.startswith("audio") and not 0 <= token_id < self.text_config.vocab_size:
                 raise ValueError(

@@ -26,11 +26,11 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, WhisperFeatureExtractor
 
-from audio_utils import fetch_audio, log_mel
+from audio_utils import SAMPLING_RATE, fetch_audio, log_mel
 from benchmarks.measure import added_memory, count_operations, decode_step, in_turns, synchronize, where
 from benchmarks.parts import TEXT, Parts, count_parameters, full_config, make_model, make_prompt, prefill, small_config
 from benchmarks.report import report, table
-from benchmarks.sound import RATE, make_speech, read_by_soundfile
+from benchmarks.sound import make_speech, read_by_soundfile
 
 
 COLUMNS = ("this model", "sum of the parts", "Qwen2-Audio", "Qwen2.5-Omni")
@@ -137,15 +137,17 @@ def measure_rates(scale: Scale) -> tuple[float, float]:
 def measure_features(scale: Scale) -> list[str]:
     """Returns the seconds of audio that become features in a second, here and by soundfile, soxr and transformers."""
     file = io.BytesIO()
-    soundfile.write(file, np.stack([soxr.resample(make_speech(), RATE, 44_100)] * 2, axis=1), 44_100, format="wav")
+    soundfile.write(
+        file, np.stack([soxr.resample(make_speech(), SAMPLING_RATE, 44_100)] * 2, axis=1), 44_100, format="wav"
+    )
     files, extractor = [file.getvalue()] * scale.clips, WhisperFeatureExtractor(feature_size=128)
 
     def ours():
-        log_mel([fetch_audio(content, RATE, scale.device) for content in files], extractor)
+        log_mel([fetch_audio(content, SAMPLING_RATE, scale.device) for content in files], extractor)
 
     def theirs():
         clips = [read_by_soundfile(content) for content in files]
-        extractor(clips, sampling_rate=RATE, return_tensors="pt", device=scale.device)
+        extractor(clips, sampling_rate=SAMPLING_RATE, return_tensors="pt", device=scale.device)
 
     return [f"{scale.clips * 30 / seconds:,.0f}" for seconds in in_turns(ours, theirs, seconds=scale.seconds)]
 

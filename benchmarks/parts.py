@@ -1,16 +1,9 @@
-"""Models to measure: this model with random weights, the parts that it is made of on the same weights, and the demo."""
-
-import contextlib
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+"""Models to measure: this model with random weights, the parts that it is made of on the same weights."""
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from configuration_qwen2_audio_vl import ENCODER_STRIDE
-from demo.ask import DEMO
-from publishing.build import AUDIO_TOKEN_IDS, VISION_TOKENS, build
+from configuration_qwen2_audio_vl import AUDIO_TOKEN_IDS, ENCODER_STRIDE, VISION_TOKEN_IDS
 from publishing.paths import ROOT
 
 
@@ -39,7 +32,7 @@ def small_config(window_tokens: int = 1500, layers: int = 8):
     config.vision_config.update({"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 512})
     for name in ("vocab_size", "bos_token_id", "eos_token_id"):
         setattr(config.text_config, name, getattr(config.text_config, name) - DROPPED)
-    for name in (*AUDIO_TOKEN_IDS, *VISION_TOKENS):
+    for name in (*AUDIO_TOKEN_IDS, *VISION_TOKEN_IDS):
         setattr(config, name, getattr(config, name) - DROPPED)
     return config
 
@@ -48,13 +41,6 @@ def make_model(config, dtype: torch.dtype, device: str = "cpu") -> PreTrainedMod
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModel.from_config(config, trust_remote_code=True, dtype=dtype).eval()
-
-
-@contextlib.contextmanager
-def built_demo(**options) -> Iterator[Path]:
-    """Yields a temporary folder with the demo checkpoint; `options` are those of `build`."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield build(checkpoint=str(DEMO), output=Path(folder) / "demo", **options)
 
 
 def count_parameters(module: torch.nn.Module) -> int:

@@ -22,10 +22,9 @@ from openai import OpenAI
 from PIL import Image
 
 from benchmarks.measure import Clock, where
-from benchmarks.parts import built_demo
 from benchmarks.report import report, table
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
-from demo.ask import read_examples
+from demo.ask import built_demo, read_examples
 from evaluation.generate import load
 from handler import EndpointHandler
 from tests.serving import VLLM, make_endpoint, openai_form, serve, serve_vllm, short_form

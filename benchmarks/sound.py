@@ -18,7 +18,7 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, Qwen2AudioProcessor, WhisperFeatureExtractor
 from transformers.audio_utils import load_audio
 
-from audio_utils import fetch_audio, log_mel, resample, split_windows
+from audio_utils import SAMPLING_RATE, fetch_audio, log_mel, resample, split_windows
 from benchmarks.measure import in_turns, where
 from benchmarks.report import report, table
 from demo.bases import ASSETS, make_qwen2_vl, make_whisper
@@ -26,7 +26,6 @@ from publishing.build import build
 from tests.sounds import encode
 
 
-RATE = 16_000  # Hz
 LENGTHS = (1, 2, 5, 10, 20, 30)  # seconds
 FILES = (  # name in tests/sounds.py, channels, what it is
     ("s16.wav", "mono", "wav, 16 kHz"),
@@ -41,13 +40,13 @@ FILES = (  # name in tests/sounds.py, channels, what it is
 
 def make_speech() -> np.ndarray:
     """Returns 30 s of speech at 16 kHz: `[samples]`, float32."""
-    return np.resize(fetch_audio(ASSETS / "audio" / "jfk.wav").numpy(), 30 * RATE)
+    return np.resize(fetch_audio(ASSETS / "audio" / "jfk.wav").numpy(), 30 * SAMPLING_RATE)
 
 
 def read_by_soundfile(content: bytes) -> np.ndarray:
     """Does by soundfile and soxr what `fetch_audio` does: a file becomes mono samples at 16 kHz."""
     samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
-    return soxr.resample(samples.mean(axis=1), rate, RATE)
+    return soxr.resample(samples.mean(axis=1), rate, SAMPLING_RATE)
 
 
 def list_log_mel(extractor: WhisperFeatureExtractor, speech: np.ndarray, clips: list[np.ndarray]) -> Iterator[tuple]:
@@ -58,9 +57,9 @@ def list_log_mel(extractor: WhisperFeatureExtractor, speech: np.ndarray, clips: 
         return log_mel(windows, extractor)
 
     def theirs(batch):
-        return extractor(batch, sampling_rate=RATE, return_tensors="pt")["input_features"]
+        return extractor(batch, sampling_rate=SAMPLING_RATE, return_tensors="pt")["input_features"]
 
-    for what, batch in {**{f"{s} s": [speech[: s * RATE]] for s in LENGTHS}, "32 clips": clips}.items():
+    for what, batch in {**{f"{s} s": [speech[: s * SAMPLING_RATE]] for s in LENGTHS}, "32 clips": clips}.items():
         what += f" (difference {float((ours(batch) - theirs(batch)).abs().max()):.0e})"
         yield f"log-mel of {what}", "WhisperFeatureExtractor", partial(ours, batch), partial(theirs, batch)
 
@@ -74,9 +73,10 @@ def list_decoding(speech: np.ndarray) -> Iterator[tuple]:
 
 def list_resampling(speech: np.ndarray) -> Iterator[tuple]:
     for rate in (8_000, 44_100, 48_000):
-        samples = soxr.resample(speech, RATE, rate)
-        ours = partial(resample, torch.from_numpy(samples), rate, RATE)
-        yield f"resample 30 s of {rate / 1000:g} kHz", "soxr", ours, partial(soxr.resample, samples, rate, RATE)
+        samples = soxr.resample(speech, SAMPLING_RATE, rate)
+        ours = partial(resample, torch.from_numpy(samples), rate, SAMPLING_RATE)
+        theirs = partial(soxr.resample, samples, rate, SAMPLING_RATE)
+        yield f"resample 30 s of {rate / 1000:g} kHz", "soxr", ours, theirs
 
 
 def list_processors(extractor, speech: np.ndarray, clips: list[np.ndarray]) -> Iterator[tuple]:
@@ -92,12 +92,12 @@ def list_processors(extractor, speech: np.ndarray, clips: list[np.ndarray]) -> I
         return processor(text=["<|audio_pad|>What?"] * len(batch), audio=batch, padding=True, return_tensors="pt")
 
     def theirs(batch):
-        batch = [load_audio(clip, RATE) if isinstance(clip, str) else clip for clip in batch]
+        batch = [load_audio(clip, SAMPLING_RATE) if isinstance(clip, str) else clip for clip in batch]
         text = ["<|audio_bos|><|AUDIO|><|audio_eos|>What?"] * len(batch)
-        return qwen2_audio(text=text, audio=batch, sampling_rate=RATE, padding=True, return_tensors="pt")
+        return qwen2_audio(text=text, audio=batch, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt")
 
     recordings = [str(ASSETS / "audio" / name) for name in ("jfk.wav", "jfk.mp3", "english.wav")]
-    batches = {f"a clip of {seconds} s": [speech[: seconds * RATE]] for seconds in (1, 5, 30)}
+    batches = {f"a clip of {seconds} s": [speech[: seconds * SAMPLING_RATE]] for seconds in (1, 5, 30)}
     batches |= {"32 clips": clips, "3 files (wav, mp3, 44.1 kHz wav)": recordings}
     for what, batch in batches.items():
         yield f"whole processor, {what}", "Qwen2AudioProcessor", partial(ours, batch), partial(theirs, batch)
@@ -105,7 +105,7 @@ def list_processors(extractor, speech: np.ndarray, clips: list[np.ndarray]) -> I
 
 def main() -> list[str]:
     speech, extractor = make_speech(), WhisperFeatureExtractor(feature_size=128)
-    lengths = np.random.default_rng(0).integers(RATE // 2, 30 * RATE, 32)
+    lengths = np.random.default_rng(0).integers(SAMPLING_RATE // 2, 30 * SAMPLING_RATE, 32)
     clips = [speech[:length] for length in lengths]  # 0.5 to 30 s
     rows = []
     for what, peer, *functions in itertools.chain(
@@ -118,7 +118,7 @@ def main() -> list[str]:
         ours, *theirs = [1e3 * seconds for seconds in in_turns(*functions)]
         beside = [f"{theirs[0]:.2f} ms, {peer}", f"{theirs[0] / ours:.1f}"] if theirs else ["", ""]
         rows.append((what, f"{ours:.2f} ms", *beside))
-    note = f"{where()}; `32 clips` are of 0.5 to 30 s, {sum(lengths) / RATE:.0f} s in all."
+    note = f"{where()}; `32 clips` are of 0.5 to 30 s, {sum(lengths) / SAMPLING_RATE:.0f} s in all."
     return [table(("what", "here", "beside", "times as fast"), rows), note]
 
 

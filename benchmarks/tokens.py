@@ -15,7 +15,7 @@ from audio_utils import SAMPLING_RATE
 from benchmarks.measure import count_operations, in_turns, synchronize, where
 from benchmarks.parts import TEXT, count_parameters, full_config, make_model, make_prompt, prefill, small_config
 from benchmarks.report import report, table
-from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, count_audio
+from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, IGNORED_LABEL, count_audio
 
 
 CLIPS = (1, 3, 5, 10, 30)  # seconds
@@ -40,7 +40,7 @@ def measure_prefill(model, inputs: dict[str, torch.Tensor]) -> tuple[float, ...]
 
 def measure_step(model, inputs: dict[str, torch.Tensor]) -> float:
     """Returns the seconds of a training step."""
-    labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] > 0, -100)
+    labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] > 0, IGNORED_LABEL)
     return in_turns(lambda: model(**inputs, labels=labels, use_cache=False).loss.backward(), rounds=1)[0]
 
 

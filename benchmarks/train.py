@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.measure import where
-from benchmarks.parts import built_demo, count_parameters, full_config, make_model
+from benchmarks.parts import count_parameters, full_config, make_model
 from benchmarks.report import report, table
-from demo.ask import write_transcripts
+from demo.ask import built_demo, write_transcripts
 from training.train import LANGUAGE_MODEL
 
 

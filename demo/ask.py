@@ -4,10 +4,12 @@ Loads the demo checkpoint, asks it, and lists the examples in `demo/examples` th
     python -m demo.ask FILE    writes rows for `evaluation`: more questions about the same recordings and pictures
 """
 
+import contextlib
 import itertools
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from demo.world import KINDS, WORLD, content
@@ -21,10 +23,17 @@ EXAMPLES = DEMO / "examples"
 MAX_NEW_TOKENS = 12  # of the longest answer
 
 
+@contextlib.contextmanager
+def built_demo(**options) -> Iterator[Path]:
+    """Yields a temporary folder with the demo checkpoint; `options` are those of `build`."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield build(checkpoint=DEMO, output=Path(folder) / "demo", **options)
+
+
 def load_demo() -> tuple:
     """Loads `(processor, model)` of the checkpoint in `demo/`."""
-    with tempfile.TemporaryDirectory() as folder:
-        return load(build(checkpoint=DEMO, output=Path(folder) / "demo"))
+    with built_demo() as repo:
+        return load(repo)
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -86,8 +86,7 @@ class Questions:
 
     @refuse_unreadable()
     def open_messages(self, messages: list[dict]) -> list[dict]:
-        """Opens audio and pictures. Whatever a decoder raises becomes a ValueError."""
-        (messages,), _ = self.collator.processor.normalize_conversations(messages)
+        """Opens audio and pictures of normalized messages. Whatever a decoder raises becomes a ValueError."""
         for message in messages:
             if isinstance(message["content"], list):
                 message["content"] = [self.open_item(item) for item in message["content"]]

@@ -12,7 +12,14 @@ from uuid import uuid4
 import torch
 import transformers
 
-from configuration_qwen2_audio_vl import EXAMPLES, SHIPPED_FILES, check_audio_tokens, require_files
+from configuration_qwen2_audio_vl import (
+    AUDIO_TOKEN_IDS,
+    EXAMPLES,
+    SHIPPED_FILES,
+    VISION_TOKEN_IDS,
+    check_audio_tokens,
+    require_files,
+)
 from publishing import checkpoints
 from publishing.arguments import check_build
 from publishing.card import make_card
@@ -24,10 +31,8 @@ COPY = "copy what the published checkpoint has"
 CONFIG_CLASS = "configuration_qwen2_audio_vl.Qwen2AudioVLConfig"
 MODEL_CLASS = "modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration"
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
-AUDIO_TOKENS = ("<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>")  # in the order of their ids
-AUDIO_TOKEN_IDS = ("audio_token_id", "audio_bos_token_id", "audio_eos_token_id")  # their fields in the configuration
+AUDIO_TOKENS = ("<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>")  # in the order of `AUDIO_TOKEN_IDS`
 MARKER_INIT = {"<|audio_bos|>": "<|vision_start|>", "<|audio_eos|>": "<|vision_end|>"}  # start from these embeddings
-VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 WHISPER_FIELDS = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layerdrop")
 WHISPER_FIELDS += ("num_mel_bins", "max_source_positions", "activation_function", "scale_embedding")
 WHISPER_FIELDS += ("dropout", "attention_dropout", "activation_dropout", "init_std")
@@ -163,7 +168,7 @@ def build_config(base: Path, encoder: Path, tokenizer):
         text_config=base_config.text_config.to_dict(),
         vision_config=base_config.vision_config.to_dict(),
         audio_config={name: getattr(whisper, name) for name in WHISPER_FIELDS},
-        **{name: getattr(base_config, name) for name in VISION_TOKENS},
+        **{name: getattr(base_config, name) for name in VISION_TOKEN_IDS},
         **dict(zip(AUDIO_TOKEN_IDS, audio_ids, strict=True)),
         tie_word_embeddings=base_config.tie_word_embeddings,
         dtype=base_config.dtype or torch.float32,

@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, hf_hub_download
 from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from configuration_qwen2_audio_vl import AUTO_MAP, CODE_FILES, EXAMPLES, KNOWN_FILES
-from publishing.build import AUDIO_TOKEN_IDS, AUDIO_TOKENS, CONFIG_CLASS, meta_state_dict
+from configuration_qwen2_audio_vl import AUDIO_TOKEN_IDS, AUTO_MAP, CODE_FILES, EXAMPLES, KNOWN_FILES
+from publishing.build import AUDIO_TOKENS, CONFIG_CLASS, meta_state_dict
 from publishing.card import EVALUATION, replace_section
 from publishing.checkpoints import find_problems, stored_tensors
 from publishing.paths import CHECKSUMS, ROOT, check_content, files_of, is_inside, own_class, read_checksums

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from publishing.paths import is_inside, write_json
@@ -21,6 +21,7 @@ from publishing.paths import is_inside, write_json
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 PROJECTOR = "model.audio_projector.weight"
 MARKERS = "audio_markers.weight"
+PROJECTOR_FILE = "audio_projector.safetensors"  # what training writes, and `build --projector` reads
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # the key is safetensors' name
 MAX_SHARD_SIZE = "5GB"
 CHUNK = 2**22  # bytes in memory at a time
@@ -88,6 +89,12 @@ def read_audio_tokens(path: Path) -> tuple[str, str | None]:
         return ("fixed" if trained == "both" else trained), trained
     stored = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" and path.is_file() else {}
     return stored.get("audio_tokens", "fixed"), stored.get("trained_audio_tokens", "fixed")
+
+
+def save_projector(path: Path, projector: torch.Tensor, audio_tokens: str, markers: torch.Tensor | None = None):
+    """Writes what [`read_projector`] and [`read_audio_tokens`] read; `markers` are the embeddings of bos and eos."""
+    tensors = {PROJECTOR.removeprefix("model."): projector} | ({} if markers is None else {MARKERS: markers})
+    save_file(tensors, path, {"audio_tokens": audio_tokens})
 
 
 def read_projector(path: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -23,7 +23,7 @@ from demo.ask import read_rows, write_rows
 from evaluation.generate import load
 from evaluation.predict import predict
 from evaluation.report import score_folder
-from evaluation.scoring import AS_GIVEN, align, file_of, normalize, percent, read_folder, score, score_arms
+from evaluation.scoring import AS_GIVEN, align, edit_of, file_of, normalize, percent, read_folder, score, score_arms
 from publishing.paths import ROOT, write_json
 from speech.recipe import ROUNDS
 from speech.recordings import BUILD, rows_of
@@ -100,7 +100,7 @@ def recall(rows: list[dict], training: Counter) -> dict[str, dict[str, int]]:
         if "error" in row:
             continue
         for expected, answer in align(normalize(row["text"]), normalize(row["pred_text"])):
-            is_right = expected.replace(" ", "") == answer.replace(" ", "")  # a compound may be joined
+            is_right = edit_of(expected, answer) == "equal"
             for word in expected.split():
                 name = next(name for name, least in COUNTS.items() if training[word] >= least)
                 counts[name]["words"] += 1

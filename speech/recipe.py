@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from publishing.build import build
+from publishing.checkpoints import PROJECTOR_FILE
 from publishing.paths import ROOT, only_run, write_json
 from speech import clips, parts, recordings
 from speech.recordings import BUILD, rows_of
@@ -104,7 +105,7 @@ def make_aligned(start: Path, name: str) -> Path:
         output_dir=output,
         audio_tokens="trimmed",
     )
-    projector = str(output / "audio_projector.safetensors")
+    projector = str(output / PROJECTOR_FILE)
     return build_once(BUILD / f"aligned-{name}", checkpoint=str(start), projector=projector)
 
 

@@ -31,7 +31,7 @@ def test_class_is_the_same_at_every_loading(repo, model):
 
 
 def test_messages_may_be_objects(processor, sound):
-    """Of the OpenAI client, dataclasses and mappings, with the ids of the same messages as dicts."""
+    """Objects of the OpenAI client, dataclasses and mappings give the ids of the same messages as dicts."""
     question, answer = [audio(sound(0.5)), text("Who?")], {"role": "assistant", "content": "Nobody."}
     again = {"role": "user", "content": [text("Sure?")]}
     expected = processor.apply_chat_template([{"role": "user", "content": question}, answer, again], **CHAT)

@@ -226,7 +226,7 @@ def test_content_that_no_decoder_reads_is_an_error_of_its_row(demo_repo, broken,
 
 @pytest.fixture(scope="module")
 def address():
-    """Of a server with OpenAI's API that always gives the same answer."""
+    """The address of a server with OpenAI's API that always gives the same answer."""
 
     async def models(request):
         return JSONResponse({"object": "list", "data": [{"id": "someone", "object": "model"}]})

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from collator import ChatCollator, answer_text
-from publishing.checkpoints import EMBEDDINGS, stored_tensors
+from publishing.checkpoints import EMBEDDINGS, PROJECTOR_FILE, save_projector, stored_tensors
 from publishing.paths import resolve, write_json
 from training.alignment import Aligner, Span
 from training.arguments import Arguments
@@ -110,8 +109,8 @@ def align(args: Arguments, processor, dataset, collator: ChatCollator) -> dict:
         raise ValueError(f"--aligner {args.aligner} is not the Whisper whose encoder {args.model} has.")
     clips = itertools.islice(read_clips(processor, dataset, collator), args.align_rows)
     weight, summary = fit_projector(clips, aligner, tensors[EMBEDDINGS], processor.tokenizer)
-    path, rule = Path(args.output_dir) / "audio_projector.safetensors", processor.trained_audio_tokens
-    save_file({"audio_projector.weight": weight}, path, {"audio_tokens": rule})
+    output = Path(args.output_dir)
+    save_projector(output / PROJECTOR_FILE, weight, processor.trained_audio_tokens)
     summary = {"stage": args.stage, **summary, "seconds": round(time.time() - start, 1)}
-    write_json(path.with_name("summary.json"), summary)
+    write_json(output / "summary.json", summary)
     return summary

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModel, BitsAndBytesConfig, Trainer, set_seed
 from transformers.utils import logging
 
@@ -16,6 +16,7 @@ from collator import ChatCollator, answer_text
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, IGNORED_LABEL
 from evaluation.rows import load_rows
 from evaluation.scoring import score
+from publishing.checkpoints import PROJECTOR_FILE, save_projector
 from publishing.paths import load_processor, write_json
 from training.arguments import Arguments
 from training.closed_form import align
@@ -140,13 +141,13 @@ def mean_loss(history: list[dict]) -> float:
 
 def write_projector(adapter: Path, path: Path, audio_tokens: str):
     """Writes what `upload.py build --projector` reads: the projector and, if they learned, the markers."""
-    tensors = {}
+    projector = markers = None
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         if name.endswith("audio_projector.weight"):
-            tensors["audio_projector.weight"] = tensor
+            projector = tensor
         elif name.endswith("trainable_tokens_delta"):
-            tensors["audio_markers.weight"] = tensor
-    save_file(tensors, path, {"audio_tokens": audio_tokens})
+            markers = tensor
+    save_projector(path, projector, audio_tokens, markers)
 
 
 def export(args: Arguments, processor, adapter: Path):
@@ -219,7 +220,7 @@ def write(trainer: AnswerTrainer, processor, summary: dict):
     if args.should_save:
         processor.save_pretrained(output / "adapter")  # which tells `upload.py build` the audio tokens
         if args.stage == "projector":
-            write_projector(output / "adapter", output / "audio_projector.safetensors", processor.trained_audio_tokens)
+            write_projector(output / "adapter", output / PROJECTOR_FILE, processor.trained_audio_tokens)
         if args.export:
             export(args, processor, output / "adapter")
         draw_losses(trainer.state.log_history, output / "loss.png")
