@@ -78,15 +78,23 @@ def decode(file, name: str, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarra
 
 
 def join_pieces(pieces: Iterator[tuple[int, np.ndarray]], name: str) -> tuple[np.ndarray, int]:
-    joined, rate = bytearray(), None
-    for own_rate, samples in pieces:
-        if rate not in (None, own_rate):
-            raise AudioError(f"{name} changes its sampling rate from {rate} to {own_rate} Hz midway.")
-        rate = own_rate
+    joined, rates = bytearray(), set()
+    for rate, samples in of_one_rate(pieces, name):
+        rates.add(rate)
         joined += samples.data
     if not joined:
         raise AudioError(f"{name} holds no samples.")
-    return np.frombuffer(joined, np.float32), rate
+    return np.frombuffer(joined, np.float32), rates.pop()
+
+
+def of_one_rate(pieces: Iterator[tuple[int, np.ndarray]], name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the pieces of a file; raises AudioError where the sampling rate changes."""
+    first_rate = None
+    for rate, samples in pieces:
+        if first_rate not in (None, rate):
+            raise AudioError(f"{name} changes its sampling rate from {first_rate} to {rate} Hz midway.")
+        first_rate = rate
+        yield rate, samples
 
 
 def decode_pieces(file, name: str, max_seconds: float) -> Iterator[tuple[int, np.ndarray]]:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 
 import av
@@ -384,23 +385,45 @@ def resample(samples: torch.Tensor, rate: int, sr: int, device: str | torch.devi
     if rate == sr:
         return samples.to(device)
     common = math.gcd(rate, sr)
-    length = (2 * len(samples) * sr + rate) // (2 * rate)  # rounded
     # torchaudio keeps its filter once for every phase: 0.3 MB for 44,100 Hz, but 3 GB for 47,999.
     if device.type != "cpu" and rate * sr // common**2 <= MAX_PHASES:
         if torchaudio is not None:
+            length = (2 * len(samples) * sr + rate) // (2 * rate)  # rounded
             return torchaudio_resampler(rate, sr, device)(samples.to(device))[:length]
         logger.warning_once("torchaudio does not import: PyAV resamples the audio for the accelerator on the CPU.")
+    return torch.cat(list(resample_pieces(samples.cpu().split(2**16), rate, sr))).to(device)
+
+
+def resample_pieces(pieces: Iterable[torch.Tensor], rate: int, sr: int) -> Iterator[torch.Tensor]:
+    """
+    Resamples a clip that comes in pieces, float32 `[samples]` each, with FFmpeg's libswresample. What is yielded is,
+    joined, what the whole clip gives.
+    """
+    if rate == sr:
+        yield from pieces
+        return
     # Both ends get silence: libswresample mirrors them, and loses clips that are shorter than its filter. It lasts
     # 20 ms, or a little longer to be a whole number of samples at both rates.
+    common = math.gcd(rate, sr)
     silence = math.ceil(common / 50)
     edge = torch.zeros(silence * rate // common)
-    resampler, pieces = av.AudioResampler(format="flt", layout="mono", rate=sr), []
-    for part in (edge, *samples.cpu().split(2**16), edge):
-        frame = av.AudioFrame.from_ndarray(part.numpy()[None], format="flt", layout="mono")
-        frame.sample_rate = rate
-        pieces += resampler.resample(frame)
-    resampled = np.concatenate([piece.to_ndarray()[0] for piece in (*pieces, *resampler.resample(None))])
-    return torch.from_numpy(resampled)[silence * sr // common :][:length].to(device)
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=sr)
+    num_samples, position = (
+        0,
+        -silence * sr // common,
+    )  # samples of the clip so far, and place of the next resampled one
+    for part in itertools.chain([edge], pieces, [edge, None]):
+        frame = None
+        if part is not None:
+            frame = av.AudioFrame.from_ndarray(part.numpy()[None], format="flt", layout="mono")
+            frame.sample_rate = rate
+            num_samples += 0 if part is edge else len(part)
+        length = (2 * num_samples * sr + rate) // (2 * rate)  # rounded
+        for resampled in resampler.resample(frame):
+            samples = torch.from_numpy(resampled.to_ndarray()[0])
+            # libswresample returns samples late, so only those of the silence lie outside of the clip.
+            yield samples[max(0, -position) : max(0, length - position)]
+            position += len(samples)
 
 
 @functools.lru_cache(maxsize=32)

@@ -17,6 +17,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from packaging.version import Version
 from transformers import PreTrainedConfig, Qwen2VLConfig, WhisperConfig
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from transformers.utils import logging
 
 
@@ -54,6 +55,7 @@ CODE_FILES = (
 # The name of each example in a built folder, and its path in this repository.
 EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png": "assets/images/chelsea.png"}
 BESIDE_CODE = ("LICENSE", "requirements.txt", ".gitattributes", "handler.py", "app.py", "serve.py", "collator.py")
+BESIDE_CODE += ("transcribe.py", "transcripts.py", "audio_streaming.py", "word_times.py")
 SHIPPED_FILES = {name: name for name in (*CODE_FILES, *BESIDE_CODE)} | EXAMPLES
 # Names and patterns of all files that a folder can have: the shipped ones, and what a build or an evaluation writes.
 KNOWN_FILES = (
@@ -66,6 +68,8 @@ KNOWN_FILES = (
 WHOLE_MODEL = ("config.json", "processor_config.json", "tokenizer.json", "*.safetensors")  # the files of a whole model
 
 TRANSCRIBE = "Transcribe the audio."  # the instruction for a clip that comes without one
+PIECE_SECONDS = 28.0  # the longest piece of a recording that is transcribed, where the model names no other
+SHORTEST_PIECE, LONGEST_PIECE = 2.0, 600.0  # seconds; bounds of such a length
 IGNORED_LABEL = -100  # the label of a token without a loss
 HOP_LENGTH = 160  # samples at 16 kHz from one log-mel frame to the next
 ENCODER_STRIDE = 2  # log-mel frames per audio token: the stride of the Whisper encoder's second convolution
@@ -108,6 +112,26 @@ def check_audio_tokens(audio_tokens: str, known: tuple = AUDIO_TOKEN_COUNTS):
     """Raises ValueError if `audio_tokens` is not one of the `known` rules."""
     if audio_tokens not in known:
         raise ValueError(f"audio_tokens must be {', '.join(known[:-1])} or {known[-1]}, got {audio_tokens!r}.")
+
+
+def check_piece_seconds(seconds: float):
+    """Raises ValueError if `seconds` is no length of a piece."""
+    if not isinstance(seconds, (int, float)) or not SHORTEST_PIECE <= seconds <= LONGEST_PIECE:
+        bounds = f"from {SHORTEST_PIECE:g} to {LONGEST_PIECE:g}"
+        raise ValueError(f"piece_seconds must be a number of seconds {bounds}, got {seconds!r}.")
+
+
+def name_language(language: str) -> str:
+    """Returns the English name of a language, for a name or code that Whisper knows."""
+    name = LANGUAGES.get(language.lower(), language.lower()) if isinstance(language, str) else None
+    if name not in LANGUAGES.values():
+        raise ValueError(f"language must be a code or name of Whisper's, such as en or English, got {language!r}.")
+    return name.title()
+
+
+def ask_for_words(language: str | None = None, prompt: str | None = None) -> str:
+    """Returns the instruction that asks for the words of a clip, perhaps in a language by its code or name."""
+    return (prompt or TRANSCRIBE) + ("" if language is None else f" The language is {name_language(language)}.")
 
 
 def count_audio(num_samples: int, window_tokens: int, audio_tokens: str = "fixed") -> AudioCount:
@@ -163,6 +187,8 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
         audio_token_id (`int`, defaults to 151657): Id of `<|audio_pad|>`. The model replaces its embeddings by audio.
         audio_bos_token_id (`int`, defaults to 151658): Id of `<|audio_bos|>`, which opens a clip.
         audio_eos_token_id (`int`, defaults to 151659): Id of `<|audio_eos|>`, which closes a clip.
+        audio_encoder_origin (`str`, *optional*): Hub id, perhaps with `@` and a commit, of the complete Whisper of the
+            encoder. Its decoder finds the times of words.
 
     All other arguments are those of [`Qwen2VLConfig`]. Values that contradict each other raise a ValueError.
     """
@@ -174,6 +200,7 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
     audio_token_id: int = 151657
     audio_bos_token_id: int = 151658
     audio_eos_token_id: int = 151659
+    audio_encoder_origin: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.text_config is None and "hidden_size" not in kwargs:  # older files have its values at the top

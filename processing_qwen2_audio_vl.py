@@ -19,7 +19,6 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
-from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from transformers.processing_utils import AudioKwargs
 from transformers.utils import logging
 from transformers.video_utils import load_video, make_batched_videos
@@ -30,9 +29,10 @@ from .configuration_qwen2_audio_vl import (
     ENCODER_STRIDE,
     IGNORED_LABEL,
     TRAINED_AUDIO_TOKENS,
-    TRANSCRIBE,
     AudioCount,
+    ask_for_words,
     check_audio_tokens,
+    check_piece_seconds,
     count_audio,
     tokens_per_window,
 )
@@ -51,6 +51,7 @@ FETCH_LIMITS = (*READ_LIMITS, "max_seconds")
 OWN_KWARGS = (*FETCH_LIMITS, "load_audio_backend")  # not passed on to transformers
 # A clip is never padded, truncated or resized: it becomes whole windows.
 AUDIO_KWARGS = ("sampling_rate", "device", "audio_tokens", *OWN_KWARGS)
+LONGER = 1.2  # a clip that is longer than `piece_seconds` by this factor is warned of
 ANSWER_START = "<|im_start|>assistant\n"
 
 
@@ -74,9 +75,11 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         audio_tokens (`str`, defaults to "fixed"): "fixed" or "trimmed" tokens for each clip, see `count_audio`.
         trained_audio_tokens (`str`, *optional*): The tokens that the model was trained with: "fixed", "trimmed" or
             "both". The default is unknown.
+        piece_seconds (`float`, *optional*): The longest clip of which the model drops nothing, in seconds, and so the
+            longest piece into which `transcribe.py` cuts a recording. The default is unknown.
 
     Raises:
-        ValueError: if the tokenizer lacks a token, or if one of the two arguments has another value.
+        ValueError: if the tokenizer lacks a token, or if one of the last three arguments has another value.
     """
 
     valid_processor_kwargs = Qwen2AudioVLProcessorKwargs
@@ -90,11 +93,15 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         chat_template=None,
         audio_tokens: str = "fixed",
         trained_audio_tokens: str | None = None,
+        piece_seconds: float | None = None,
     ):
         check_audio_tokens(audio_tokens)
         if trained_audio_tokens is not None:
             check_audio_tokens(trained_audio_tokens, TRAINED_AUDIO_TOKENS)
+        if piece_seconds is not None:
+            check_piece_seconds(piece_seconds)
         self.audio_tokens, self.trained_audio_tokens = audio_tokens, trained_audio_tokens
+        self.piece_seconds = piece_seconds
         # Qwen2VLProcessor's `__init__` is skipped: it passes three parts by position and has no place for the fourth.
         ProcessorMixin.__init__(
             self, image_processor, tokenizer, video_processor, feature_extractor, chat_template=chat_template
@@ -214,7 +221,14 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             )
         limits = {name: audio_kwargs[name] for name in ("sampling_rate", *FETCH_LIMITS) if name in audio_kwargs}
         sr, device = self.feature_extractor.sampling_rate, audio_kwargs.get("device")
-        return [fetch_audio(clip, sr, device, **limits) for clip in clips]
+        opened = [fetch_audio(clip, sr, device, **limits) for clip in clips]
+        longest = max(map(len, opened), default=0) / sr
+        if self.piece_seconds is not None and longest > LONGER * self.piece_seconds:
+            logger.warning_once(
+                f"A clip lasts {longest:.1f} s, but this model may leave out words of clips longer than "
+                f"{self.piece_seconds:g} s (`piece_seconds`). `transcribe.py` transcribes recordings of any length."
+            )
+        return opened
 
     def _split_features(self, inputs: BatchFeature, counts: list[AudioCount]):
         """Splits the features by clips, because vLLM takes each entry for one clip, and would pad or cut it."""
@@ -422,8 +436,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
                 raise ValueError(f"{name} has {len(columns[-1])} entries for {len(clips)} clips; give one for each.")
         conversations = []
         for clip, code, instruction in zip(clips, *columns, strict=True):
-            words = (instruction or TRANSCRIBE) + ("" if code is None else f" The language is {name_language(code)}.")
-            content = [{"type": "audio", "audio": clip}, {"type": "text", "text": words}]
+            content = [{"type": "audio", "audio": clip}, {"type": "text", "text": ask_for_words(code, instruction)}]
             conversations.append([{"role": "user", "content": content}])
         return self.make_inputs(conversations, tokenize=tokenize, **kwargs)
 
@@ -482,14 +495,6 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
                 f"(max_position_embeddings); {self.tokens_per_window} tokens are "
                 f"{self.feature_extractor.chunk_length} s of audio. Shorten the audio or split the conversation."
             )
-
-
-def name_language(language: str) -> str:
-    """Returns the English name of a language, for a name or code that Whisper knows."""
-    name = LANGUAGES.get(language.lower(), language.lower()) if isinstance(language, str) else None
-    if name not in LANGUAGES.values():
-        raise ValueError(f"language must be a code or name of Whisper's, such as en or English, got {language!r}.")
-    return name.title()
 
 
 Qwen2AudioVLProcessor.register_for_auto_class()

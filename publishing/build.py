@@ -187,6 +187,7 @@ def build_processor(base: Path, encoder: Path, tokenizer, config, trained: Path 
         chat_template=(ROOT / "chat_template.jinja").read_text(encoding="utf-8"),
         audio_tokens=rules[0],
         trained_audio_tokens=rules[1],
+        piece_seconds=checkpoints.read_piece_seconds(trained / "processor_config.json") if trained else None,
     )
     processor.check_config(config.to_dict())
     return processor
@@ -224,6 +225,8 @@ def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) ->
     base_folder, encoder_folder, adapter_folder = folders
     tokenizer = build_tokenizer(base_folder)
     config = build_config(base_folder, encoder_folder, tokenizer)
+    _, name, commit = origins["audio encoder"]
+    config.audio_encoder_origin = f"{name}@{commit}" if commit else None  # a folder here is none for others
     tokenizer.model_max_length = config.text_config.max_position_embeddings
     processor = build_processor(base_folder, encoder_folder, tokenizer, config, adapter_folder)
     plan = checkpoints.plan_tensors(base_folder, encoder_folder, adapter_folder, config)

@@ -87,8 +87,18 @@ def read_audio_tokens(path: Path) -> tuple[str, str | None]:
         with safe_open(path, "pt") as file:
             trained = (file.metadata() or {}).get("audio_tokens", "fixed")
         return ("fixed" if trained == "both" else trained), trained
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" and path.is_file() else {}
+    stored = read_stored(path)
     return stored.get("audio_tokens", "fixed"), stored.get("trained_audio_tokens", "fixed")
+
+
+def read_piece_seconds(path: Path) -> float | None:
+    """Reads `piece_seconds` of a processor config, None if it has none."""
+    return read_stored(path).get("piece_seconds")
+
+
+def read_stored(path: Path) -> dict:
+    """Reads a processor config; other and missing files hold nothing."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" and path.is_file() else {}
 
 
 def save_projector(path: Path, projector: torch.Tensor, audio_tokens: str, markers: torch.Tensor | None = None):

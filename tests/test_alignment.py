@@ -23,12 +23,13 @@ from audio_utils import fetch_audio
 from demo.bases import ASSETS
 from publishing.build import build
 from publishing.paths import ROOT
-from training.alignment import PREFIX, Aligner, Span, warp
 from training.closed_form import Ridge, spread
+from word_times import Aligner, Span, warp
 
 
 pytest_plugins = "runs"  # fixtures
 
+PREFIX = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
 WORDS = ["one", "two", "three"]
 JFK = "And so, my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
 # Seconds at which some of its words begin, by its energy. Whisper gives the second pause to the "what" behind it.
@@ -72,7 +73,7 @@ def test_spans_follow_each_other_within_the_clip(whisper, tmp_path):
     aligner = Aligner(whisper)
     torch.manual_seed(0)
     for num_rows in (2, 40, 150):
-        rows, spans = aligner.align(torch.randn(1, 128, 300), num_rows, WORDS)
+        rows, spans, _ = aligner.align(torch.randn(1, 128, 300), num_rows, WORDS)
         assert rows.shape == (num_rows, 128)
         assert [span.start for span in spans[1:]] == [span.end for span in spans[:-1]]
         assert spans[0].start == 0 and spans[-1].end < num_rows
@@ -95,12 +96,13 @@ def test_a_word_is_where_the_decoder_attends_when_it_predicts_it(whisper, monkey
             attention[:, :, position, rows] = 1
             position += 1
 
-    def forward(windows, decoder_input_ids, output_attentions):
+    def forward(input_features, decoder_input_ids, output_attentions):
         assert decoder_input_ids.shape[1] == tokens
-        return SimpleNamespace(cross_attentions=[attention] * 2, encoder_last_hidden_state=torch.zeros(1, 150, 128))
+        logits, encoded = torch.zeros(1, tokens, len(aligner.tokenizer)), torch.zeros(1, 150, 128)
+        return SimpleNamespace(cross_attentions=[attention] * 2, encoder_last_hidden_state=encoded, logits=logits)
 
     monkeypatch.setattr(aligner.model, "forward", forward)
-    assert aligner.align(torch.zeros(1, 128, 300), 150, WORDS)[1] == expected
+    assert aligner.align(torch.zeros(1, 128, 300), 150, WORDS).spans == expected
 
 
 def test_ridge_finds_the_map_that_made_the_rows():
@@ -164,6 +166,6 @@ def test_word_times_of_a_person(speech):
     folder = ROOT / "build" / "speech" / "whisper"
     samples = fetch_audio(str(speech))
     windows = WhisperFeatureExtractor.from_pretrained(folder)(samples, sampling_rate=16_000, return_tensors="pt")
-    _, spans = Aligner(folder).align(windows.input_features, -(-len(samples) // 320), JFK.split())
+    spans = Aligner(folder).align(windows.input_features, -(-len(samples) // 320), JFK.split()).spans
     errors = [abs(spans[word].start / 50 - begin) for word, begin in BEGINS.items()]
     assert sum(errors) / len(errors) < 0.25  # 0.16 s; with the attention one token late 0.48 s

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from collator import ChatCollator, answer_text
 from publishing.checkpoints import EMBEDDINGS, PROJECTOR_FILE, save_projector, stored_tensors
 from publishing.paths import resolve, write_json
-from training.alignment import Aligner, Span
 from training.arguments import Arguments
+from word_times import Aligner, Span
 
 
 RIDGE = 1e-3  # times the mean of the diagonal
@@ -71,7 +71,7 @@ def fit_projector(
     ridge, num_clips, num_words = Ridge(aligner.model.config.d_model, embeddings.shape[1]), 0, 0
     for windows, num_rows, text in clips:
         words = text.split()
-        rows, spans = aligner.align(windows, num_rows, words)
+        rows, spans, _ = aligner.align(windows, num_rows, words)
         places, tokens = [], []
         for number, (word, span) in enumerate(zip(words, spans, strict=True)):
             # An answer has a space before every word but the first.
