@@ -145,9 +145,12 @@ def find_voice(samples: torch.Tensor) -> torch.Tensor:
 
 
 def ahead(items: Iterator, count: int = AHEAD) -> Iterator:
-    """Yields the items of an iterator, which runs in a thread, up to `count` items ahead of its reader."""
+    """
+    Yields the items of a generator, which runs in a thread, up to `count` items ahead of its reader. It is closed when
+    the reader stops.
+    """
     end = object()
-    with ThreadPoolExecutor(1) as pool:
+    with contextlib.closing(items), ThreadPoolExecutor(1) as pool:
         waiting = deque(pool.submit(next, items, end) for _ in range(count))
         while (item := waiting.popleft().result()) is not end:
             waiting.append(pool.submit(next, items, end))

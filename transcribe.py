@@ -176,11 +176,14 @@ def find_doubt(samples: torch.Tensor, answer: Answer) -> str | None:
 
 
 def answer_pieces(ask: Asker, pieces: list[Piece]) -> list[tuple[Piece, Answer, str | None]]:
-    """Asks about pieces; those whose text is in doubt are cut in halves and asked once more."""
-    answers = ask([piece.samples for piece in pieces])
-    results = [
-        (piece, answer, find_doubt(piece.samples, answer)) for piece, answer in zip(pieces, answers, strict=True)
-    ]
+    """
+    Asks about pieces; those whose text is in doubt are cut in halves and asked once more. Pieces that are silent
+    throughout are left out, because models answer some of them with words.
+    """
+    pieces = [piece for piece in pieces if find_voice(piece.samples).any()]
+    answers = ask([piece.samples for piece in pieces]) if pieces else []
+    pairs = zip(pieces, answers, strict=True)
+    results = [(piece, answer, find_doubt(piece.samples, answer)) for piece, answer in pairs]
     cut = {
         number: halve(piece)
         for number, (piece, _, doubt) in enumerate(results)
@@ -447,7 +450,7 @@ def transcribe_file(transcriber: Transcriber, source: str, name: str, style: Sub
 
 def main() -> int:
     parser = make_parser()
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     sources = options.files
     if options.url:
         sources, options.repo = ([options.repo] if options.repo else []) + sources, None

@@ -213,7 +213,8 @@ def make_subtitles(transcript: Transcript, style: SubtitleStyle) -> list[Subtitl
         bounds.append((best[end][1], end))
         end = best[end][1]
     groups = [words[first:end] for first, end in reversed(bounds)]
-    following = [group[0].start for group in groups[1:]] + [max(transcript.duration, words[-1].end) if words else 0.0]
+    last = max([transcript.duration, *(word.end for word in words[-1:])])
+    following = [*(group[0].start for group in groups[1:]), last][: len(groups)]
     return [make_subtitle(group, start, style) for group, start in zip(groups, following, strict=True)]
 
 

@@ -1,0 +1,265 @@
+"""
+make test ONLY=tests/test_transcribe.py: recordings of any length, as samples, pieces and segments, and the command.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import AutoModel, AutoProcessor
+
+import transcribe
+from audio_decoding import AudioError
+from audio_streaming import SAMPLING_RATE, ahead, cut_pieces, find_duration, find_voice, halve, stream_audio
+from audio_utils import fetch_audio
+from demo.ask import DEMO
+from demo.bases import ASSETS
+from transcribe import Answer, Piece, Transcriber, answer_pieces, find_doubt
+
+
+FILES = sorted(path for path in (ASSETS / "audio").iterdir() if path.suffix in (".wav", ".mp3", ".flac", ".webm"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_stream_has_the_samples_of_the_file(path):
+    assert torch.equal(torch.cat(list(stream_audio(str(path)))), fetch_audio(str(path)))
+    assert find_duration(path) == pytest.approx(len(fetch_audio(str(path))) / SAMPLING_RATE, abs=0.1)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 47_999, 48_000])
+def test_a_stream_is_resampled_as_the_whole(rate, tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.1, 5 * rate).astype(np.float32)
+    soundfile.write(tmp_path / "noise.wav", noise, rate)
+    streamed = list(stream_audio(tmp_path / "noise.wav"))
+    assert len(streamed) > 1
+    assert torch.equal(torch.cat(streamed), fetch_audio(tmp_path / "noise.wav"))
+
+
+def test_samples_and_untrusted_files_are_opened_whole(speech):
+    expected = fetch_audio(str(speech))
+    for source, limits in ((expected.numpy(), {}), (speech.read_bytes(), {"public_only": True})):
+        assert torch.equal(torch.cat(list(stream_audio(source, **limits))), expected)
+    with pytest.raises(AudioError, match="local files are not opened here"):
+        list(stream_audio(str(speech), public_only=True))
+    with pytest.raises(AudioError, match="no.such"):
+        list(stream_audio("no.such.wav"))
+    with pytest.raises(AudioError, match="longer than the limit of 5 s"):
+        list(stream_audio(str(speech), max_seconds=5))
+
+
+def test_a_broken_stream_is_an_error(tmp_path):
+    soundfile.write(tmp_path / "loud.wav", np.full(SAMPLING_RATE, np.nan, np.float32), SAMPLING_RATE, subtype="FLOAT")
+    with pytest.raises(AudioError, match="not finite"):
+        list(stream_audio(tmp_path / "loud.wav"))
+    (tmp_path / "empty.wav").write_bytes(b"")
+    with pytest.raises(AudioError, match=r"empty\.wav"):
+        list(stream_audio(tmp_path / "empty.wav"))
+
+
+@pytest.fixture
+def spoken(sound):
+    """Three loud stretches of 2 s with quiet ones of 0.5 s between them, float32 `[112000]`."""
+    quiet = 0.001 * sound(0.5, 3)
+    return torch.from_numpy(np.concatenate([sound(2, 0), quiet, sound(2, 1), quiet, sound(2, 2)]))
+
+
+def test_pieces_are_cut_where_it_is_quiet(spoken):
+    pieces = list(cut_pieces(spoken.split(5000), 4.0))
+    assert torch.equal(torch.cat([piece.samples for piece in pieces]), spoken)
+    assert [piece.start for piece in pieces[1:]] == [piece.end for piece in pieces[:-1]]
+    assert all(len(piece.samples) <= 4.0 * SAMPLING_RATE for piece in pieces)
+    first, second, _ = (piece.end / SAMPLING_RATE for piece in pieces)
+    assert 2.0 < first < 2.5 and 4.5 < second < 5.0
+    left, right = halve(Piece(100, spoken[: 9 * SAMPLING_RATE // 2]))
+    assert left.start == 100 and left.end == right.start and 2.0 < (left.end - 100) / SAMPLING_RATE < 2.5
+    # A run that goes on cuts the rest in the same places.
+    rest = list(cut_pieces(spoken.split(5000), 4.0, start=pieces[1].start))
+    assert [piece.start for piece in rest] == [piece.start for piece in pieces[1:]]
+    assert torch.equal(rest[0].samples, pieces[1].samples)
+
+
+def test_voice_is_found_in_levels_of_20_ms(spoken):
+    is_voice = find_voice(spoken)
+    assert len(is_voice) == 350
+    expected = torch.tensor([True] * 100 + [False] * 25 + [True] * 100 + [False] * 25 + [True] * 100)
+    assert (is_voice == expected).float().mean() > 0.99
+    assert not find_voice(torch.zeros(SAMPLING_RATE)).any() and len(find_voice(torch.zeros(10))) == 0
+
+
+def test_a_thread_reads_ahead_and_stops():
+    threads, closed = set(), []
+
+    def count():
+        try:
+            for number in range(1000):
+                threads.add(threading.current_thread())
+                yield number
+        finally:
+            closed.append(True)
+
+    numbers = count()
+    reader = ahead(numbers, 3)
+    assert [next(reader) for _ in range(5)] == list(range(5))
+    reader.close()
+    assert closed and threading.current_thread() not in threads
+    assert list(ahead((number for number in range(20)), 3)) == list(range(20))
+
+    def fail():
+        yield 1
+        raise AudioError("broken midway")
+
+    reader = ahead(fail(), 2)
+    assert next(reader) == 1
+    with pytest.raises(AudioError, match="broken midway"):
+        next(reader)
+
+
+SENTENCE = "It was a bright cold day in April."
+
+
+@pytest.mark.parametrize(
+    "text, is_complete, doubt",
+    [
+        (SENTENCE, True, None),
+        (SENTENCE, False, "the answer did not end"),
+        ("It was.", True, "the text has 7 characters for 2.0 s of voice"),
+        ("", True, "the text has 0 characters for 2.0 s of voice"),
+        (" ".join([SENTENCE] * 3), True, "the text repeats itself"),
+        ("\u4eca\u5929\u5929\u6c14\u5f88\u597d\u6211\u4eec", True, None),
+    ],
+)
+def test_a_text_that_may_be_wrong_is_noticed(sound, text, is_complete, doubt):
+    samples = torch.from_numpy(np.concatenate([np.zeros(8000, np.float32), sound(2), np.zeros(8000, np.float32)]))
+    assert find_doubt(samples, Answer(text, is_complete)) == doubt
+
+
+def test_a_piece_in_doubt_is_cut_in_halves_and_asked_once_more(spoken, caplog):
+    asked = []
+
+    def ask(clips):
+        """Answers with 15 characters for each second, but drops most of a clip of more than 3 s."""
+        asked.append([len(clip) / SAMPLING_RATE for clip in clips])
+        return [
+            Answer("abcde fghij klmno"[: 15 if len(c) < 3 * SAMPLING_RATE else 4] * round(len(c) / 16_000))
+            for c in clips
+        ]
+
+    pieces = [Piece(0, spoken[:32_000]), Piece(32_000, spoken[40_000:])]
+    results = answer_pieces(ask, pieces)
+    assert [len(lengths) for lengths in asked] == [2, 2]
+    assert [piece.start for piece, _, _ in results][:2] == [0, 32_000] and len(results) == 3
+    assert all(doubt is None for _, _, doubt in results)
+
+    batches = list(Transcriber(lambda clips: [Answer("um") for _ in clips], 4.0).batches(spoken.numpy()))
+    ((_, segments),) = batches
+    doubts = [segment.doubt for segment in segments if segment.end - segment.start > 1.1]
+    assert doubts and all("of voice" in doubt for doubt in doubts)
+    assert "may be wrong: the text has 2 characters" in caplog.text
+
+
+def test_silence_is_not_asked_about(sound):
+    """Models answer some silences with words."""
+
+    def ask(clips):
+        assert len(clips) == 1
+        return [Answer(SENTENCE)]
+
+    recording = np.concatenate([sound(2), np.zeros(64_000, np.float32)])
+    ((end, segments),) = Transcriber(ask, 2.5).batches(recording)
+    assert end == len(recording) and [segment.text for segment in segments] == [SENTENCE]
+    assert list(Transcriber(lambda clips: 1 / 0).batches(np.zeros(32_000, np.float32))) == [(32_000, [])]
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"max_seconds": 1.0}, "max_seconds must be from 2 to 600, got 1.0"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"language": "klingon"}, "language must be a code or name of Whisper's"),
+    ],
+)
+def test_settings_are_checked(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        Transcriber(lambda clips: [], **settings)
+
+
+@pytest.fixture(scope="module")
+def recording(examples, tmp_path_factory):
+    """A recording of three clips of the demo, of which one begins every 2.4 s, and what is said in it."""
+    clips = [fetch_audio(str(DEMO / "examples" / e["audio"][0])) for e in examples if e["skill"] == "transcribe"]
+    said = [example["answer"] for example in examples if example["skill"] == "transcribe"]
+    short = [(clip, text) for clip, text in zip(clips, said, strict=True) if len(clip) < 24_000]
+    samples = [np.pad(clip.numpy(), (0, 38_400 - len(clip))) for clip, _ in short]
+    path = tmp_path_factory.mktemp("recording") / "talk.flac"
+    soundfile.write(path, np.concatenate(samples), SAMPLING_RATE)
+    return path, [text for _, text in short]
+
+
+def test_a_recording_is_transcribed_piece_by_piece(demo_repo, recording):
+    path, said = recording
+    processor = AutoProcessor.from_pretrained(demo_repo, trust_remote_code=True)
+    model = AutoModel.from_pretrained(demo_repo, trust_remote_code=True, dtype="auto").eval()
+    assert processor.piece_seconds == 3.0  # of the checkpoint, kept by `build`
+    result = transcribe.transcribe(model, processor, str(path), batch_size=2)
+    assert [segment.text for segment in result.segments] == said
+    assert result.text == " ".join(said) and result.duration == pytest.approx(soundfile.info(path).duration, abs=1e-3)
+    ends = [0.0, *(segment.end for segment in result.segments)]
+    assert all(end <= segment.start < segment.end for end, segment in zip(ends, result.segments, strict=False))
+    assert list(transcribe.transcribe_segments(model, processor, str(path), batch_size=3)) == list(result.segments)
+    with pytest.raises(TypeError, match="unknown"):
+        transcribe.transcribe(model, processor, str(path), unknown=1)
+
+
+def command(demo_repo, output, *arguments) -> subprocess.CompletedProcess:
+    line = [sys.executable, demo_repo / "transcribe.py", demo_repo, "--output-dir", output, *arguments]
+    return subprocess.run(line, capture_output=True, text=True, cwd=output.parent)
+
+
+def test_command_line(demo_repo, recording, tmp_path):
+    path, said = recording
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    output = tmp_path / "output"
+    done = command(demo_repo, output, tmp_path / "broken.wav", path)
+    assert done.returncode == 1, done.stderr
+    assert "broken.wav failed: " in done.stderr and "1 of 2 files failed" in done.stderr
+    assert "times real time" in done.stderr
+    assert (output / "talk.txt").read_text().splitlines() == said
+    assert sorted(p.name for p in output.iterdir() if p.stem == "talk") == [
+        f"talk.{e}" for e in ("json", "srt", "txt", "vtt")
+    ]
+
+    # A run that was stopped after the first batch, and in the middle of a line, goes on there.
+    unfinished = output / "talk.unfinished.jsonl"
+    facts = dict.fromkeys(("url", "max_seconds", "language", "prompt", "aligner")) | {"word_timestamps": False}
+    stat = os.stat(path)
+    facts = {"repo": str(demo_repo), **facts, "source": str(path), "bytes": stat.st_size, "changed": stat.st_mtime}
+    first = json.loads((output / "talk.json").read_text())["segments"][0]
+    first = {"start": first["start"], "end": first["end"], "text": "from the earlier run"}
+    end = round(SAMPLING_RATE * (first["end"] + 0.3))
+    lines = [json.dumps(facts), json.dumps([end, [first]]), '[123, [{"sta']
+    unfinished.write_text("\n".join(lines))
+    done = command(demo_repo, output, path, "--output-format", "txt", "--stream")
+    assert done.returncode == 0, done.stderr
+    assert (output / "talk.txt").read_text().splitlines() == ["from the earlier run", *said[1:]]
+    assert said[-1] in done.stdout and not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["talk.wav", "other/talk.mp3"], "Two files are named talk"),
+        (["talk.wav", "--word-timestamps"], "give its folder or Hub id as --aligner"),
+        (["talk.wav", "--max-line-width", "0"], "max_line_width must be 1 or more"),
+        (["talk.wav", "--batch-size", "0"], "batch_size must be 1 or more"),
+        ([], "name the recordings to transcribe"),
+    ],
+)
+def test_command_line_refuses(demo_repo, tmp_path, arguments, reason):
+    done = command(demo_repo, tmp_path / "output", *arguments)
+    assert done.returncode == 2 and reason in done.stderr
