@@ -12,7 +12,7 @@ SOURCE := $(VENV)/transformers-source
 export HF_HOME := $(CURDIR)/build/huggingface
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo speech app eval test test-long test-common test-releases test-endurance test-app test-vllm test-trl \
+.PHONY: help demo speech transcribe app eval test test-long test-common test-releases test-endurance test-app test-vllm test-trl \
 	test-speech releases bench held-out lint format clean
 
 help:  ## list the targets
@@ -23,6 +23,11 @@ demo: $(READY)  ## build the small trained model and ask it about recordings and
 
 speech: $(VENV)/.speech  ## download a speech model's parts, join them with what was trained, and transcribe people
 	$(PYTHON) -m speech.run
+
+transcribe: $(VENV)/.speech  ## transcribe a recording with the speech model: make transcribe FILE=talk.mp3
+	test -e build/speech/qwen2-audio-vl || $(PYTHON) -m speech.run
+	$(PYTHON) transcribe.py build/speech/qwen2-audio-vl $(FILE) --output-dir build/transcripts --word-timestamps \
+		--aligner build/speech/whisper --dtype float32
 
 test-speech: $(VENV)/.speech $(VENV)/.synthesizers  ## the speech model's parts and data, and a short run of its training
 	$(PYTHON) -m pytest -m speech
