@@ -2,7 +2,7 @@
 Serves a repository with OpenAI's chat API and its route for transcripts, by `transformers serve`:
 
     python serve.py REPO [--aligner WHISPER] [options of transformers serve]
-                                                              needs: pip install "transformers[serving]"
+                                              needs: pip install "transformers[serving]" python-multipart
 
 REPO is a folder, a Hub id or ID@REVISION, and the name of the model in requests. `transformers serve` looks for models
 among the classes of transformers, so those of REPO are registered there. It does not run the code of other repositories
@@ -30,6 +30,7 @@ from transformers.cli.transformers import app
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import logging
+from transformers.utils.import_utils import is_multipart_available
 
 from configuration_qwen2_audio_vl import PIECE_SECONDS, WHOLE_MODEL, ask_for_words, find_folder
 from transcribe import Transcriber, find_aligner, join_batches, make_transcriber
@@ -181,6 +182,8 @@ class Transcriptions:
         from starlette.exceptions import HTTPException
         from starlette.requests import Request
 
+        if not is_multipart_available():
+            raise ValueError("This server cannot read forms; it needs the package python-multipart.")
         left, too_large = MAX_FORM, f"The request is larger than the limit of {MAX_FORM} bytes."
 
         async def receive():

@@ -134,10 +134,16 @@ def test_bad_requests_to_a_server_are_told_why(name, stream, server, demo_repo, 
     assert serving.answer_of(server, demo_repo, serving.openai_form(examples[0])) == examples[0]["answer"]
 
 
-def test_routes_that_a_server_does_not_have(server, demo_repo):
+def test_transcriptions_of_a_server(server, demo_repo, examples):
     client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
-    with pytest.raises(openai.NotFoundError, match="Ask for transcripts at /v1/chat/completions"):
-        client.audio.transcriptions.create(model=str(demo_repo), file=(EXAMPLES / "speech.mp3").open("rb"))
+    for example in examples:
+        if example["skill"] == "transcribe":
+            clip = (EXAMPLES / example["audio"][0]).open("rb")
+            assert client.audio.transcriptions.create(model=str(demo_repo), file=clip).text == example["answer"]
+
+
+def test_a_route_that_a_server_does_not_have(server, demo_repo):
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model=str(demo_repo), input="Hi.")
 
