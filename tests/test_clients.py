@@ -50,6 +50,8 @@ def test_inference_client_transcribes_at_an_endpoint(endpoint, examples):
             # With parameters the clip is sent as base64, which a short clip must not turn into a question in words.
             short = transcribe(clip, extra_body={"max_new_tokens": 1}).text
             assert example["answer"].startswith(short) and len(short.split()) == 1
+            (chunk,) = transcribe(clip, extra_body={"return_timestamps": True}).chunks
+            assert chunk.text == example["answer"] and 0 <= chunk.timestamp[0] < chunk.timestamp[1] <= 2
 
 
 def test_inference_client_sends_other_files_as_json(endpoint, examples, tmp_path):

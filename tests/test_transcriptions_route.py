@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import wave
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -39,10 +40,9 @@ def short_pieces(demo_repo, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory):
-    """A complete Whisper of random weights, with a tokenizer and alignment heads."""
-    folder = make_whisper(tmp_path_factory.mktemp("aligner") / "whisper")
+def make_aligner(folder: Path) -> Path:
+    """Writes a complete Whisper of random weights, with a tokenizer and alignment heads."""
+    make_whisper(folder)
     full = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
     tokenizer = full.train_new_from_iterator(["how many are there"] * 10, vocab_size=300)
     tokenizer.add_tokens(PREFIX, special_tokens=True)
@@ -52,6 +52,11 @@ def whisper(tmp_path_factory):
     model.generation_config = GenerationConfig(alignment_heads=[[0, 1], [1, 0]])
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory):
+    return make_aligner(tmp_path_factory.mktemp("aligner") / "whisper")
 
 
 @pytest.fixture(scope="module")
