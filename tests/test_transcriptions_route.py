@@ -89,8 +89,8 @@ def expected(short_pieces, recording):
 
 
 def ask(client, content: bytes, **settings):
-    model = client.models.list().data[0].id
-    return client.audio.transcriptions.create(model=model, file=("clip.wav", content), **settings)
+    """Asks the server's own model; older releases of transformers do not list the folder that it serves."""
+    return client.audio.transcriptions.create(model="", file=("clip.wav", content), **settings)
 
 
 def test_formats_of_a_recording_of_many_pieces(client, recording, expected):
@@ -132,9 +132,9 @@ def test_language_and_prompt_reach_the_model(client, short_pieces):
         assert ask(client, content, **settings).text == transcribe(model, processor, content, **settings).text
 
 
-def test_chats_are_answered_between_the_pieces_of_a_recording(server, client, recording, examples):
+def test_chats_are_answered_between_the_pieces_of_a_recording(server, client, short_pieces, recording, examples):
     """The model computes in one thread, and a long recording must not keep it to its end."""
-    model, done, results = client.models.list().data[0].id, threading.Event(), []
+    model, done, results = str(short_pieces), threading.Event(), []
 
     def transcribe_twice():
         results.extend(ask(client, recording).text for _ in range(2))
