@@ -37,6 +37,7 @@ MAX_VISITORS = 32  # visitors who wait for an answer; one is answered at a time
 POLL = 0.5  # seconds after which Gradio is asked whether the visitor has left
 MAX_RECORDING = 3600.0  # seconds of a recording to transcribe
 DOWNLOADS = ("srt", "vtt", "txt")  # of `FORMATS`
+NO_FILES = [gr.DownloadButton(value=None, interactive=False)] * len(DOWNLOADS)
 # A click on a segment plays the recording from there. The list is drawn anew as it grows; its frame stays.
 PLAY = """
 element.addEventListener("click", event => {
@@ -49,12 +50,16 @@ element.addEventListener("click", event => {
 });
 """
 SEGMENTS_STYLE = """
-.segment { display: flex; gap: 1em; width: 100%; padding: 0.4em 0.6em; text-align: left; border-radius: 6px; }
-.segment:hover, .segment:focus-visible { background: var(--background-fill-secondary); }
-.segment time { flex: 0 0 9em; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
-.segment.doubtful { border-left: 3px solid #d97706; }
-.segment small { display: block; color: #b45309; }
-.dark .segment small { color: #fbbf24; }
+button.segment {
+    display: flex; gap: 1em; width: 100%; margin: 0; padding: 0.5em 0.7em; border: 0;
+    border-left: 3px solid transparent; border-radius: 0; background: none;
+    font-size: 1em; font-weight: 400; text-align: left; cursor: pointer;
+}
+button.segment:hover, button.segment:focus-visible { background: var(--background-fill-secondary); }
+button.segment time { flex: 0 0 8.5em; opacity: 0.7; font-variant-numeric: tabular-nums; }
+button.segment.doubtful { border-left-color: #d97706; }
+button.segment small { display: block; color: #b45309; }
+.dark button.segment small { color: #fbbf24; }
 """
 # The question where a visitor asks none, by whether there is audio and whether there is a picture.
 QUESTIONS = {
@@ -201,11 +206,10 @@ class DemoModel:
         """
         if not recording:
             raise gr.Error("Give a recording.", title="Nothing to transcribe")
-        no_files = [gr.DownloadButton(value=None, interactive=False)] * len(DOWNLOADS)
         total = find_duration(recording)
         with shown("Recording"):  # or an hour would be transcribed before the limit is met
             handler.check_limit(round(total or 0), "seconds", round(MAX_RECORDING))
-        yield "", "Waiting", *no_files
+        yield "", "Waiting", *NO_FILES
         batches = []
         with closing(self.stream_batches(recording)) as stream:
             for batch in stream:
@@ -215,7 +219,7 @@ class DemoModel:
                 batches.append(batch)
                 transcript = join_batches(batches, None)
                 length = f" of {total:.0f}" if total else ""
-                yield list_segments(transcript.segments), f"{transcript.duration:.0f}{length} s", *no_files
+                yield list_segments(transcript.segments), f"{transcript.duration:.0f}{length} s", *NO_FILES
         transcript = join_batches(batches, None)
         listed, count = list_segments(transcript.segments), len(transcript.segments)
         facts = f"{transcript.duration:.1f} s, {count} segment{'s' * (count != 1)}"
@@ -407,12 +411,16 @@ def add_recordings(model: DemoModel):
             progress = gr.Textbox(label="Transcribed", elem_id="progress")
             with gr.Row():
                 downloads = [
-                    gr.DownloadButton(ending, interactive=False, elem_id=f"download-{ending}") for ending in DOWNLOADS
+                    gr.DownloadButton(f".{ending}", interactive=False, min_width=60, elem_id=f"download-{ending}")
+                    for ending in DOWNLOADS
                 ]
         with gr.Column(scale=3):
             gr.Markdown("### Segments")
             segments = gr.HTML(css_template=SEGMENTS_STYLE, js_on_load=PLAY, elem_id="segments")
-    button.click(model.transcribe, [recording], [segments, progress, *downloads], concurrency_limit=1)
+    outputs = [segments, progress, *downloads]
+    transcribing = button.click(model.transcribe, [recording], outputs, concurrency_limit=1)
+    # The segments of another recording would play the wrong places of this one.
+    recording.change(lambda: ["", "", *NO_FILES], None, outputs, queue=False, cancels=[transcribing])
 
 
 def main():

@@ -300,6 +300,17 @@ def test_text_of_segments_is_escaped_and_doubt_is_told(browser, own_model, spoke
         assert not page.locator("#bold, #reason").count()
 
 
+def test_the_spectrogram_ends_with_the_clip(own_model, spoken):
+    """The demo's tokens are fixed: features and attention are of whole windows of 3 s."""
+    clip = EXAMPLES / spoken["audio"][0]
+    *_, (_, _, figure, _) = own_model.answer(str(clip), None, None)
+    axes, over = figure.axes
+    seconds = len(fetch_audio(clip)) / SAMPLING_RATE
+    assert axes.get_xlim() == over.get_xlim() == (0, seconds)
+    assert axes.images[0].get_array().shape[1] == -(-len(fetch_audio(clip)) // 160)
+    assert over.collections[0].get_datalim(over.transData).x1 < seconds + 0.02
+
+
 def test_pictures_are_no_examples_where_vision_is_untrained(browser, own_model, monkeypatch):
     monkeypatch.setattr(own_model.model.config, "vision_is_trained", False, raising=False)
     with launch(own_model) as (address, _), visit(browser, address) as page:
@@ -323,6 +334,23 @@ def test_transcription_stops_for_a_visitor_who_left(own_model, spoken, tmp_path)
         time.sleep(3)
         assert count["calls"] == calls < 100
         assert own_model.executor.submit(lambda: "free").result(5) == "free"
+
+
+def test_another_recording_ends_the_transcription_of_the_first(browser, own_model, spoken, tmp_path):
+    own_model.processor.piece_seconds = 4.0
+    recording = join_clips(spoken, tmp_path / "long.wav", 200, 2.0)
+    with launch(own_model) as (address, count), visit(browser, address) as page:
+        give_recording(page, recording)
+        rows = page.locator("#segments [data-start]")
+        rows.nth(2).wait_for()
+        page.locator("#recording").get_by_label("Clear").click()
+        expect(rows).to_have_count(0)
+        page.wait_for_timeout(3000)
+        calls = count["calls"]
+        give_recording(page, EXAMPLES / spoken["audio"][0])
+        expect(page.locator("#download-txt")).to_be_enabled(timeout=TIMEOUT)
+        expect(rows).to_have_count(1)
+        assert count["calls"] == calls + 1 < 200
 
 
 def own_index(client, name: str) -> int:
