@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,10 @@ from PIL import Image, ImageOps
 from transformers import AutoModel, AutoProcessor, BatchFeature, ProcessorMixin, StoppingCriteria
 from transformers.utils import logging
 
-from audio_utils import join_texts
-from configuration_qwen2_audio_vl import TRANSCRIBE
+from audio_utils import SAMPLING_RATE, join_texts
+from configuration_qwen2_audio_vl import PIECE_SECONDS, TRANSCRIBE
+from transcribe import BATCH_SIZE, MORE_TOKENS, TOKENS_PER_SECOND, Answer, Transcriber, find_aligner, join_batches
+from word_times import Aligner
 
 
 logger = logging.get_logger(__name__)
@@ -54,6 +57,7 @@ NUM_DECODERS = 2  # requests whose pictures are decoded at once
 STRIP = 256  # rows of a picture that are converted at a time
 MAX_WAITING = 64  # requests that are opened, wait or are answered at once
 MAX_WAITING_BYTES = 2**31  # bytes of the inputs of requests that wait; a picture of full size has 308 MB of them
+LONGER = 1.2  # a clip alone that is longer than the model's piece by this factor is transcribed in pieces
 MAX_BATCH = 16  # requests answered together
 MAX_BATCH_TOKENS = 2**16  # tokens computed at once, padding and answers included
 SHORT = 64  # a batch pauses for answers of at most this many tokens
@@ -66,8 +70,9 @@ PARAMETERS = {
     "top_k": (int, 1, 1000),
     "top_p": (float, 0.01, 1.0),
     "repetition_penalty": (float, 0.5, 2.0),
+    "return_timestamps": (bool, False, True),
 }
-SAMPLING = ("temperature", "top_k", "top_p")
+SAMPLING, WORD_TIMES = ("temperature", "top_k", "top_p"), ("return_timestamps", "word")
 # transformers before 5.23 cannot encode a user's control tokens as text.
 SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 
@@ -88,10 +93,11 @@ def check_length(num_tokens: int, max_new_tokens: int, positions: int):
 
 
 class Deadline:
-    """The moment when a request has waited long enough; `message` tells its sender so."""
+    """The moment when a request has waited long enough; `message` tells its sender so. The default is the queue's."""
 
-    def __init__(self, seconds: float, message: str):
-        self.end, self.message = time.monotonic() + seconds, message
+    def __init__(self, seconds: float = 0.0, message: str = ""):
+        busy = f"The server could not begin the answer within {QUEUE_SECONDS:g} s; send the request again later."
+        self.end, self.message = time.monotonic() + (seconds or QUEUE_SECONDS), message or busy
 
     def left(self) -> float:
         """Returns the seconds that are left, or raises a [`RequestError`] if none are."""
@@ -118,6 +124,7 @@ class Request:
     max_new_tokens: int
     settings: dict
     answer: Future = field(default_factory=Future)
+    is_complete: bool = False  # whether the model ended the answer by itself
 
     @property
     def num_tokens(self) -> int:
@@ -130,8 +137,7 @@ class Request:
 
 def padded_tokens(batch: list[Request]) -> int:
     """Returns how many tokens a batch computes at most."""
-    longest_prompt = max(request.num_tokens for request in batch)
-    return len(batch) * (longest_prompt + max(request.max_new_tokens for request in batch))
+    return len(batch) * (max(each.num_tokens for each in batch) + max(each.max_new_tokens for each in batch))
 
 
 class RowEnds(StoppingCriteria):
@@ -156,6 +162,7 @@ class RowEnds(StoppingCriteria):
     def answer(self, sequences: torch.LongTensor, ended: list[bool]):
         for request, ids, has_ended in zip(self.batch, sequences[:, self.prompt_length :], ended, strict=True):
             if has_ended and not request.answer.done():
+                request.is_complete = bool(torch.isin(ids.cpu(), self.end_ids).any())
                 request.answer.set_result(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
 
 
@@ -192,7 +199,7 @@ class EndpointHandler:
                 `NEW_TOKENS` tokens.
 
         Returns:
-            `{"text": answer}`.
+            `{"text": answer}`, for a clip alone with `return_timestamps` also `chunks` of `text` and `timestamp`.
 
         Raises:
             RequestError: if the request cannot be answered; its message tells why. Others are not affected.
@@ -200,7 +207,7 @@ class EndpointHandler:
         """
         try:
             with one_of(self.places, f"{MAX_WAITING} requests are waiting already; send the request again later."):
-                return {"text": self._answer_request(data)}
+                return self._answer_request(data)
         except ValueError as error:
             message = " ".join(str(error).split())
             raise RequestError(message if len(message) <= 400 else message[:397] + "...") from None
@@ -208,25 +215,57 @@ class EndpointHandler:
             logger.exception("A request failed.")
             raise RuntimeError("The request could not be answered.") from None
 
-    def _answer_request(self, data: dict) -> str:
-        busy = f"The server could not begin the answer within {QUEUE_SECONDS:g} s; send the request again later."
-        deadline = Deadline(QUEUE_SECONDS, busy)
+    def _answer_request(self, data: dict) -> dict:
+        deadline = Deadline()
         if not isinstance(data, dict) or "inputs" not in data or set(data) - {"inputs", "parameters"}:
             raise RequestError(f"A request must be an object of inputs and perhaps parameters, got {name_keys(data)}.")
         settings = read_parameters(data.get("parameters") or {})
+        max_new_tokens, times = settings.pop("max_new_tokens"), settings.pop("return_timestamps", False)
         messages = self._open_messages(read_messages(data["inputs"]))
-        if count_pixels(items_of(messages)):
-            inputs = deadline.wait_for(self.decoders.submit(self._process, messages))
-        else:
-            inputs = self._process(messages)
-        request = Request(inputs, settings.pop("max_new_tokens"), settings)
+        clips = [item["audio"] for item in items_of(messages) if item["type"] == "audio"]
+        others = [item.get("text") for item in items_of(messages) if item["type"] != "audio"]
+        is_alone = len(clips) == len(messages) == 1 and others == [TRANSCRIBE]
+        if times and not is_alone:
+            raise RequestError("return_timestamps is for one clip alone, without a text, a picture or another clip.")
+        longest = getattr(self.processor, "piece_seconds", None) or PIECE_SECONDS
+        if is_alone and (times or len(clips[0]) > LONGER * longest * SAMPLING_RATE):
+            return self._transcribe(clips[0], longest, settings, times)
+        return {"text": deadline.wait_for(self._put(messages, max_new_tokens, settings, deadline).answer)}
+
+    def _put(self, messages: list[dict], max_new_tokens: int, settings: dict, deadline: Deadline) -> Request:
+        """Lets a request with open messages wait for its answer."""
+        has_pictures, process = count_pixels(items_of(messages)), partial(self._process, messages)
+        inputs = deadline.wait_for(self.decoders.submit(process)) if has_pictures else process()
+        request = Request(inputs, max_new_tokens, settings)
         check_length(request.num_tokens, request.max_new_tokens, self.max_positions)
         others = list(self.waiting)
         if others and request.num_bytes + sum(other.num_bytes for other in others) > MAX_WAITING_BYTES:
             raise RequestError("The requests that wait take all memory for them; send the request again later.")
         self.waiting.append(request)
         self.executor.submit(lambda: self._answer(self._next_batch(self.max_batch_tokens)))
-        return deadline.wait_for(request.answer)
+        return request
+
+    def _transcribe(self, clip: torch.Tensor, longest: float, settings: dict, times: bool | str) -> dict:
+        """Transcribes a clip in pieces of at most `longest` seconds, each as a request of its own."""
+        aligner = self.aligner if times == "word" else None
+        longest = min(longest, PIECE_SECONDS) if aligner else longest
+        with ThreadPoolExecutor(BATCH_SIZE) as pool:
+            ask = partial(self._ask_piece, settings)
+            transcriber = Transcriber(lambda clips: list(pool.map(ask, clips)), longest, aligner=aligner)
+            transcript = join_batches(transcriber.batches(clip), None)
+        return {"text": transcript.text} | ({"chunks": transcript.chunks} if times else {})
+
+    def _ask_piece(self, settings: dict, clip: torch.Tensor) -> Answer:
+        length = MORE_TOKENS + TOKENS_PER_SECOND * len(clip) // SAMPLING_RATE
+        request = self._put(make_messages({"audio": clip}), length, settings, deadline := Deadline())
+        return Answer(" ".join(deadline.wait_for(request.answer).split()), request.is_complete)
+
+    @cached_property
+    def aligner(self) -> Aligner:
+        """What finds the times of words, loaded when it is first asked for."""
+        if not (name := getattr(self.model.config, "audio_encoder_origin", None)):
+            raise RequestError('return_timestamps "word" needs a model that names its audio_encoder_origin.')
+        return Aligner(find_aligner(name))
 
     def _open_messages(self, messages: list[dict]) -> list[dict]:
         """Returns a copy of messages, with clips as samples, and with pictures that are opened but not decoded."""
@@ -445,7 +484,7 @@ def read_parameters(parameters: dict) -> dict:
     for name, value in parameters.items():
         if name not in PARAMETERS:
             raise RequestError(f"There is no parameter {name!s:.40}; it must be one of {', '.join(PARAMETERS)}.")
-        number, low, high = PARAMETERS[name]
+        number, low, high = (str, value, value) if (name, value) == WORD_TIMES else PARAMETERS[name]
         types = (int, float) if number is float else (number,)
         if type(value) not in types or not low <= value <= high:  # Python counts a bool as an int
             article = "an" if number is int else "a"

@@ -1,16 +1,27 @@
 """
-Serves a repository with OpenAI's chat API, by `transformers serve`:
+Serves a repository with OpenAI's chat API and its route for transcripts, by `transformers serve`:
 
-    python serve.py REPO [options of transformers serve]      needs: pip install "transformers[serving]"
+    python serve.py REPO [--aligner WHISPER] [options of transformers serve]
+                                              needs: pip install "transformers[serving]" python-multipart
 
 REPO is a folder, a Hub id or ID@REVISION, and the name of the model in requests. `transformers serve` looks for models
 among the classes of transformers, so those of REPO are registered there. It does not run the code of other repositories
 that a request may name, as --trust-remote-code is neither needed nor set. Requests that cannot be answered get HTTP 400
-with `{"error": {"message": "one sentence"}}`.
+with `{"error": {"message": "one sentence"}}`. WHISPER, a folder or Hub id of a complete Whisper, finds the times of
+words; by default it is the one that the model's audio encoder is from.
 """
 
+import argparse
+import asyncio
+import contextlib
+import inspect
+import json
 import os
 import sys
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
@@ -19,12 +30,24 @@ from transformers.cli.transformers import app
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import logging
+from transformers.utils.import_utils import is_multipart_available
 
-from configuration_qwen2_audio_vl import WHOLE_MODEL, find_folder
+from configuration_qwen2_audio_vl import PIECE_SECONDS, WHOLE_MODEL, ask_for_words, find_folder
+from transcribe import Transcriber, find_aligner, join_batches, make_transcriber
+from transcripts import Segment, Transcript, segment_dict, to_srt, to_vtt
+from word_times import Aligner
 
 
 logger = logging.get_logger(__name__)
-TRANSCRIPTIONS = "/v1/audio/transcriptions"  # a route of `transformers serve`, for models of other families
+
+# Files come from strangers: they are decoded in processes of limited memory and time.
+FILE_LIMITS = {"public_only": True, "max_seconds": 3600.0, "max_bytes": 2**28}
+MAX_FORM = 2**28 + 2**20  # bytes of a whole request: a file, and the other fields
+MAX_FILES = 4  # recordings that are transcribed at once, as each may take 230 MB; others wait
+GRANULARITIES = "timestamp_granularities[]"
+FIELDS = ("file", "model", "language", "prompt", "response_format", "temperature", "stream", GRANULARITIES)
+RESPONSE_FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
+TIMED_FORMATS = ("srt", "vtt", "verbose_json")
 
 
 def register(repo: str):
@@ -56,14 +79,200 @@ def register(repo: str):
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__  # what the server looks up
 
 
-def answer_errors():
-    """Makes `transformers serve` answer bad requests with HTTP 400 and the reason, and name a missing route."""
+@dataclass
+class Asked:
+    """What a request for a transcript asks for, besides its file."""
+
+    model: str | None = None
+    language: str | None = None
+    prompt: str | None = None
+    response_format: str = "json"
+    stream: bool = False
+    granularities: tuple[str, ...] = ()
+
+
+def read_fields(form) -> Asked:
+    """Reads the fields of a form. Raises a ValueError that says what is wrong with them."""
+    if unknown := sorted(set(form) - set(FIELDS)):
+        raise ValueError(f"There is no field {', '.join(unknown):.80}; there are {', '.join(FIELDS)}.")
+    if "file" not in form:
+        raise ValueError("The request has no file; send a recording as the field file of a multipart form.")
+    if isinstance(form["file"], str):
+        raise ValueError("The field file must be a file with a name, not a text.")
+    texts = {name: form[name] for name in FIELDS[1:-1] if name in form}
+    if files := [name for name, value in texts.items() if not isinstance(value, str)]:
+        raise ValueError(f"The field {files[0]} must be a text, not a file.")
+    if (stream := texts.pop("stream", "false").lower()) not in ("true", "false"):
+        raise ValueError(f"stream must be true or false, got {stream:.40}.")
+    with contextlib.suppress(ValueError):
+        if float(temperature := texts.pop("temperature", "0")) == 0:
+            temperature = None
+    if temperature is not None:
+        raise ValueError(f"temperature must be 0, as transcripts are greedy, got {temperature:.40}.")
+    granularities = tuple(str(value) for value in form.getlist(GRANULARITIES))
+    asked = Asked(**{name: text for name, text in texts.items() if text}, stream=stream == "true")
+    asked.granularities = granularities
+    if asked.response_format not in RESPONSE_FORMATS:
+        known = ", ".join(RESPONSE_FORMATS)
+        raise ValueError(f"response_format must be one of {known}; got {asked.response_format:.40}.")
+    if wrong := [value for value in granularities if value not in ("segment", "word")]:
+        raise ValueError(f"{GRANULARITIES} must be segment or word, got {wrong[0]:.40}.")
+    if granularities and asked.response_format not in TIMED_FORMATS:
+        raise ValueError(f"{GRANULARITIES} needs a response_format of {', '.join(TIMED_FORMATS)}.")
+    if asked.stream and asked.response_format != "json":
+        raise ValueError(f"stream needs the response_format json, got {asked.response_format}.")
+    ask_for_words(asked.language)  # raises on an unknown language
+    return asked
+
+
+def verbose(transcript: Transcript, granularities: tuple[str, ...]) -> dict:
+    """Returns OpenAI's `verbose_json`; as there, words alone come without segments."""
+    facts = {"task": "transcribe", "language": transcript.language or "unknown", "duration": transcript.duration}
+    body = {**facts, "text": transcript.text}
+    if "segment" in granularities or not granularities:
+        fields = [segment_dict(segment) for segment in transcript.segments]
+        body["segments"] = [
+            {"id": number, **{name: value for name, value in each.items() if name != "words"}}
+            for number, each in enumerate(fields)
+        ]
+    if "word" in granularities:
+        body["words"] = [{"word": word.text, "start": word.start, "end": word.end} for word in transcript.words]
+    return body
+
+
+def event(**fields) -> str:
+    """Returns a server-sent event."""
+    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
+
+
+class Transcriptions:
+    """Answers `POST /v1/audio/transcriptions`, in the place of transformers' handler for models of other families."""
+
+    def __init__(self, model_manager, generation_state, aligner: str | None = None):
+        self.model_manager, self.generation_state = model_manager, generation_state
+        self.aligner_name, self.aligner, self.lock = aligner, None, threading.Lock()
+        self.places = asyncio.Semaphore(MAX_FILES)
+
+    async def handle_request(self, request):
+        """Returns the response to a request, which is a form. What is wrong with it raises a ValueError."""
+        from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+        asked, content = await self.read_form(request)
+        transcriber = await asyncio.to_thread(self.make_transcriber, asked)
+        batches = self.run(transcriber, content)
+        first = await anext(batches, None)  # a file that is no audio raises here, before a stream begins
+        if asked.stream:
+            return StreamingResponse(self.stream(first, batches), media_type="text/event-stream")
+        done = [] if first is None else [first]
+        async with contextlib.aclosing(batches):
+            async for batch in batches:
+                done.append(batch)
+                if await request.is_disconnected():  # nobody waits for the rest
+                    break
+        transcript = join_batches(done, asked.language)
+        if asked.response_format == "verbose_json":
+            return JSONResponse(verbose(transcript, asked.granularities))
+        if asked.response_format == "json":
+            return JSONResponse({"text": transcript.text})
+        write = {"text": lambda whole: whole.text + "\n", "srt": to_srt, "vtt": to_vtt}[asked.response_format]
+        return PlainTextResponse(write(transcript))
+
+    async def read_form(self, request) -> tuple[Asked, bytes]:
+        """Returns what a request asks for, and the content of its file."""
+        from starlette.exceptions import HTTPException
+        from starlette.requests import Request
+
+        if not is_multipart_available():
+            raise ValueError("This server cannot read forms; it needs the package python-multipart.")
+        left, too_large = MAX_FORM, f"The request is larger than the limit of {MAX_FORM} bytes."
+
+        async def receive():
+            nonlocal left
+            message = await request.receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise ValueError(too_large)
+            return message
+
+        try:
+            async with Request(request.scope, receive).form() as form:
+                asked = read_fields(form)
+                return asked, await form["file"].read()
+        except HTTPException as error:
+            raise ValueError(f"The form cannot be read: {error.detail}") from error
+
+    def make_transcriber(self, asked: Asked) -> Transcriber:
+        """Returns what transcribes as asked. It asks the model in the thread in which chats are answered as well."""
+        served = self.model_manager.force_model
+        if asked.model not in (None, served):
+            raise ValueError(f"This server has the model {served}; the request names {asked.model:.200}.")
+        name = self.model_manager.process_model_name(served)
+        model, processor = self.model_manager.load_model_and_processor(name)
+        settings = {"language": asked.language, "prompt": asked.prompt}
+        if "word" in asked.granularities:
+            settings["aligner"] = self.find_aligner(model.config)
+            settings["max_seconds"] = min(getattr(processor, "piece_seconds", None) or PIECE_SECONDS, PIECE_SECONDS)
+        transcriber = make_transcriber(model, processor, **settings)
+        manager, ask = self.generation_state.get_manager(name), transcriber.ask
+        transcriber.ask = lambda clips: manager.submit(ask, clips).result()
+        return transcriber
+
+    def find_aligner(self, config) -> Aligner:
+        """Returns what finds the times of words, which is loaded when it is first asked for."""
+        name = self.aligner_name or getattr(config, "audio_encoder_origin", None)
+        if not name:
+            raise ValueError(
+                "This server has no times of words: they need the complete Whisper of the audio encoder, and the model "
+                "does not name it; start serve.py with --aligner and its folder or Hub id."
+            )
+        with self.lock:
+            self.aligner = self.aligner or Aligner(find_aligner(name))
+        return self.aligner
+
+    async def run(self, transcriber: Transcriber, content: bytes) -> AsyncIterator[tuple[int, list[Segment]]]:
+        """Yields what [`Transcriber.batches`] yields. It runs in a thread, so that other requests are answered."""
+        async with self.places:
+            batches, loop = transcriber.batches(content, **FILE_LIMITS), asyncio.get_running_loop()
+            pool = ThreadPoolExecutor(1)
+            try:
+                while (batch := await loop.run_in_executor(pool, next, batches, None)) is not None:
+                    yield batch
+            finally:
+                # The thread may still be at work for a client that has left, so it closes the file itself.
+                pool.submit(batches.close)
+                pool.shutdown(wait=False)
+
+    async def stream(self, first, batches: AsyncIterator) -> AsyncIterator[str]:
+        """Yields OpenAI's events: a delta for each segment, and the whole text at the end."""
+        text = ""
+        async with contextlib.aclosing(batches):
+            try:
+                while first is not None:
+                    for segment in first[1]:
+                        if segment.text:
+                            delta = f" {segment.text}" if text else segment.text
+                            text += delta
+                            yield event(type="transcript.text.delta", delta=delta)
+                    first = await anext(batches, None)
+                yield event(type="transcript.text.done", text=text)
+                yield "data: [DONE]\n\n"
+            except Exception as error:  # of many types; the status of the response is already sent
+                logger.warning(f"A transcript ended early: {error!r}")
+                yield event(error={"message": f"The transcript ended early: {error}"})
+
+
+def change_server(aligner: str | None):
+    """Makes `transformers serve` transcribe with this model, and answer bad requests with HTTP 400 and the reason."""
     from fastapi.responses import JSONResponse
 
     build_server = server.build_server
 
     def build(*args, **kwargs):
-        api = build_server(*args, **kwargs)
+        bound = inspect.signature(build_server).bind(*args, **kwargs)
+        given = bound.arguments
+        transcriptions = Transcriptions(given["model_manager"], given["generation_state"], aligner)
+        given["transcription_handler"] = transcriptions
+        api = build_server(*bound.args, **bound.kwargs)
 
         @api.exception_handler(ValueError)
         @api.exception_handler(KeyError)  # of a field that is missing
@@ -72,24 +281,20 @@ def answer_errors():
             reason = f"The request has no {error}." if isinstance(error, KeyError) else str(error)
             return JSONResponse({"error": {"message": reason}}, status_code=400)
 
-        @api.middleware("http")
-        async def name_missing_route(request, call_next):
-            if request.url.path != TRANSCRIPTIONS:
-                return await call_next(request)
-            reason = "This model has no such route. Ask for transcripts at /v1/chat/completions, with input_audio."
-            return JSONResponse({"error": {"message": reason}}, status_code=404)
-
         return api
 
     server.build_server = build
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--aligner")
+    options, arguments = parser.parse_known_args()
+    if not arguments or arguments[0].startswith("-"):
         sys.exit(__doc__)
     try:
-        register(sys.argv[1])
+        register(arguments[0])
     except ValueError as error:
         sys.exit(f"serve.py: {error}")
-    answer_errors()
-    app(["serve", *sys.argv[1:]])
+    change_server(options.aligner)
+    app(["serve", *arguments])

@@ -2,13 +2,18 @@
 
 import importlib
 import io
+import json
 import re
+import shutil
 import sys
 import time
+import wave
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 from playwright.sync_api import expect
 from serving import SPOKEN, free_port, of_skill, serve_page
@@ -18,6 +23,7 @@ from demo.ask import EXAMPLES
 from demo.world import SKILLS
 from publishing import paths
 from publishing.build import build
+from transcribe import write_wav
 
 
 pytestmark = pytest.mark.app
@@ -150,27 +156,39 @@ def test_a_strip_of_a_picture_holds_nobody_up_and_the_queue_is_the_only_way_in(p
     assert httpx.post(f"{address}/gradio_api/api/answer", json=body, timeout=60).status_code == 404
 
 
-@pytest.fixture
-def own_page(demo_repo, monkeypatch):
-    """The page in this process: its address, and how many generations are live and were live at most."""
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    monkeypatch.syspath_prepend(demo_repo)
-    model = importlib.import_module("app").DemoModel(demo_repo)
-    generate, count = model.model.generate, {"live": 0, "most": 0}
+@contextmanager
+def launch(model):
+    """Yields the address of a page in this process, and how many generations are live and were live at most."""
+    generate, count = model.model.generate, {"live": 0, "most": 0, "calls": 0}
 
     def counted(**inputs):
         count["live"] += 1
+        count["calls"] += 1
         count["most"] = max(count["most"], count["live"])
         try:
             return generate(**inputs)
         finally:
             count["live"] -= 1
 
-    monkeypatch.setattr(model.model, "generate", counted)
+    model.model.generate = counted
     page = sys.modules["app"].make_page(model)
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_port=free_port())
     yield address, count
     page.close()
+
+
+@pytest.fixture
+def own_model(demo_repo, monkeypatch):
+    """The page's model in this process."""
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.syspath_prepend(demo_repo)
+    return importlib.import_module("app").DemoModel(demo_repo)
+
+
+@pytest.fixture
+def own_page(own_model):
+    with launch(own_model) as page:
+        yield page
 
 
 def test_nothing_is_generated_for_visitors_who_left(own_page):
@@ -193,4 +211,149 @@ def test_nothing_is_generated_for_visitors_who_left(own_page):
         left = sum(seconds_of(visitor, "process_generating", [None, picture, None], "") for visitor in visitors)
         stayed = seconds_of("ninth", "process_completed", [None, None, "Hi."], SPOKEN)
     assert left + stayed < 3 * whole
-    assert count == {"live": 0, "most": 1}
+    assert count["live"] == 0 and count["most"] == 1
+
+
+@pytest.fixture(scope="module")
+def short_pieces(demo_repo, tmp_path_factory):
+    """The address of a page whose model takes pieces of 4 s, because the small model knows no longer speech."""
+    folder = tmp_path_factory.mktemp("pieces")
+    repo = shutil.copytree(demo_repo, folder / "repo")
+    settings = json.loads((repo / "processor_config.json").read_text())
+    (repo / "processor_config.json").write_text(json.dumps({**settings, "piece_seconds": 4.0}))
+    with serve_page(repo, folder) as address:
+        yield address
+
+
+def join_clips(example: dict, path, count: int, silence: float = 1.0):
+    """Writes a recording in which a clip is said `count` times, and returns its path."""
+    clip = fetch_audio(EXAMPLES / example["audio"][0])
+    parts = [clip, torch.zeros(round(silence * SAMPLING_RATE))] * count
+    path.write_bytes(write_wav(torch.cat(parts)))
+    return path
+
+
+def give_recording(page, path):
+    page.get_by_role("tab", name="Transcribe").click()
+    page.locator("#recording input[type=file]").set_input_files(path)
+    page.locator("#recording audio").wait_for(state="attached")
+    page.click("#transcribe")
+
+
+def test_a_recording_is_transcribed_played_and_taken_home(browser, short_pieces, spoken, tmp_path):
+    recording = join_clips(spoken, tmp_path / "two <stars>.wav", 4)
+    with visit(browser, short_pieces) as page:
+        give_recording(page, recording)
+        page.locator("#segments [data-start]").first.wait_for()
+        expect(page.locator("#download-srt")).to_be_enabled(timeout=TIMEOUT)
+        rows = page.locator("#segments [data-start]")
+        expect(rows).to_have_count(4)
+        for number, row in enumerate(rows.all()):
+            expect(row).to_contain_text(spoken["answer"])
+            start = float(row.get_attribute("data-start"))
+            assert abs(start - 0.24 - number * (len(fetch_audio(recording)) / SAMPLING_RATE / 4)) < 0.1
+        expect(rows.first.locator("time")).to_have_text("0:00.2 \u2013 0:01.2")
+        expect(page.locator("#progress textarea")).to_have_value(re.compile(r"^9\.7 s, 4 segments$"))
+        page.screenshot(path=SCREENSHOT.with_stem("page-transcribe"), full_page=True)
+        rows.nth(2).click()
+        player, start = page.locator("#recording audio"), float(rows.nth(2).get_attribute("data-start"))
+        page.wait_for_function("start => document.querySelector('#recording audio').currentTime > start", arg=start)
+        assert player.evaluate("player => !player.paused && player.currentTime") < start + 3
+        for ending, words in (("srt", "00:00:00,240 --> "), ("vtt", "WEBVTT"), ("txt", f"{spoken['answer']}\n" * 4)):
+            with page.expect_download() as download:
+                page.click(f"#download-{ending}")
+            assert download.value.suggested_filename.endswith(f".{ending}")
+            text = Path(download.value.path()).read_text()
+            assert words in text and text.count(spoken["answer"]) == 4
+
+
+def test_what_cannot_be_transcribed_is_told_in_words(page, spoken, tmp_path):
+    (tmp_path / "broken.wav").write_bytes(b"RIFF this is no audio")
+    with wave.open(str(tmp_path / "long.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(1)
+        file.setframerate(4000)
+        file.writeframes(bytes(4000 * 3601))
+    errors = {None: "Give a recording.", "broken.wav": "This cannot be transcribed: ", "long.wav": "at most 3600"}
+    for file, words in errors.items():
+        page.get_by_role("tab", name="Transcribe").click()
+        if file:
+            page.locator("#recording input[type=file]").set_input_files(tmp_path / file)
+            page.wait_for_timeout(2000)
+        page.click("#transcribe")
+        page.get_by_text(words).first.wait_for()
+        assert page.locator("#download-srt").is_disabled()
+        page.reload()
+    give_recording(page, EXAMPLES / spoken["audio"][0])
+    expect(page.locator("#segments [data-start]")).to_contain_text(spoken["answer"])
+
+
+def test_text_of_segments_is_escaped_and_doubt_is_told(browser, own_model, spoken, tmp_path, monkeypatch):
+    """Also what Gradio's templates would take for an expression."""
+    text = '<b id=bold>${6 * 7} {{value}} & "so"'
+    monkeypatch.setattr(own_model.processor, "decode", lambda output, **settings: [text] * len(output))
+    monkeypatch.setattr(sys.modules["transcribe"], "find_doubt", lambda samples, answer: "<i id=reason>")
+    with launch(own_model) as (address, _), visit(browser, address) as page:
+        give_recording(page, EXAMPLES / spoken["audio"][0])
+        row = page.locator("#segments [data-start]")
+        expect(row.locator("span")).to_have_text(f"{text}Doubtful: <i id=reason>", timeout=TIMEOUT)
+        assert not page.locator("#bold, #reason").count()
+
+
+def test_the_spectrogram_ends_with_the_clip(own_model, spoken):
+    """The demo's tokens are fixed: features and attention are of whole windows of 3 s."""
+    clip = EXAMPLES / spoken["audio"][0]
+    *_, (_, _, figure, _) = own_model.answer(str(clip), None, None)
+    axes, over = figure.axes
+    seconds = len(fetch_audio(clip)) / SAMPLING_RATE
+    assert axes.get_xlim() == over.get_xlim() == (0, seconds)
+    assert axes.images[0].get_array().shape[1] == -(-len(fetch_audio(clip)) // 160)
+    assert over.collections[0].get_datalim(over.transData).x1 < seconds + 0.02
+
+
+def test_pictures_are_no_examples_where_vision_is_untrained(browser, own_model, monkeypatch):
+    monkeypatch.setattr(own_model.model.config, "vision_is_trained", False, raising=False)
+    with launch(own_model) as (address, _), visit(browser, address) as page:
+        page.get_by_text("Transcribe the audio.").first.wait_for()
+        assert not page.get_by_text("Answer the spoken question about the photo.").count()
+
+
+def test_transcription_stops_for_a_visitor_who_left(own_model, spoken, tmp_path):
+    """A question that comes after is answered, and the rest of the recording is not transcribed."""
+    own_model.processor.piece_seconds = 4.0
+    recording = join_clips(spoken, tmp_path / "long.wav", 100, 2.0)
+    with launch(own_model) as (address, count), httpx.Client(base_url=f"{address}gradio_api/", timeout=60) as client:
+        (path,) = client.post("upload", files={"files": ("long.wav", recording.read_bytes())}).json()
+        clip = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        body = {"data": [clip], "fn_index": own_index(client, "transcribe"), "session_hash": "one"}
+        assert client.post("queue/join", json=body).status_code == 200
+        with client.stream("GET", "queue/data", params={"session_hash": "one"}) as response:
+            next(line for line in response.iter_lines() if "data-start" in line)
+        time.sleep(5)
+        calls = count["calls"]
+        time.sleep(3)
+        assert count["calls"] == calls < 100
+        assert own_model.executor.submit(lambda: "free").result(5) == "free"
+
+
+def test_another_recording_ends_the_transcription_of_the_first(browser, own_model, spoken, tmp_path):
+    own_model.processor.piece_seconds = 4.0
+    recording = join_clips(spoken, tmp_path / "long.wav", 200, 2.0)
+    with launch(own_model) as (address, count), visit(browser, address) as page:
+        give_recording(page, recording)
+        rows = page.locator("#segments [data-start]")
+        rows.nth(2).wait_for()
+        page.locator("#recording").get_by_label("Clear").click()
+        expect(rows).to_have_count(0)
+        page.wait_for_timeout(3000)
+        calls = count["calls"]
+        give_recording(page, EXAMPLES / spoken["audio"][0])
+        expect(page.locator("#download-txt")).to_be_enabled(timeout=TIMEOUT)
+        expect(rows).to_have_count(1)
+        assert count["calls"] == calls + 1 < 200
+
+
+def own_index(client, name: str) -> int:
+    """Returns the number of the page's function of a name."""
+    config = client.get("../config").json()
+    return next(each["id"] for each in config["dependencies"] if each["api_name"] == name)

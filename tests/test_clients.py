@@ -18,6 +18,7 @@ from sounds import encode
 from transformers import AutoProcessor
 
 from audio_utils import fetch_audio
+from configuration_qwen2_audio_vl import SHORTEST_PIECE
 from demo.ask import EXAMPLES
 from demo.world import SKILLS
 from handler import EndpointHandler
@@ -41,6 +42,11 @@ def server(demo_repo, tmp_path_factory):
         yield address
 
 
+def is_short(clip) -> bool:
+    """Longer pieces are asked again in halves if the voice is slow, as some voices of the demo are."""
+    return len(fetch_audio(clip)) < SHORTEST_PIECE * 16_000
+
+
 def test_inference_client_transcribes_at_an_endpoint(endpoint, examples):
     transcribe = InferenceClient(model=endpoint).automatic_speech_recognition
     for example in examples:
@@ -50,6 +56,10 @@ def test_inference_client_transcribes_at_an_endpoint(endpoint, examples):
             # With parameters the clip is sent as base64, which a short clip must not turn into a question in words.
             short = transcribe(clip, extra_body={"max_new_tokens": 1}).text
             assert example["answer"].startswith(short) and len(short.split()) == 1
+            if not is_short(clip):
+                continue
+            (chunk,) = transcribe(clip, extra_body={"return_timestamps": True}).chunks
+            assert chunk.text == example["answer"] and 0 <= chunk.timestamp[0] < chunk.timestamp[1] <= 2
 
 
 def test_inference_client_sends_other_files_as_json(endpoint, examples, tmp_path):
@@ -134,10 +144,16 @@ def test_bad_requests_to_a_server_are_told_why(name, stream, server, demo_repo, 
     assert serving.answer_of(server, demo_repo, serving.openai_form(examples[0])) == examples[0]["answer"]
 
 
-def test_routes_that_a_server_does_not_have(server, demo_repo):
+def test_transcriptions_of_a_server(server, demo_repo, examples):
     client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
-    with pytest.raises(openai.NotFoundError, match="Ask for transcripts at /v1/chat/completions"):
-        client.audio.transcriptions.create(model=str(demo_repo), file=(EXAMPLES / "speech.mp3").open("rb"))
+    for example in examples:
+        if example["skill"] == "transcribe" and is_short(clip := EXAMPLES / example["audio"][0]):
+            answer = client.audio.transcriptions.create(model=str(demo_repo), file=clip)
+            assert answer.text == example["answer"]
+
+
+def test_a_route_that_a_server_does_not_have(server, demo_repo):
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model=str(demo_repo), input="Hi.")
 

@@ -1,5 +1,6 @@
 """make test ONLY=tests/test_serving.py: the folder behind transformers' pipelines, and behind `handler.py`."""
 
+import base64
 import contextlib
 import importlib.util
 import io
@@ -10,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
 import serving
 import torch
@@ -17,11 +19,16 @@ from fuzz import mutate
 from helpers import answer, start_python
 from PIL import Image
 from serving import BAD, ask, of_skill, openai_form, read_base64, serve, short_form, user
+from sounds import encode
+from test_transcriptions_route import make_aligner
 from transformers import pipeline
 from transformers.image_utils import load_image
 
+from audio_utils import fetch_audio
+from configuration_qwen2_audio_vl import TRANSCRIBE
 from demo.ask import EXAMPLES, content_of
 from demo.world import SKILLS
+from transcribe import transcribe
 
 
 SHORT = {"max_new_tokens": 12}
@@ -431,3 +438,63 @@ def test_a_batch_gives_what_each_request_gets_alone(module, handler, examples):
         alone = torch.cat([model(**row).logits[:, -1] for row in rows])
     model.to(torch.bfloat16)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def in_pieces(handler, monkeypatch):
+    """The handler, with a model that takes pieces of at most 2.5 s."""
+    monkeypatch.setattr(handler.processor, "piece_seconds", 2.5, raising=False)
+    return handler
+
+
+@pytest.fixture(scope="module")
+def recording(examples) -> bytes:
+    """Clips that the demo checkpoint knows, one after another, with half a second of silence around each."""
+    chosen = [example["audio"][0] for example in examples if example["skill"] == "transcribe"]
+    clips = [np.pad(fetch_audio(EXAMPLES / name).numpy(), 8_000) for name in chosen]
+    return encode(np.concatenate(clips * 6), "s16.wav")
+
+
+def test_a_long_clip_alone_is_transcribed_in_pieces(in_pieces, batches, recording):
+    settings = {"max_seconds": 2.5, "batch_size": 8}
+    expected = transcribe(in_pieces.model, in_pieces.processor, recording, **settings)
+    assert len(expected.segments) > 4
+    batches.clear()
+    sent = base64.b64encode(recording).decode()
+    whole = {"inputs": {"audio": sent}, "parameters": {"return_timestamps": True}}
+    assert in_pieces(whole) == {"text": expected.text, "chunks": expected.chunks}
+    assert max(len(inputs["input_ids"]) for inputs in batches) <= 8
+    chat = user({"type": "audio", "audio": sent}, {"type": "text", "text": TRANSCRIBE})
+    for inputs in (recording, sent, {"audio": [sent]}, chat):
+        assert in_pieces({"inputs": inputs}) == {"text": expected.text}
+
+
+def test_a_short_clip_has_times_where_they_are_asked_for(handler, examples):
+    example = of_skill(examples, "transcribe")
+    clip = (EXAMPLES / example["audio"][0]).read_bytes()
+    assert handler({"inputs": clip}) == {"text": example["answer"]}
+    answered = handler({"inputs": clip, "parameters": {"return_timestamps": True}})
+    ((start, end),) = (chunk["timestamp"] for chunk in answered["chunks"])
+    assert answered["text"] == answered["chunks"][0]["text"] == example["answer"]
+    assert 0 <= start < end <= len(fetch_audio(clip)) / 16_000
+
+
+def test_times_are_refused_where_there_are_none(handler):
+    speech = read_base64("speech.mp3")
+    for inputs in ("Hi.", {"audio": [speech, speech]}, {"audio": speech, "text": "What is said?"}):
+        with pytest.raises(ValueError, match="return_timestamps is for one clip alone"):
+            handler(ask(inputs, return_timestamps=True))
+    with pytest.raises(ValueError, match="needs a model that names its audio_encoder_origin"):
+        handler(ask({"audio": speech}, return_timestamps="word"))
+    with pytest.raises(ValueError, match="return_timestamps must be a bool"):
+        handler(ask({"audio": speech}, return_timestamps="letter"))
+
+
+def test_times_of_words(in_pieces, recording, tmp_path, monkeypatch):
+    whisper = make_aligner(tmp_path / "whisper")
+    monkeypatch.setattr(in_pieces.model.config, "audio_encoder_origin", str(whisper))
+    answered = in_pieces({"inputs": recording, "parameters": {"return_timestamps": "word"}})
+    monkeypatch.delitem(in_pieces.__dict__, "aligner")  # which stays for the tests behind this one
+    assert " ".join(chunk["text"] for chunk in answered["chunks"]) == answered["text"] != ""
+    times = [time for chunk in answered["chunks"] for time in chunk["timestamp"]]
+    assert times == sorted(times)
