@@ -53,7 +53,8 @@ logger = logging.get_logger(__name__)
 BATCH_SIZE = 8  # pieces that are transcribed at once
 TOKENS_PER_SECOND, MORE_TOKENS = 12, 16  # the longest answer to a piece: fast speech has 6 tokens a second
 # A piece whose text has fewer characters for each second of voice has lost some; speech has 12 to 20.
-CHARACTERS_PER_SECOND, LEAST_VOICE = 9.0, 1.0
+CHARACTERS_PER_SECOND, LEAST_VOICE = 9.0, 2.0
+LEAST_HALVED = 4.0  # seconds; models lose words of long pieces, and halves of short ones have too little context
 DENSE = 3  # characters that one of a script without spaces counts for
 REPETITIVE = 2.2  # the length of a text by that of its compression; a sentence said three times has 2.3
 LIMITS = ("sampling_rate", "max_bytes", "timeout", "public_only")
@@ -177,8 +178,8 @@ def find_doubt(samples: torch.Tensor, answer: Answer) -> str | None:
 
 def answer_pieces(ask: Asker, pieces: list[Piece]) -> list[tuple[Piece, Answer, str | None]]:
     """
-    Asks about pieces; those whose text is in doubt are cut in halves and asked once more. Pieces that are silent
-    throughout are left out, because models answer some of them with words.
+    Asks about pieces; those of 4 s or more whose text is in doubt are cut in halves and asked once more. Pieces that
+    are silent throughout are left out, because models answer some of them with words.
     """
     pieces = [piece for piece in pieces if find_voice(piece.samples).any()]
     answers = ask([piece.samples for piece in pieces]) if pieces else []
@@ -187,7 +188,7 @@ def answer_pieces(ask: Asker, pieces: list[Piece]) -> list[tuple[Piece, Answer, 
     cut = {
         number: halve(piece)
         for number, (piece, _, doubt) in enumerate(results)
-        if doubt and len(piece.samples) >= SHORTEST_PIECE * SAMPLING_RATE
+        if doubt and len(piece.samples) >= LEAST_HALVED * SAMPLING_RATE
     }
     halves = [half for pair in cut.values() for half in pair]
     again = iter(ask([half.samples for half in halves]) if halves else ())

@@ -72,8 +72,8 @@ def write_mp3(samples: np.ndarray, path: Path, repeats: int = 1):
 def measure_memory(path: Path, body: str) -> float:
     """Returns by how many MB a process grows that opens a recording."""
     program = MEASURE.format(module="audio_streaming", body=body)
-    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    command = [sys.executable, "-c", program, str(path)]
+    return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
 def count_errors(reference: str, answer: str) -> tuple[int, int]:
@@ -111,7 +111,7 @@ def main(minutes: float = 10.0, batch: int = 8) -> list[str]:
     )
     doubtful = sum(segment.doubt is not None for segment in result.segments)
     first = table(
-        ["recording", "words", "pieces", "cut inside a clip", "in doubt", "WER %", "WER of the clips %", "times real time"],
+        ["recording", "words", "pieces", "cut in a clip", "in doubt", "WER %", "WER of the clips %", "times real time"],
         [
             [
                 f"{result.duration / 60:.1f} min",

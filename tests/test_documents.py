@@ -23,7 +23,16 @@ ENDINGS = "py|md|jinja|jsonl?|txt|ya?ml|png|jpg|mp3|flac|safetensors"
 FILE = re.compile(rf"(?<![\w/.:*-])(?:[\w.-]+/)*[\w-][\w.-]*\.(?:{ENDINGS})\b")
 # What the commands of the documents read or write.
 EXAMPLE_FILES = {
-    *("train.jsonl", "test.jsonl", "clip.flac", "test_x.py", "preprocessor_config.json", "loss.png", "summary.json"),
+    *(
+        "train.jsonl",
+        "test.jsonl",
+        "clip.flac",
+        "talk.mp3",
+        "test_x.py",
+        "preprocessor_config.json",
+        "loss.png",
+        "summary.json",
+    ),
     *(f"{folder}audio_projector.safetensors" for folder in ("", "run/", "aligned/")),
     *("predictions.jsonl", "predictions-ARM.jsonl", "scores.json", "report.html", "manifest.json"),
 }
