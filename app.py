@@ -370,7 +370,7 @@ def make_page(model: DemoModel) -> gr.Blocks:
 def add_questions(model: DemoModel):
     """Adds what answers questions to the page."""
     speech, photo = (str(model.folder / "examples" / name) for name in ("speech.mp3", "photo.png"))
-    sees = getattr(model.model.config, "vision_is_trained", True)
+    sees = model.model.config.vision_is_trained
     gr.Markdown("Record or drop audio, drop a picture, ask about either or both.")
     with gr.Row():
         with gr.Column():

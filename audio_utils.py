@@ -408,10 +408,7 @@ def resample_pieces(pieces: Iterable[torch.Tensor], rate: int, sr: int) -> Itera
     silence = math.ceil(common / 50)
     edge = torch.zeros(silence * rate // common)
     resampler = av.AudioResampler(format="flt", layout="mono", rate=sr)
-    num_samples, position = (
-        0,
-        -silence * sr // common,
-    )  # samples of the clip so far, and place of the next resampled one
+    num_samples, position = 0, -silence * sr // common  # received; place in the clip of the next resampled one
     for part in itertools.chain([edge], pieces, [edge, None]):
         frame = None
         if part is not None:

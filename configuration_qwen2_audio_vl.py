@@ -189,6 +189,8 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
         audio_eos_token_id (`int`, defaults to 151659): Id of `<|audio_eos|>`, which closes a clip.
         audio_encoder_origin (`str`, *optional*): Hub id, perhaps with `@` and a commit, of the complete Whisper of the
             encoder. Its decoder finds the times of words.
+        vision_is_trained (`bool`, defaults to `True`): False if answers about pictures mean nothing, so that the page
+            offers none.
 
     All other arguments are those of [`Qwen2VLConfig`]. Values that contradict each other raise a ValueError.
     """
@@ -201,6 +203,7 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
     audio_bos_token_id: int = 151658
     audio_eos_token_id: int = 151659
     audio_encoder_origin: str | None = None
+    vision_is_trained: bool = True
 
     def __post_init__(self, **kwargs):
         if self.text_config is None and "hidden_size" not in kwargs:  # older files have its values at the top

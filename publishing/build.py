@@ -171,6 +171,7 @@ def build_config(base: Path, encoder: Path, tokenizer):
         **{name: getattr(base_config, name) for name in VISION_TOKEN_IDS},
         **dict(zip(AUDIO_TOKEN_IDS, audio_ids, strict=True)),
         tie_word_embeddings=base_config.tie_word_embeddings,
+        vision_is_trained=getattr(base_config, "vision_is_trained", True),
         dtype=base_config.dtype or torch.float32,
         architectures=["Qwen2AudioVLForConditionalGeneration"],
     )

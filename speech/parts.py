@@ -178,6 +178,7 @@ def convert_to_qwen2_vl(llama: LlamaForCausalLM, tokenizer) -> Qwen2VLForConditi
         text_config=text_config,
         vision_config={"depth": 1, "embed_dim": 16, "num_heads": 1, "mlp_ratio": 1, "hidden_size": known.hidden_size},
         tie_word_embeddings=True,
+        vision_is_trained=False,
         **{name: tokenizer.convert_tokens_to_ids(token) for name, token in VISION_TOKENS.items()},
     )
     torch.manual_seed(0)

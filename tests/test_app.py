@@ -312,7 +312,7 @@ def test_the_spectrogram_ends_with_the_clip(own_model, spoken):
 
 
 def test_pictures_are_no_examples_where_vision_is_untrained(browser, own_model, monkeypatch):
-    monkeypatch.setattr(own_model.model.config, "vision_is_trained", False, raising=False)
+    monkeypatch.setattr(own_model.model.config, "vision_is_trained", False)
     with launch(own_model) as (address, _), visit(browser, address) as page:
         page.get_by_text("Transcribe the audio.").first.wait_for()
         assert not page.get_by_text("Answer the spoken question about the photo.").count()
