@@ -32,12 +32,16 @@ from transcribe import make_transcriber, transcribe
 GAPS = 0.05, 1.5  # seconds
 BITRATE = 128_000
 HOURS = 1, 3  # lengths of the recordings whose memory is measured
+# The peak of a process's own memory; `resource` would begin with that of its parent.
 MEASURE = """
-import resource, sys
-import {module} as _
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import re, sys
+from pathlib import Path
+import audio_streaming as _
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+before = peak()
 {body}
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(peak() - before)
 """
 STREAMED = "from audio_streaming import *; n = sum(len(p.samples) for p in cut_pieces(stream_audio(sys.argv[1]), 10))"
 WHOLE = "from audio_utils import fetch_audio; fetch_audio(sys.argv[1], max_seconds=1e6)"
@@ -71,7 +75,7 @@ def write_mp3(samples: np.ndarray, path: Path, repeats: int = 1):
 
 def measure_memory(path: Path, body: str) -> float:
     """Returns by how many MB a process grows that opens a recording."""
-    program = MEASURE.format(module="audio_streaming", body=body)
+    program = MEASURE.replace("{body}", body)
     command = [sys.executable, "-c", program, str(path)]
     return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
