@@ -139,4 +139,4 @@ def main(minutes: float = 10.0, batch: int = 8) -> list[str]:
 
 
 if __name__ == "__main__":
-    report(__file__, __doc__, main)
+    report(__file__, __doc__, main, ROOT / "speech" / "README.md")
