@@ -397,7 +397,7 @@ def add_questions(model: DemoModel):
 
 def add_recordings(model: DemoModel):
     """Adds what transcribes recordings to the page."""
-    gr.Markdown("Record or drop up to an hour of audio. Click a segment to hear it.")
+    gr.Markdown("Record or drop up to an hour of audio. Click a segment to play it.")
     with gr.Row():
         with gr.Column(scale=2):
             # A waveform would need the whole recording decoded in the browser.

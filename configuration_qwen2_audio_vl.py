@@ -69,6 +69,7 @@ WHOLE_MODEL = ("config.json", "processor_config.json", "tokenizer.json", "*.safe
 
 TRANSCRIBE = "Transcribe the audio."  # the instruction for a clip that comes without one
 PIECE_SECONDS = 28.0  # the longest piece of a recording that is transcribed, where the model names no other
+LONGER = 1.2  # a model may leave out words of a clip that is longer than its longest piece by this factor
 SHORTEST_PIECE, LONGEST_PIECE = 2.0, 600.0  # seconds; bounds of such a length
 IGNORED_LABEL = -100  # the label of a token without a loss
 HOP_LENGTH = 160  # samples at 16 kHz from one log-mel frame to the next

@@ -25,8 +25,8 @@ from transformers import AutoModel, AutoProcessor, BatchFeature, ProcessorMixin,
 from transformers.utils import logging
 
 from audio_utils import SAMPLING_RATE, join_texts
-from configuration_qwen2_audio_vl import PIECE_SECONDS, TRANSCRIBE
-from transcribe import BATCH_SIZE, MORE_TOKENS, TOKENS_PER_SECOND, Answer, Transcriber, find_aligner, join_batches
+from configuration_qwen2_audio_vl import LONGER, PIECE_SECONDS, TRANSCRIBE
+from transcribe import BATCH_SIZE, Answer, Transcriber, find_aligner, join_batches, longest_answer, longest_piece
 from word_times import Aligner
 
 
@@ -57,7 +57,6 @@ NUM_DECODERS = 2  # requests whose pictures are decoded at once
 STRIP = 256  # rows of a picture that are converted at a time
 MAX_WAITING = 64  # requests that are opened, wait or are answered at once
 MAX_WAITING_BYTES = 2**31  # bytes of the inputs of requests that wait; a picture of full size has 308 MB of them
-LONGER = 1.2  # a clip alone that is longer than the model's piece by this factor is transcribed in pieces
 MAX_BATCH = 16  # requests answered together
 MAX_BATCH_TOKENS = 2**16  # tokens computed at once, padding and answers included
 SHORT = 64  # a batch pauses for answers of at most this many tokens
@@ -227,7 +226,7 @@ class EndpointHandler:
         is_alone = len(clips) == len(messages) == 1 and others == [TRANSCRIBE]
         if times and not is_alone:
             raise RequestError("return_timestamps is for one clip alone, without a text, a picture or another clip.")
-        longest = getattr(self.processor, "piece_seconds", None) or PIECE_SECONDS
+        longest = longest_piece(self.processor)
         if is_alone and (times or len(clips[0]) > LONGER * longest * SAMPLING_RATE):
             return self._transcribe(clips[0], longest, settings, times)
         return {"text": deadline.wait_for(self._put(messages, max_new_tokens, settings, deadline).answer)}
@@ -256,8 +255,8 @@ class EndpointHandler:
         return {"text": transcript.text} | ({"chunks": transcript.chunks} if times else {})
 
     def _ask_piece(self, settings: dict, clip: torch.Tensor) -> Answer:
-        length = MORE_TOKENS + TOKENS_PER_SECOND * len(clip) // SAMPLING_RATE
-        request = self._put(make_messages({"audio": clip}), length, settings, deadline := Deadline())
+        messages = make_messages({"audio": clip})
+        request = self._put(messages, longest_answer(len(clip)), settings, deadline := Deadline())
         return Answer(" ".join(deadline.wait_for(request.answer).split()), request.is_complete)
 
     @cached_property

@@ -28,6 +28,7 @@ from .audio_utils import fetch_audio, join_texts, log_mel, normalize_conversatio
 from .configuration_qwen2_audio_vl import (
     ENCODER_STRIDE,
     IGNORED_LABEL,
+    LONGER,
     TRAINED_AUDIO_TOKENS,
     AudioCount,
     ask_for_words,
@@ -51,7 +52,6 @@ FETCH_LIMITS = (*READ_LIMITS, "max_seconds")
 OWN_KWARGS = (*FETCH_LIMITS, "load_audio_backend")  # not passed on to transformers
 # A clip is never padded, truncated or resized: it becomes whole windows.
 AUDIO_KWARGS = ("sampling_rate", "device", "audio_tokens", *OWN_KWARGS)
-LONGER = 1.2  # a clip that is longer than `piece_seconds` by this factor is warned of
 ANSWER_START = "<|im_start|>assistant\n"
 
 

@@ -33,7 +33,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_multipart_available
 
 from configuration_qwen2_audio_vl import PIECE_SECONDS, WHOLE_MODEL, ask_for_words, find_folder
-from transcribe import Transcriber, find_aligner, join_batches, make_transcriber
+from transcribe import Transcriber, find_aligner, join_batches, longest_piece, make_transcriber
 from transcripts import Segment, Transcript, segment_dict, to_srt, to_vtt
 from word_times import Aligner
 
@@ -211,7 +211,7 @@ class Transcriptions:
         settings = {"language": asked.language, "prompt": asked.prompt}
         if "word" in asked.granularities:
             settings["aligner"] = self.find_aligner(model.config)
-            settings["max_seconds"] = min(getattr(processor, "piece_seconds", None) or PIECE_SECONDS, PIECE_SECONDS)
+            settings["max_seconds"] = min(longest_piece(processor), PIECE_SECONDS)
         transcriber = make_transcriber(model, processor, **settings)
         manager, ask = self.generation_state.get_manager(name), transcriber.ask
         transcriber.ask = lambda clips: manager.submit(ask, clips).result()

@@ -76,6 +76,16 @@ class Answer:
 Asker = Callable[[list[torch.Tensor]], list[Answer]]  # what answers pieces, float32 `[samples]` each
 
 
+def longest_answer(num_samples: int) -> int:
+    """Returns the most tokens that the text of a piece may have."""
+    return MORE_TOKENS + math.ceil(TOKENS_PER_SECOND * num_samples / SAMPLING_RATE)
+
+
+def longest_piece(processor) -> float:
+    """Returns the seconds of the longest piece for a model; processors of earlier folders name none."""
+    return getattr(processor, "piece_seconds", None) or PIECE_SECONDS
+
+
 @dataclass
 class LocalAsker:
     """Transcribes pieces with a model in this process, in one batch. With `keep_rows` answers have the encoder's."""
@@ -92,11 +102,10 @@ class LocalAsker:
         inputs = inputs.to(self.model.device)
         audio = {name: inputs.pop(name) for name in ("input_features", "input_features_mask") if name in inputs}
         features = self.model.get_audio_features(**audio)
-        longest = max(map(len, clips)) / SAMPLING_RATE
         output = self.model.generate(
             **inputs,
             mm_encoder_outputs={"audio": features},
-            max_new_tokens=MORE_TOKENS + math.ceil(TOKENS_PER_SECOND * longest),
+            max_new_tokens=longest_answer(max(map(len, clips))),
             do_sample=False,
         )[:, inputs["input_ids"].shape[1] :]
         ends = torch.tensor(self.model.generation_config.eos_token_id, device=output.device).reshape(-1)
@@ -145,7 +154,7 @@ class ServerAsker:
         choice = self.client.chat.completions.create(
             model=self.model,
             messages=[{"role": "user", "content": content}],
-            max_tokens=MORE_TOKENS + math.ceil(TOKENS_PER_SECOND * len(clip) / SAMPLING_RATE),
+            max_tokens=longest_answer(len(clip)),
             temperature=0.0,
         ).choices[0]
         return Answer(" ".join((choice.message.content or "").split()), choice.finish_reason != "length")
@@ -176,35 +185,32 @@ def find_doubt(samples: torch.Tensor, answer: Answer) -> str | None:
     return None
 
 
-def answer_pieces(ask: Asker, pieces: list[Piece]) -> list[tuple[Piece, Answer, str | None]]:
+Judged = tuple[Piece, Answer, str | None]  # a piece, its answer, and why the answer may be wrong
+
+
+def answer_pieces(ask: Asker, pieces: list[Piece]) -> list[Judged]:
     """
     Asks about pieces; those of 4 s or more whose text is in doubt are cut in halves and asked once more. Pieces that
     are silent throughout are left out, because models answer some of them with words.
     """
-    pieces = [piece for piece in pieces if find_voice(piece.samples).any()]
+    results = judge(ask, [piece for piece in pieces if find_voice(piece.samples).any()])
+    is_cut = [bool(doubt) and len(piece.samples) >= LEAST_HALVED * SAMPLING_RATE for piece, _, doubt in results]
+    cut = [piece for (piece, _, _), cuts in zip(results, is_cut, strict=True) if cuts]
+    again = iter(judge(ask, [half for piece in cut for half in halve(piece)]))
+    final = []
+    for result, cuts in zip(results, is_cut, strict=True):
+        halves = [next(again), next(again)] if cuts else []
+        # Halves that lost still more text are no improvement.
+        is_longer = sum(len(answer.text) for _, answer, _ in halves) >= len(result[1].text)
+        is_better = is_longer or not any(doubt for _, _, doubt in halves)
+        final += halves if halves and is_better else [result]
+    return final
+
+
+def judge(ask: Asker, pieces: list[Piece]) -> list[Judged]:
     answers = ask([piece.samples for piece in pieces]) if pieces else []
     pairs = zip(pieces, answers, strict=True)
-    results = [(piece, answer, find_doubt(piece.samples, answer)) for piece, answer in pairs]
-    cut = {
-        number: halve(piece)
-        for number, (piece, _, doubt) in enumerate(results)
-        if doubt and len(piece.samples) >= LEAST_HALVED * SAMPLING_RATE
-    }
-    halves = [half for pair in cut.values() for half in pair]
-    again = iter(ask([half.samples for half in halves]) if halves else ())
-    final = []
-    for number, result in enumerate(results):
-        if number not in cut:
-            final.append([result])
-            continue
-        answered = [
-            (half, answer, find_doubt(half.samples, answer)) for half, answer in zip(cut[number], again, strict=False)
-        ]
-        # Halves that lost still more text are no improvement.
-        is_longer = sum(len(answer.text) for _, answer, _ in answered) >= len(result[1].text)
-        is_better = is_longer or not any(doubt for _, _, doubt in answered)
-        final.append(answered if is_better else [result])
-    return [result for group in final for result in group]
+    return [(piece, answer, find_doubt(piece.samples, answer)) for piece, answer in pairs]
 
 
 def make_segment(piece: Piece, answer: Answer, doubt: str | None, aligner: Aligner | None, language) -> Segment | None:
@@ -275,7 +281,7 @@ def make_transcriber(
     """Returns what transcribes with a model in this process. The arguments are those of [`transcribe`]."""
     keeps_rows = aligner is not None and aligner.has_encoder(model.model.audio_encoder)
     ask = LocalAsker(model, processor, language, prompt, keeps_rows)
-    longest = getattr(processor, "piece_seconds", None) or PIECE_SECONDS
+    longest = longest_piece(processor)
     return Transcriber(ask, longest if max_seconds is None else max_seconds, batch_size, aligner, language)
 
 

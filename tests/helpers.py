@@ -5,15 +5,18 @@ import itertools
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import Cache, WhisperModel
+from transformers import AutoTokenizer, Cache, GenerationConfig, WhisperForConditionalGeneration, WhisperModel
 
 from benchmarks.parts import Parts
 from demo.ask import user
+from demo.bases import ASSETS
 
 
+PREFIX = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]  # of Whisper's transcripts
 TOKENS = 50  # audio tokens per window of 1 s in the small models
 CHAT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}  # what makes a chat template return model inputs
 TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -167,3 +170,16 @@ class SumOfParts(Parts):
             states = self.qwen.model(**inputs_of_qwen, use_cache=False).last_hidden_state
             rows.append(self.qwen.lm_head(states[0, -last:]))
         return torch.stack(rows)
+
+
+def complete_whisper(folder: Path, text: str, heads: list[list[int]]) -> Path:
+    """Gives a Whisper of random weights a tokenizer of the words of a text, and alignment heads."""
+    full = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
+    tokenizer = full.train_new_from_iterator([text] * 10, vocab_size=300)
+    tokenizer.add_tokens(PREFIX, special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    model = WhisperForConditionalGeneration.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    model.generation_config = GenerationConfig(alignment_heads=heads)
+    model.save_pretrained(folder)
+    return folder

@@ -14,13 +14,12 @@ import soundfile
 import torch
 import transformers
 from data_rows import chat, write_lines
-from helpers import audio, text
+from helpers import PREFIX, audio, complete_whisper, text
 from packaging.version import Version
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from audio_utils import fetch_audio
-from demo.bases import ASSETS
 from publishing.build import build
 from publishing.paths import ROOT
 from training.closed_form import Ridge, spread
@@ -29,7 +28,6 @@ from word_times import Aligner, Span, warp
 
 pytest_plugins = "runs"  # fixtures
 
-PREFIX = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
 WORDS = ["one", "two", "three"]
 JFK = "And so, my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
 # Seconds at which some of its words begin, by its energy. Whisper gives the second pause to the "what" behind it.
@@ -40,15 +38,7 @@ BEGINS = {3: 1.30, 5: 3.25, 6: 4.00, 9: 5.65, 14: 8.20}
 def whisper(start, tmp_path_factory):
     """The Whisper of `start`, with windows of 3 s, made complete: a tokenizer of its own and alignment heads."""
     folder = shutil.copytree(start.parent / "whisper", tmp_path_factory.mktemp("aligner") / "whisper")
-    full = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
-    tokenizer = full.train_new_from_iterator([" ".join(WORDS)] * 10, vocab_size=300)
-    tokenizer.add_tokens(PREFIX, special_tokens=True)
-    tokenizer.save_pretrained(folder)
-    model = WhisperForConditionalGeneration.from_pretrained(folder)
-    model.resize_token_embeddings(len(tokenizer))
-    model.generation_config = GenerationConfig(alignment_heads=[[0, 1], [0, 0]])
-    model.save_pretrained(folder)
-    return folder
+    return complete_whisper(folder, " ".join(WORDS), [[0, 1], [0, 0]])
 
 
 def test_warping_takes_the_cheapest_path():

@@ -14,18 +14,18 @@ import numpy as np
 import openai
 import pytest
 import serving
+from helpers import complete_whisper
 from sounds import encode
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig, WhisperForConditionalGeneration
+from transformers import AutoModel, AutoProcessor
 
 from audio_utils import fetch_audio
 from demo.ask import EXAMPLES
-from demo.bases import ASSETS, make_whisper
+from demo.bases import make_whisper
 from publishing.paths import ROOT
 from transcribe import transcribe
 from transcripts import to_srt, to_vtt
 
 
-PREFIX = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
 ROUTE = "/v1/audio/transcriptions"
 SPEECH = ("speech.mp3", (EXAMPLES / "speech.mp3").read_bytes())
 QUIET = np.zeros(8_000, dtype=np.float32)  # half a second
@@ -43,15 +43,7 @@ def short_pieces(demo_repo, tmp_path_factory):
 def make_aligner(folder: Path) -> Path:
     """Writes a complete Whisper of random weights, with a tokenizer and alignment heads."""
     make_whisper(folder)
-    full = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
-    tokenizer = full.train_new_from_iterator(["how many are there"] * 10, vocab_size=300)
-    tokenizer.add_tokens(PREFIX, special_tokens=True)
-    tokenizer.save_pretrained(folder)
-    model = WhisperForConditionalGeneration.from_pretrained(folder)
-    model.resize_token_embeddings(len(tokenizer))
-    model.generation_config = GenerationConfig(alignment_heads=[[0, 1], [1, 0]])
-    model.save_pretrained(folder)
-    return folder
+    return complete_whisper(folder, "how many are there", [[0, 1], [1, 0]])
 
 
 @pytest.fixture(scope="module")
