@@ -221,7 +221,7 @@ class ProcessorTest(processing.ProcessorTesterMixin, unittest.TestCase):
 
     @staticmethod
     def prepare_processor_dict():
-        return {"trained_audio_tokens": "fixed"}  # what the demo checkpoint says of itself
+        return {"trained_audio_tokens": "fixed", "piece_seconds": 3.0}  # what the demo checkpoint says of itself
 
     @property
     def video_sampling_expectations(self):
