@@ -24,7 +24,7 @@ from transformers.utils import logging
 from transformers.video_utils import load_video, make_batched_videos
 
 from .audio_download import read
-from .audio_utils import fetch_audio, join_texts, log_mel, normalize_conversations, split_windows, take_audio
+from .audio_utils import fetch_all, fetch_audio, join_texts, log_mel, normalize_conversations, split_windows, take_audio
 from .configuration_qwen2_audio_vl import (
     ENCODER_STRIDE,
     IGNORED_LABEL,
@@ -221,7 +221,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             )
         limits = {name: audio_kwargs[name] for name in ("sampling_rate", *FETCH_LIMITS) if name in audio_kwargs}
         sr, device = self.feature_extractor.sampling_rate, audio_kwargs.get("device")
-        opened = [fetch_audio(clip, sr, device, **limits) for clip in clips]
+        opened = fetch_all(clips, sr, device, **limits)
         longest = max(map(len, opened), default=0) / sr
         if self.piece_seconds is not None and longest > LONGER * self.piece_seconds:
             logger.warning_once(
@@ -424,8 +424,10 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             kwargs: Arguments of [`apply_chat_template`].
 
         Raises:
-            ValueError: if there is no clip, if lists differ in length, if the language is unknown.
+            ValueError: if there is no clip, if lists differ in length, if the language is unknown; on
+                `return_timestamps`.
         """
+        refuse_timestamps(kwargs)
         clips = list(audio) if isinstance(audio, list) else [audio]
         if not clips:
             raise ValueError("There is no clip to transcribe: audio is an empty list.")
@@ -444,7 +446,9 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         """
         As in [`ProcessorMixin`], for ids of one answer or of a batch. `return_format` is "raw", or
         "transcription_only": the answer alone, without control tokens, and without its prompt, if the ids have it.
+        Raises a ValueError on another format, and on `return_timestamps`.
         """
+        refuse_timestamps(kwargs)
         if return_format not in ("raw", "transcription_only"):
             raise ValueError(f'return_format must be "raw" or "transcription_only", got {return_format!r}.')
         if return_format == "raw":
@@ -495,6 +499,15 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
                 f"(max_position_embeddings); {self.tokens_per_window} tokens are "
                 f"{self.feature_extractor.chunk_length} s of audio. Shorten the audio or split the conversation."
             )
+
+
+def refuse_timestamps(kwargs: dict):
+    """Raises a ValueError on `return_timestamps`, which users of Whisper know; False and None are taken out."""
+    if kwargs.pop("return_timestamps", None):
+        raise ValueError(
+            "The tokens of this model have no times, so return_timestamps cannot be given here. `transcribe.py` of "
+            "this repository finds the times of segments and words: transcribe(model, processor, audio, aligner=...)."
+        )
 
 
 Qwen2AudioVLProcessor.register_for_auto_class()

@@ -17,7 +17,7 @@ from sounds import ENCODINGS, RECORDINGS, encode
 from transformers import WhisperFeatureExtractor
 
 import audio_utils
-from audio_utils import AudioError, fetch_audio, log_mel
+from audio_utils import AudioError, fetch_all, fetch_audio, log_mel
 from demo.bases import ASSETS
 
 
@@ -36,6 +36,19 @@ def test_files_are_exact():
     assert torch.equal(fetch_audio(str(RECORDINGS / "jfk.wav")), torch.from_numpy(expected))
     stereo, _ = soundfile.read(FLAC, dtype="float32")
     torch.testing.assert_close(fetch_audio(FLAC, sr=44100), torch.from_numpy(stereo.mean(axis=1)), atol=1e-6, rtol=0)
+
+
+def test_files_of_a_batch_are_opened_in_order(original):
+    """In parallel, apart from an object that two items share, whose place in the file they would both move."""
+    shared, names = io.BytesIO((RECORDINGS / "jfk.wav").read_bytes()), ("jfk.wav", "jfk.mp3", "english.wav")
+    paths = [str(RECORDINGS / name) for name in names]
+    content = {"type": "audio", "audio": {"bytes": Path(paths[1]).read_bytes(), "path": None}}
+    clips = [*paths, content, shared, {"audio": shared}, original] * 3
+    for one, many in zip(map(fetch_audio, clips), fetch_all(clips), strict=True):
+        assert torch.equal(one, many)
+    assert fetch_all([]) == []
+    with pytest.raises(AudioError, match="first.wav"):
+        fetch_all([paths[0], "/missing/first.wav", io.BytesIO(b"no audio"), "/missing/second.wav"])
 
 
 def best_match(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int]:

@@ -94,6 +94,10 @@ def test_transcription_request(demo_repo, examples):
     assert [answer.strip() for answer in processor.decode(new, skip_special_tokens=True)] == words
     output = model.generate(**processor.apply_transcription_request(clips[0]), max_new_tokens=12)
     assert processor.decode(output[0], return_format="transcription_only") == words[0]
+    for call in (processor.apply_transcription_request, processor.decode):
+        with pytest.raises(ValueError, match=r"have no times.*transcribe\.py"):
+            call(clips if call != processor.decode else output, return_timestamps=True)
+    assert processor.decode(output[0], return_timestamps=False) == processor.decode(output[0])
     prompts = processor.apply_transcription_request(clips, tokenize=False)
     assert_equal(processor(text=prompts, audio=clips, padding=True, return_tensors="pt"), inputs)
 
