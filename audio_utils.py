@@ -324,7 +324,7 @@ def fetch_all(clips: list, sr: int = SAMPLING_RATE, device=None, **limits) -> li
     open_one = functools.partial(fetch_audio, sr=sr, device=device, **limits)
     pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
     try:
-        # Objects with a state, which two items may share, are read one after another.
+        # Two items may share an object with a state, such as an open file, so these are read one after another.
         opened = [pool.submit(open_one, clip) if is_plain(clip) and len(clips) > 1 else None for clip in clips]
         return [future.result() if future else open_one(clip) for future, clip in zip(opened, clips, strict=True)]
     finally:
