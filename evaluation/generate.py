@@ -17,6 +17,7 @@ from transformers import AutoModel
 from audio_utils import SAMPLING_RATE
 from collator import refuse_unreadable
 from publishing.paths import load_processor
+from transcribe import Answer, Asker, LocalAsker, ServerAsker, Transcriber
 
 
 def load(repo: str | Path, dtype: str | torch.dtype = "auto", audio_tokens: str | None = None) -> tuple:
@@ -43,6 +44,10 @@ class LocalModel:
             batch = conversations[start : start + self.batch_size]
             for index, (answer, seconds) in enumerate(self.answer(batch), start):
                 yield index, answer, seconds
+
+    def asker(self, prompt: str) -> Asker:
+        """Returns what transcribes pieces."""
+        return LocalAsker(self.model, self.processor, prompt=prompt)
 
     def answer(self, batch: list[list[dict]]) -> list[tuple[str | Exception, float]]:
         start = time.perf_counter()
@@ -85,16 +90,61 @@ class Server:
                 yield futures[future], future.result(), now - last
                 last = now
 
+    def asker(self, prompt: str) -> Asker:
+        """Returns what transcribes pieces. It raises a ValueError where the server refuses one."""
+        ask = ServerAsker(self.url, self.name, prompt=prompt)
+
+        def checked(clips: list[torch.Tensor]) -> list[Answer]:
+            try:
+                return ask(clips)
+            except self.error as error:
+                raise ValueError(str(self.check(error))) from error
+
+        return checked
+
     def answer(self, messages: list[dict]) -> str | Exception:
         sent = [{**message, "content": openai_content(message["content"])} for message in messages]
         settings = {"temperature": 0, "max_tokens": self.max_new_tokens}
         try:
             reply = self.client.chat.completions.create(model=self.name, messages=sent, **settings)
         except self.error as error:
-            if getattr(error, "status_code", 500) >= 500:  # the server's fault, not the row's
-                raise ConnectionError(f"{self.url} failed: {error}. Run the command again to go on.") from error
-            return error
+            return self.check(error)
         return reply.choices[0].message.content or ""
+
+    def check(self, error: Exception) -> Exception:
+        """Returns the error of a row. Raises a ConnectionError if it is the server's fault."""
+        if getattr(error, "status_code", 500) >= 500:
+            raise ConnectionError(f"{self.url} failed: {error}. Run the command again to go on.") from error
+        return error
+
+
+class LongForm:
+    """Transcribes recordings of any length, one after another, in pieces of at most `max_seconds`."""
+
+    def __init__(self, answers: LocalModel | Server, max_seconds: float):
+        self.answers, self.max_seconds = answers, max_seconds
+        self.device, self.dtype = answers.device, answers.dtype
+
+    def __call__(self, conversations: list[list[dict]]) -> Iterator[tuple[int, str | Exception, float]]:
+        """Yields the same as [`LocalModel`]."""
+        for index, messages in enumerate(conversations):
+            start = time.perf_counter()
+            try:
+                answer = self.transcribe(messages)
+            except ValueError as error:
+                answer = error
+            yield index, answer, time.perf_counter() - start
+
+    def transcribe(self, messages: list[dict]) -> str:
+        items = [item for message in messages if isinstance(message["content"], list) for item in message["content"]]
+        kinds = [item["type"] for item in items]
+        if len(messages) != 1 or kinds.count("audio") != 1 or {*kinds} - {"audio", "text"}:
+            what = f"{len(messages)} messages with {', '.join(kinds) or 'text alone'}"
+            raise ValueError(f"--long-form needs one message with one clip and what is asked about it, not {what}.")
+        clip = next(item["audio"] for item in items if item["type"] == "audio")
+        asked = " ".join(item["text"] for item in items if item["type"] == "text")
+        transcriber = Transcriber(self.answers.asker(asked), self.max_seconds, self.answers.batch_size)
+        return " ".join(segment.text for _, segments in transcriber.batches(clip) for segment in segments)
 
 
 def openai_content(content):

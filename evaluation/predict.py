@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import json
+import math
 import platform
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -14,12 +15,13 @@ from transformers.utils import logging
 
 from collator import ChatCollator
 from configuration_qwen2_audio_vl import TRANSCRIBE, WHOLE_MODEL
-from evaluation.generate import LocalModel, Server, load, write_sound
+from evaluation.generate import LocalModel, LongForm, Server, load, write_sound
 from evaluation.questions import Question, Questions, check_groups
 from evaluation.rows import describe_data, list_changes, load_rows
 from evaluation.scoring import AS_GIVEN, compare, file_of, read_prediction
 from evaluation.settings import Settings
 from publishing.paths import load_processor, only_run, replace_file, resolve, sha256, write_json
+from transcribe import longest_piece
 
 
 logger = logging.get_logger(__name__)
@@ -53,7 +55,8 @@ def predict_arms(settings: Settings):
         refuse_another_run(folder, manifest)
     processor, model = load_backend(settings)
     collator = ChatCollator(processor, instruction=instruction)
-    questions = Questions(rows, collator, settings.group_column, settings.transcript_column)
+    limits = {"max_seconds": math.inf} if settings.long_form else {}
+    questions = Questions(rows, collator, settings.group_column, settings.transcript_column, **limits)
     if state.is_main_process:
         (folder / "media").mkdir(exist_ok=True)
         manifest |= {"device": model.device, "dtype": model.dtype}
@@ -79,16 +82,18 @@ def load_data(settings: Settings):
 
 
 def load_backend(settings: Settings) -> tuple:
-    """Returns the processor and what answers conversations, a [`LocalModel`] or a [`Server`]."""
+    """Returns the processor and what answers conversations."""
     limits = settings.batch_size, settings.max_new_tokens
     if settings.backend == "vllm":
         processor = load_processor(settings.repo, settings.audio_tokens)
-        return processor, Server(settings.url, settings.served_name, *limits)
-    processor, model = load(settings.repo, settings.dtype, settings.audio_tokens)
-    return processor, LocalModel(processor, model.to(PartialState().device), *limits)
+        answers = Server(settings.url, settings.served_name, *limits)
+    else:
+        processor, model = load(settings.repo, settings.dtype, settings.audio_tokens)
+        answers = LocalModel(processor, model.to(PartialState().device), *limits)
+    return processor, LongForm(answers, longest_piece(processor)) if settings.long_form else answers
 
 
-def predict_arm(arm: str, questions: Questions, model: LocalModel | Server, settings: Settings):
+def predict_arm(arm: str, questions: Questions, model: LocalModel | Server | LongForm, settings: Settings):
     """Asks the rows that have no answer yet, shared among the processes, and merges the answers."""
     state, folder = PartialState(), settings.output
     if state.is_main_process:
@@ -131,10 +136,16 @@ def write_lines(path: Path, lines: Iterable[dict | None], arm: str, bar: tqdm) -
 
 
 def answer_rows(
-    rows: Iterator[tuple[int, dict]], arm: str, questions: Questions, model: LocalModel | Server, settings: Settings
+    rows: Iterator[tuple[int, dict]],
+    arm: str,
+    questions: Questions,
+    model: LocalModel | Server | LongForm,
+    settings: Settings,
 ) -> Iterator[dict | None]:
     """Yields the line of each row, in the order of the answers; None for a row that the arm would ask the same."""
-    while buffered := list(itertools.islice(rows, BUFFER * settings.batch_size)):
+    # The batches of long recordings are their pieces, so few recordings are in memory.
+    size = 1 if settings.long_form else BUFFER * settings.batch_size
+    while buffered := list(itertools.islice(rows, size)):
         asked = []
         for index, row in buffered:
             question = questions.change(questions.read(index, row), arm)
@@ -214,6 +225,8 @@ def make_manifest(settings: Settings, instruction: str) -> dict:
     patterns = ("*.safetensors", "*.py")
     weights, code = ({file.name: sha256(file) for file in sorted(origin.folder.glob(each))} for each in patterns)
     generation = {name: getattr(settings, name) for name in ("max_new_tokens", "audio_tokens", "batch_size")}
+    if settings.long_form:
+        generation = {"audio_tokens": settings.audio_tokens, "batch_size": settings.batch_size, "long_form": True}
     as_given = ("columns", "group_column", "transcript_column", "limit", "backend", "command")
     return {
         "model": {"name": origin.name, "revision": origin.commit, "weights": weights, "code": code},

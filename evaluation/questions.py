@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 from PIL import ImageOps
 
-from audio_utils import SAMPLING_RATE
+from audio_utils import MAX_SECONDS, SAMPLING_RATE
 from collator import BadRow, ChatCollator, answer_text, content_of, place_of, prefix_errors, refuse_unreadable
 from evaluation.scoring import ALL, AS_GIVEN
 
@@ -58,10 +58,20 @@ class Question(NamedTuple):
 
 
 class Questions:
-    """Reads the rows of `evaluation.rows.load_rows` as questions; the columns are names or None."""
+    """
+    Reads the rows of `evaluation.rows.load_rows` as questions; the columns are names or None. `max_seconds` is the
+    limit of a clip.
+    """
 
-    def __init__(self, rows, collator: ChatCollator, group_column: str | None, transcript_column: str | None):
-        self.rows, self.collator = rows, collator
+    def __init__(
+        self,
+        rows,
+        collator: ChatCollator,
+        group_column: str | None,
+        transcript_column: str | None,
+        max_seconds: float = MAX_SECONDS,
+    ):
+        self.rows, self.collator, self.max_seconds = rows, collator, max_seconds
         self.group_column, self.transcript_column = group_column, transcript_column
 
     def read(self, index: int, row: dict) -> Question:
@@ -93,7 +103,7 @@ class Questions:
         return messages
 
     def open_item(self, item: dict) -> dict:
-        opened = self.collator.processor.open_item(item)
+        opened = self.collator.processor.open_item(item, max_seconds=self.max_seconds)
         if item["type"] == "audio":
             return {"type": "audio", "audio": opened["audio"].numpy()}
         if item["type"] == "image":

@@ -28,6 +28,9 @@ class Settings:
     transcript_column: str | None = setting(None, "column with the words of each clip, for the arms text and swapped")
     streaming: bool = setting(False, "read rows when they are needed", action="store_true")
     limit: int | None = setting(None, "ask only this many rows, from the first", type=int)
+    long_form: bool = setting(
+        False, "transcribe clips of any length in pieces (docs/transcription.md)", action="store_true"
+    )
     arms: tuple[str, ...] = setting((), "ask all rows again without a part of their content", nargs="+", choices=ARMS)
     batch_size: int = setting(8, "rows, or requests, at a time (default: 8)", type=int)
     max_new_tokens: int = setting(256, "greatest length of an answer (default: 256)", type=int)
@@ -45,10 +48,21 @@ class Settings:
         self.columns = columns_of(self.audio_column, self.text_column)
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be 1 or more, got {self.batch_size}.")
+        if self.long_form:
+            self.check_long_form()
         if self.backend == "vllm" and not self.url:
             raise ValueError("--backend vllm needs --url, the address of the server, such as http://127.0.0.1:8000/v1.")
         if self.streaming and "swapped" in self.arms:
             raise ValueError("--arms swapped takes clips of other rows, which --streaming cannot reach; leave one out.")
+
+    def check_long_form(self):
+        if arms := [arm for arm in self.arms if arm in ("no-image", "text")]:
+            raise ValueError(
+                f"--long-form transcribes clips, which --arms {arms[0]} has not changed or left; leave one out."
+            )
+        default = next(option.default for option in fields(self) if option.name == "max_new_tokens")
+        if self.max_new_tokens != default:
+            raise ValueError("--long-form limits the answer to each piece by its length; leave --max-new-tokens out.")
 
     @property
     def command(self) -> str:

@@ -14,7 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
+import soundfile
 from accelerate.commands import launch
 from bombs import gif
 from data_rows import chat, damage_png, write_lines
@@ -29,15 +31,17 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 import upload
-from audio_utils import fetch_audio
+from audio_utils import SAMPLING_RATE, fetch_audio
 from demo.ask import EXAMPLES, read_examples, read_rows, transcription_examples, write_questions
 from demo.world import WORLD
 from evaluation import __main__ as evaluation
 from evaluation import card
+from evaluation.generate import load
 from evaluation.scoring import AS_GIVEN, read_folder, read_predictions
 from evaluation.settings import Settings
 from publishing import check as checking
 from publishing import paths
+from transcribe import transcribe
 
 
 LASTING = ("row", "group", "audio_filepath", "duration", "prompt", "text", "pred_text")
@@ -245,6 +249,32 @@ def test_a_server_is_not_sent_what_no_decoder_reads(demo_repo, broken, tmp_path,
     rows = predict(demo_repo, data, tmp_path, "--backend", "vllm", "--url", address)
     assert [row.get("pred_text") for row in rows] == [None, "one"]
     assert "served.jsonl:1: SyntaxError" in rows[0]["error"]
+
+
+def test_long_form(demo_repo, tmp_path, capsys):
+    """A recording of any length is transcribed in pieces; a row with more than a recording is refused."""
+    clips = [fetch_audio(EXAMPLES / example["audio"][0]).numpy() for example in transcription_examples()[:6]]
+    gap = np.zeros(SAMPLING_RATE, np.float32)
+    joined = np.concatenate([part for clip in clips for part in (clip, gap)])
+    soundfile.write(tmp_path / "long.flac", joined, SAMPLING_RATE)
+    words = " ".join(example["answer"] for example in transcription_examples()[:6])
+    clip, question = {"type": "audio", "path": "long.flac"}, text("Transcribe the audio.")
+    Image.new("RGB", (56, 56)).save(tmp_path / "photo.png")
+    rows = [chat(clip, question, answer=words), chat(clip, {"type": "image", "path": "photo.png"}, question)]
+    arguments = ("--data", str(write_lines(tmp_path / "long.jsonl", rows)), "--output", str(tmp_path / "results"))
+    arguments = ["predict", str(demo_repo), *arguments, "--long-form", "--dtype", "float32"]
+    evaluation.main([*arguments, "--batch-size", "4"])
+    row, refused = read_predictions(tmp_path / "results" / "predictions.jsonl")
+    processor, model = load(demo_repo, "float32")
+    assert row["pred_text"] == transcribe(model, processor, joined, batch_size=4).text
+    assert len(row["pred_text"].split()) > len(words.split()) / 2
+    assert row["duration"] == pytest.approx(len(joined) / SAMPLING_RATE, abs=0.01)
+    assert "needs one message with one clip" in refused["error"]
+    assert json.loads((tmp_path / "results" / "manifest.json").read_text())["generation"]["long_form"] is True
+    for message, *change in (("leave one out", "--arms", "text"), ("leave --max-new-tokens", "--max-new-tokens", "9")):
+        with pytest.raises(SystemExit):
+            evaluation.main([*arguments, *change])
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
