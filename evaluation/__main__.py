@@ -4,6 +4,10 @@ Scores a model in two steps. The second can run later, and on another machine:
     python -m evaluation predict REPO --data DATA --output DIR    asks the model row by row; goes on where it stopped
     python -m evaluation score DIR                                scores the answers; needs no model and no GPU
 
+Beside these, it finds the longest piece of a recording of which the model drops nothing, which `transcribe.py` uses:
+
+    python -m evaluation pieces REPO --data DATA [--write]
+
 DATA is what `python -m training` takes: chat messages, or with --audio-column and --text-column recordings with
 transcripts, from JSON lines or `datasets` (NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT). For several GPUs: `accelerate
 launch -m evaluation`.
@@ -15,6 +19,23 @@ from pathlib import Path
 
 from evaluation.settings import Settings, option_of
 from publishing.paths import silence_peft
+
+
+OF_PIECES = ("audio_column", "text_column", "instruction", "batch_size", "audio_tokens", "dtype")
+
+
+def find_pieces(writes: bool, settings: Settings):
+    if writes and not (Path(settings.repo) / "processor_config.json").is_file():
+        raise ValueError(f"--write needs a folder with processor_config.json, and {settings.repo} is none.")
+    from evaluation.pieces import longest_kept, measure_repo, store
+
+    results = measure_repo(settings)
+    for seconds, pieces, lossy, lost in results:
+        print(f"{seconds:>5g} s: {lossy} of {pieces} pieces lost a third of their words; {lost:.1%} of all words lost")
+    seconds = longest_kept(results)
+    print(f"\nThe longest piece that this model can take: {seconds:g} s (piece_seconds)")
+    if writes:
+        store(Path(settings.repo), seconds)
 
 
 def main(arguments: list[str] | None = None):
@@ -29,6 +50,13 @@ def main(arguments: list[str] | None = None):
         predictor.add_argument(option_of(option.name), dest=option.name, default=option.default, **option.metadata)
     scorer = commands.add_parser("score", help="score the answers")
     scorer.add_argument("folder", metavar="DIR", help="what predict wrote")
+    measurer = commands.add_parser("pieces", help="find the longest piece of a recording that the model can take")
+    measurer.add_argument("repo", metavar="REPO", help="folder of upload.py build, or a Hub id")
+    measurer.add_argument("--data", nargs="+", required=True, help="recordings with transcripts, not trained on")
+    measurer.add_argument("--write", action="store_true", help="write it into the folder's processor_config.json")
+    for option in fields(Settings):
+        if option.name in OF_PIECES:
+            measurer.add_argument(option_of(option.name), dest=option.name, default=option.default, **option.metadata)
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     silence_peft()  # before transformers imports it
@@ -38,6 +66,8 @@ def main(arguments: list[str] | None = None):
             from evaluation.predict import predict
 
             predict(**options)
+        elif command == "pieces":
+            find_pieces(options.pop("write"), Settings(output="", **options))
         else:
             folder = Path(options["folder"])
             if not folder.is_dir():

@@ -179,16 +179,15 @@ def build_config(base: Path, encoder: Path, tokenizer):
 
 def build_processor(base: Path, encoder: Path, tokenizer, config, trained: Path | None = None):
     """Joins the two processors. A trained checkpoint decides between fixed and trimmed audio tokens."""
-    rules = checkpoints.read_audio_tokens(trained / "processor_config.json") if trained else ("fixed", None)
+    untrained = {"audio_tokens": "fixed", "trained_audio_tokens": None}
+    rules = checkpoints.read_rules(trained / "processor_config.json") if trained else untrained
     processor = own_class("processing_qwen2_audio_vl.Qwen2AudioVLProcessor")(
         image_processor=transformers.AutoImageProcessor.from_pretrained(base),
         tokenizer=tokenizer,
         video_processor=transformers.AutoVideoProcessor.from_pretrained(base),
         feature_extractor=transformers.WhisperFeatureExtractor.from_pretrained(encoder),
         chat_template=(ROOT / "chat_template.jinja").read_text(encoding="utf-8"),
-        audio_tokens=rules[0],
-        trained_audio_tokens=rules[1],
-        piece_seconds=checkpoints.read_piece_seconds(trained / "processor_config.json") if trained else None,
+        **rules,
     )
     processor.check_config(config.to_dict())
     return processor
@@ -284,8 +283,7 @@ def merge_adapter(origin: Origin) -> BuildParts:
         del parts.plan["lm_head.weight"]
     processor_config = origin.folder / "processor_config.json"  # which TRL and training save beside an adapter
     if processor_config.is_file():
-        rules = checkpoints.read_audio_tokens(processor_config)
-        parts.processor.audio_tokens, parts.processor.trained_audio_tokens = rules
+        vars(parts.processor).update(checkpoints.read_rules(processor_config))
     parts.origins["adapter"] = origin
     return parts
 
@@ -294,7 +292,7 @@ def take_projector(parts: BuildParts, path: Path):
     """Replaces the projector, and the rows of the markers if the file has them, by what training wrote."""
     parts.is_trained = True
     parts.plan[checkpoints.PROJECTOR], markers = checkpoints.read_projector(path)
-    parts.processor.audio_tokens, parts.processor.trained_audio_tokens = checkpoints.read_audio_tokens(path)
+    vars(parts.processor).update(checkpoints.read_rules(path))
     for marker, row in zip(MARKER_INIT if markers else (), markers, strict=True):
         marker_id = parts.processor.tokenizer.convert_tokens_to_ids(marker)
         parts.marker_rows[marker_id] = b"".join(checkpoints.read_bytes(row, parts.config.dtype))

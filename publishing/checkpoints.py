@@ -78,33 +78,29 @@ def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def read_audio_tokens(path: Path) -> tuple[str, str | None]:
+def read_rules(path: Path) -> dict:
     """
-    Reads `(audio_tokens, trained_audio_tokens)` from a processor config or a projector file. A missing value is
-    "fixed"; the second is None for an untrained model.
+    Reads how a model was trained from a processor config or a projector file: arguments of the processor. Missing audio
+    tokens are "fixed"; `trained_audio_tokens` is None for an untrained model. `piece_seconds` is left out where it is
+    not known.
     """
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
-            trained = (file.metadata() or {}).get("audio_tokens", "fixed")
-        return ("fixed" if trained == "both" else trained), trained
-    stored = read_stored(path)
-    return stored.get("audio_tokens", "fixed"), stored.get("trained_audio_tokens", "fixed")
+            stored = file.metadata() or {}
+        trained, seconds = stored.get("audio_tokens", "fixed"), stored.get("piece_seconds")
+        rules = {"audio_tokens": "fixed" if trained == "both" else trained, "trained_audio_tokens": trained}
+    else:  # other and missing files hold nothing
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" and path.is_file() else {}
+        rules = {name: stored.get(name, "fixed") for name in ("audio_tokens", "trained_audio_tokens")}
+        seconds = stored.get("piece_seconds")
+    return rules | ({"piece_seconds": float(seconds)} if seconds else {})
 
 
-def read_piece_seconds(path: Path) -> float | None:
-    """Reads `piece_seconds` of a processor config, None if it has none."""
-    return read_stored(path).get("piece_seconds")
-
-
-def read_stored(path: Path) -> dict:
-    """Reads a processor config; other and missing files hold nothing."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" and path.is_file() else {}
-
-
-def save_projector(path: Path, projector: torch.Tensor, audio_tokens: str, markers: torch.Tensor | None = None):
-    """Writes what [`read_projector`] and [`read_audio_tokens`] read; `markers` are the embeddings of bos and eos."""
+def save_projector(path: Path, projector: torch.Tensor, processor, markers: torch.Tensor | None = None):
+    """Writes what [`read_projector`] and [`read_rules`] read; `markers` are the embeddings of bos and eos."""
     tensors = {PROJECTOR.removeprefix("model."): projector} | ({} if markers is None else {MARKERS: markers})
-    save_file(tensors, path, {"audio_tokens": audio_tokens})
+    metadata = {"audio_tokens": processor.trained_audio_tokens, "piece_seconds": processor.piece_seconds}
+    save_file(tensors, path, {name: str(value) for name, value in metadata.items() if value is not None})
 
 
 def read_projector(path: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -35,7 +35,7 @@ from audio_utils import SAMPLING_RATE, fetch_audio
 from demo.ask import EXAMPLES, read_examples, read_rows, transcription_examples, write_questions
 from demo.world import WORLD
 from evaluation import __main__ as evaluation
-from evaluation import card
+from evaluation import card, pieces
 from evaluation.generate import load
 from evaluation.scoring import AS_GIVEN, read_folder, read_predictions
 from evaluation.settings import Settings
@@ -249,6 +249,27 @@ def test_a_server_is_not_sent_what_no_decoder_reads(demo_repo, broken, tmp_path,
     rows = predict(demo_repo, data, tmp_path, "--backend", "vllm", "--url", address)
     assert [row.get("pred_text") for row in rows] == [None, "one"]
     assert "served.jsonl:1: SyntaxError" in rows[0]["error"]
+
+
+def test_the_longest_piece_is_measured_and_stored(demo_repo, tmp_path, capsys, monkeypatch):
+    """The small model was trained on clips of up to 3 s; of longer ones it leaves most words out."""
+    rows = [{"wav": str(EXAMPLES / row["audio"][0]), "sentence": row["answer"]} for row in transcription_examples()]
+    folder, data = tmp_path / "repo", write_lines(tmp_path / "rows.jsonl", rows)
+    shutil.copytree(demo_repo, folder)
+    monkeypatch.setattr(pieces, "LENGTHS", (1.5, 2.5, 9, 12))
+    command = ["pieces", str(folder), "--data", str(data), *RECORDINGS, "--dtype", "float32", "--write"]
+    evaluation.main(command)
+    *lines, _, longest = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["1.5", "2.5", "9"] and "(piece_seconds)" in longest
+    assert json.loads((folder / "processor_config.json").read_text())["piece_seconds"] == 2.5
+    paths.check_content(folder, paths.read_checksums(folder))
+    monkeypatch.setattr(pieces, "LENGTHS", (9, 12))
+    with pytest.raises(SystemExit):
+        evaluation.main(command)
+    assert "no length that the model can take" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluation.main(["pieces", "owner/name", "--data", str(data), "--write"])
+    assert "--write needs a folder" in capsys.readouterr().err
 
 
 def test_long_form(demo_repo, tmp_path, capsys):

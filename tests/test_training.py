@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands import launch
-from data_rows import chat
+from data_rows import chat, write_lines
 from filelock import FileLock
 from helpers import answer, audio, image, start_python, text, video
 from PIL import Image
@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save
 from transformers import AutoModel, AutoProcessor
 
 from collator import ChatCollator
-from demo.ask import load
+from demo.ask import EXAMPLES, load, transcription_examples
+from evaluation import pieces
 from evaluation.rows import load_rows
 from evaluation.scoring import normalize
 from publishing import check as checking
@@ -155,6 +156,25 @@ def test_data_that_is_not_there_is_named(settings, tmp_path, capsys, option):
     with pytest.raises(SystemExit):
         main(words(settings(tmp_path, **option)))
     assert "training: There is no file" in capsys.readouterr().err
+
+
+def test_the_longest_piece_is_measured(run, settings, demo_repo, tmp_path, monkeypatch, capsys):
+    """It is stored beside the adapter, from which `build` takes it; a model that can take none gets a warning."""
+    rows = [
+        chat(audio(str(EXAMPLES / row["audio"][0])), text("Transcribe the audio."), answer=row["answer"])
+        for row in transcription_examples()
+    ]
+    data = [write_lines(tmp_path / "rows.jsonl", rows)]
+    monkeypatch.setattr(pieces, "LENGTHS", (1.5, 2.5))
+    short = {"max_steps": 1, "learning_rate": 1e-9, "data": data, "eval": data, "max_new_tokens": 2}
+    short |= {"model": demo_repo, "measure_pieces": True}
+    run(tmp_path / "output", **short)
+    assert json.loads((tmp_path / "output" / "summary.json").read_text())["longest piece in seconds"] == 2.5
+    folder = build(checkpoint=tmp_path / "output" / "adapter", output=tmp_path / "built")
+    assert json.loads((folder / "processor_config.json").read_text())["piece_seconds"] == 2.5
+    with pytest.raises(SystemExit):
+        main([*words(settings(tmp_path / "other")), "--measure-pieces"])
+    assert "--measure-pieces needs --eval" in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -389,7 +409,7 @@ def test_kinds_of_audio_tokens(run, start, tmp_path, sound):
     exported = AutoProcessor.from_pretrained(tmp_path / "export", trust_remote_code=True)
     assert (exported.audio_tokens, exported.trained_audio_tokens) == ("fixed", "both")
     learned = tmp_path / "run" / "audio_projector.safetensors"
-    assert checkpoints.read_audio_tokens(learned) == ("fixed", "both")
+    assert checkpoints.read_rules(learned)["trained_audio_tokens"] == "both"
     trimmed = build(checkpoint=start, projector=learned, output=tmp_path / "trimmed", audio_tokens="trimmed")
     for folder in (trimmed, build(checkpoint=trimmed, output=tmp_path / "again")):
         built = AutoProcessor.from_pretrained(folder, trust_remote_code=True)

@@ -110,7 +110,7 @@ def align(args: Arguments, processor, dataset, collator: ChatCollator) -> dict:
     clips = itertools.islice(read_clips(processor, dataset, collator), args.align_rows)
     weight, summary = fit_projector(clips, aligner, tensors[EMBEDDINGS], processor.tokenizer)
     output = Path(args.output_dir)
-    save_projector(output / PROJECTOR_FILE, weight, processor.trained_audio_tokens)
+    save_projector(output / PROJECTOR_FILE, weight, processor)
     summary = {"stage": args.stage, **summary, "seconds": round(time.time() - start, 1)}
     write_json(output / "summary.json", summary)
     return summary

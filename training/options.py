@@ -42,6 +42,7 @@ class Options:
     align_rows: int = setting(1000, "how many rows with speech --stage align uses")
     data: list[str] | None = setting(None, "JSON lines, or a folder or id of `datasets` (ID[:SPLIT]), with `messages`")
     eval: list[str] | None = setting(None, "the same, for loss, word and character error rate")
+    measure_pieces: bool = setting(False, "find with --eval the longest piece of a recording that the model can take")
     streaming: bool = setting(False, "read rows when they are needed; set --max-steps as well")
     audio_column: str | None = setting(None, "column of recordings with transcripts, instead of `messages`")
     text_column: str | None = setting(None, "column of their transcripts")
@@ -158,6 +159,8 @@ def check_options(options: dict):
     columns_of(options.get("audio_column"), options.get("text_column"))
     if (options.get("stage") == "align") != bool(options.get("aligner")):
         raise ValueError("--stage align needs --aligner, a folder or Hub id of Whisper, and no other stage does.")
+    if options.get("measure_pieces") and (not options.get("eval") or options["stage"] == "align"):
+        raise ValueError("--measure-pieces needs --eval, recordings with transcripts, and another stage than align.")
     if options.get("streaming") and options.get("max_steps", -1) < 1:
         raise ValueError("--streaming needs --max-steps, because the number of rows is not known.")
     if options.get("save_total_limit") == 1:
@@ -165,7 +168,12 @@ def check_options(options: dict):
     export = options.get("export")
     if export and Path(export).exists() and any(Path(export).iterdir()):
         raise ValueError(f"--export {export} is not empty; name a new folder.")
-    if options.get("encoder_cache") and (options.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+    is_sharded = options.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if options.get("measure_pieces") and is_sharded:
+        raise ValueError(
+            "FSDP has no whole model to ask; leave --measure-pieces out, and run `evaluation pieces` later."
+        )
+    if options.get("encoder_cache") and is_sharded:
         reason = "where a process that reads a window from it would leave out layers that the others call"
         raise ValueError(f"--encoder-cache cannot be used with FSDP, {reason}. Leave it out.")
 

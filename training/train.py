@@ -14,6 +14,8 @@ from transformers.utils import logging
 
 from collator import ChatCollator, answer_text
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, IGNORED_LABEL
+from evaluation.pieces import longest_kept, measure, read_clips
+from evaluation.questions import Questions
 from evaluation.rows import load_rows
 from evaluation.scoring import score
 from publishing.checkpoints import PROJECTOR_FILE, save_projector
@@ -23,6 +25,7 @@ from training.closed_form import align
 from training.encoder_cache import CachedEncoder
 from training.resuming import MarkComplete, newest_checkpoint, refuse_another_run
 from training.selection import select_rows
+from transcribe import LocalAsker
 
 
 logger = logging.get_logger(__name__)
@@ -139,7 +142,7 @@ def mean_loss(history: list[dict]) -> float:
     return total / steps[-1]
 
 
-def write_projector(adapter: Path, path: Path, audio_tokens: str):
+def write_projector(adapter: Path, path: Path, processor):
     """Writes what `upload.py build --projector` reads: the projector and, if they learned, the markers."""
     projector = markers = None
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
@@ -147,7 +150,7 @@ def write_projector(adapter: Path, path: Path, audio_tokens: str):
             projector = tensor
         elif name.endswith("trainable_tokens_delta"):
             markers = tensor
-    save_projector(path, projector, audio_tokens, markers)
+    save_projector(path, projector, processor, markers)
 
 
 def export(args: Arguments, processor, adapter: Path):
@@ -213,6 +216,19 @@ def run(trainer: AnswerTrainer, checkpoint: str | None, earlier: float) -> dict:
     return summary
 
 
+def measure_pieces(trainer: AnswerTrainer, collator: ChatCollator) -> float | None:
+    """Returns the seconds of the longest piece that the model can take, None with a warning if it can take none."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model).eval()
+    try:
+        clips = read_clips(Questions(load_rows(args.eval, columns=args.columns), collator, None, None))
+        with trainer.compute_loss_context_manager():
+            ask = LocalAsker(model, collator.processor, prompt=clips[0].prompt)
+            return longest_kept(measure(ask, clips, args.per_device_eval_batch_size))
+    except ValueError as error:
+        logger.warning(f"--measure-pieces found no length: {error}")
+        return None
+
+
 def write(trainer: AnswerTrainer, processor, summary: dict):
     """Writes what was learned to `--output-dir`. All processes call it, because they may hold parts of the model."""
     args, output = trainer.args, Path(trainer.args.output_dir)
@@ -220,7 +236,7 @@ def write(trainer: AnswerTrainer, processor, summary: dict):
     if args.should_save:
         processor.save_pretrained(output / "adapter")  # which tells `upload.py build` the audio tokens
         if args.stage == "projector":
-            write_projector(output / "adapter", output / PROJECTOR_FILE, processor.trained_audio_tokens)
+            write_projector(output / "adapter", output / PROJECTOR_FILE, processor)
         if args.export:
             export(args, processor, output / "adapter")
         draw_losses(trainer.state.log_history, output / "loss.png")
@@ -246,5 +262,7 @@ def train(args: Arguments) -> dict:
     mark = MarkComplete(checkpoint)
     trainer = AnswerTrainer(load_model(args), args, collator, dataset, eval_dataset, callbacks=[mark])
     summary = run(trainer, checkpoint, mark.seconds)
+    if args.measure_pieces:
+        summary["longest piece in seconds"] = processor.piece_seconds = measure_pieces(trainer, collator)
     write(trainer, processor, summary)
     return summary
