@@ -16,6 +16,7 @@ import torch
 from audio_decoding import decode_pieces, of_one_rate
 from audio_download import MAX_BYTES, TIMEOUT, describe, read
 from audio_utils import SAMPLING_RATE, check_peak, check_rate, fetch_audio, resample_pieces, unwrap
+from configuration_qwen2_audio_vl import SHORTEST_PIECE
 
 
 QUIET_SECONDS = 0.3  # a cut lies in the middle of so long a stretch
@@ -92,7 +93,9 @@ def find_duration(ele) -> float | None:
     return None
 
 
-def cut_pieces(parts: Iterable[torch.Tensor], max_seconds: float, start: int = 0) -> Iterator[Piece]:
+def cut_pieces(
+    parts: Iterable[torch.Tensor], max_seconds: float, start: int = 0, pause: float | None = None
+) -> Iterator[Piece]:
     """
     Joins consecutive samples, and cuts them into pieces of at most `max_seconds`: in the middle of the quietest 0.3 s
     of the last half of what fits.
@@ -100,6 +103,7 @@ def cut_pieces(parts: Iterable[torch.Tensor], max_seconds: float, start: int = 0
     Args:
         parts: float32 `[samples]` each, at 16 kHz.
         start: The sample at which the pieces begin; earlier ones are skipped.
+        pause: Seconds of silence in whose middle a piece of 2 s or more ends earlier.
     """
     limit, waiting, position = round(max_seconds * SAMPLING_RATE), torch.empty(0), 0
     for part in parts:
@@ -107,9 +111,12 @@ def cut_pieces(parts: Iterable[torch.Tensor], max_seconds: float, start: int = 0
         position += skipped
         waiting = torch.cat([waiting, part[skipped:]])
         while len(waiting) > limit:
-            size = find_quiet(waiting[:limit], limit // 2)
+            size = find_pause(waiting[:limit], pause) or find_quiet(waiting[:limit], limit // 2)
             yield Piece(position, waiting[:size].clone())
             position, waiting = position + size, waiting[size:]
+    while size := find_pause(waiting, pause):
+        yield Piece(position, waiting[:size].clone())
+        position, waiting = position + size, waiting[size:]
     if len(waiting):
         yield Piece(position, waiting)
 
@@ -121,6 +128,21 @@ def find_quiet(samples: torch.Tensor, first: int, end: int | None = None) -> int
     energy = torch.cat([searched.new_zeros(1), searched.square().cumsum(0)])
     sums = (energy[width:] - energy[:-width])[::STEP]
     return first + int(sums.argmin()) * STEP + width // 2
+
+
+def find_pause(samples: torch.Tensor, seconds: float | None) -> int | None:
+    """
+    Returns the middle of the first silence of at least `seconds` between voices, not before the least length of a
+    piece; None if there is none.
+    """
+    if seconds is None:
+        return None
+    places = find_voice(samples).nonzero().flatten() * LEVEL
+    for end, start in itertools.pairwise(places.tolist()):
+        middle = (end + LEVEL + start) // 2
+        if start - end - LEVEL >= seconds * SAMPLING_RATE and middle >= SHORTEST_PIECE * SAMPLING_RATE:
+            return middle
+    return None
 
 
 def halve(piece: Piece) -> list[Piece]:

@@ -240,6 +240,7 @@ class Transcriber:
     batch_size: int = BATCH_SIZE
     aligner: Aligner | None = None
     language: str | None = None
+    pause: float | None = None  # seconds of silence in which a piece ends earlier
 
     def __post_init__(self):
         longest, reason = (30.0, " with word times") if self.aligner else (LONGEST_PIECE, "")
@@ -248,6 +249,8 @@ class Transcriber:
             raise ValueError(f"max_seconds must be {bounds}, got {self.max_seconds}.")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}.")
+        if self.pause is not None and not 0 < self.pause <= self.max_seconds:
+            raise ValueError(f"pause must be more than 0 and at most {self.max_seconds:g} s, got {self.pause}.")
         ask_for_words(self.language)  # raises on an unknown language
 
     def batches(self, audio, start: int = 0, **limits) -> Iterator[tuple[int, list[Segment]]]:
@@ -255,7 +258,7 @@ class Transcriber:
         Yields the sample at which each batch of pieces ends, and its segments, which follow each other in time. What
         lies before the sample `start` is skipped. `limits` are those of `fetch_audio`, without one of length.
         """
-        pieces = ahead(cut_pieces(stream_audio(audio, **limits), self.max_seconds, start))
+        pieces = ahead(cut_pieces(stream_audio(audio, **limits), self.max_seconds, start, self.pause))
         with contextlib.closing(pieces):
             while batch := list(itertools.islice(pieces, self.batch_size)):
                 answered = answer_pieces(self.ask, batch)
@@ -277,12 +280,13 @@ def make_transcriber(
     language: str | None = None,
     prompt: str | None = None,
     aligner: Aligner | None = None,
+    pause: float | None = None,
 ) -> Transcriber:
     """Returns what transcribes with a model in this process. The arguments are those of [`transcribe`]."""
     keeps_rows = aligner is not None and aligner.has_encoder(model.model.audio_encoder)
     ask = LocalAsker(model, processor, language, prompt, keeps_rows)
     longest = longest_piece(processor)
-    return Transcriber(ask, longest if max_seconds is None else max_seconds, batch_size, aligner, language)
+    return Transcriber(ask, longest if max_seconds is None else max_seconds, batch_size, aligner, language, pause)
 
 
 def transcribe_segments(model, processor, audio, **settings) -> Iterator[Segment]:
@@ -305,6 +309,7 @@ def transcribe(model, processor, audio, **settings) -> Transcript:
         batch_size (`int`, defaults to 8): Pieces that are transcribed at once.
         language, prompt (`str`, *optional*): As in the processor's `apply_transcription_request`.
         aligner ([`word_times.Aligner`], *optional*): Finds the times of words. Without it segments have no words.
+        pause (`float`, *optional*): Seconds of silence in whose middle a piece of 2 s or more ends before it is full.
         sampling_rate, max_bytes, timeout, public_only: As in `audio_utils.fetch_audio`.
 
     Raises:
@@ -381,6 +386,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--aligner", help="folder or Hub id of a complete Whisper (default: the audio encoder's origin)"
     )
     parser.add_argument("--max-seconds", type=float, help="longest piece (default: the model's)")
+    parser.add_argument("--pause", type=float, help="end a piece in the first silence of so many seconds")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"pieces at once (default: {BATCH_SIZE})")
     parser.add_argument("--language", help="Whisper's code or name, such as en; the model is told")
     parser.add_argument("--prompt", help=f"the instruction (default: {TRANSCRIBE})")
@@ -403,7 +409,7 @@ def load_transcriber(options: argparse.Namespace) -> Transcriber:
         aligner = Aligner(find_folder(aligner)) if options.word_timestamps else None
         ask = ServerAsker(options.url, options.served_name, options.language, options.prompt)
         longest = PIECE_SECONDS if options.max_seconds is None else options.max_seconds
-        return Transcriber(ask, longest, options.batch_size, aligner, options.language)
+        return Transcriber(ask, longest, options.batch_size, aligner, options.language, options.pause)
     folder = find_folder(options.repo, needed=WHOLE_MODEL)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=options.dtype, device_map="auto").eval()
@@ -422,6 +428,7 @@ def load_transcriber(options: argparse.Namespace) -> Transcriber:
         language=options.language,
         prompt=options.prompt,
         aligner=Aligner(find_aligner(aligner)) if options.word_timestamps else None,
+        pause=options.pause,
     )
 
 
@@ -433,7 +440,7 @@ def find_aligner(name: str) -> Path:
 def transcribe_file(transcriber: Transcriber, source: str, name: str, style: SubtitleStyle, options) -> None:
     """Transcribes one file, and writes the formats that were asked for when it is done."""
     unfinished = options.output_dir / f"{name}.unfinished.jsonl"
-    asked = ("repo", "url", "max_seconds", "language", "prompt", "word_timestamps", "aligner")
+    asked = ("repo", "url", "max_seconds", "pause", "language", "prompt", "word_timestamps", "aligner")
     settings = {option: getattr(options, option) for option in asked}
     start, batches = time.monotonic(), []
     total = find_duration(source)

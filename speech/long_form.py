@@ -4,33 +4,39 @@ the length costs in memory.
 
     python -m speech.long_form [--minutes N] [--batch N] [--readme]
 
-The recording joins telephone prompts (speech.recordings) in a fixed random order with gaps of 0.05 to 1.5 s, as MP3 of
-48 kHz stereo. REPO is what `make speech` built.
+Whisper base answers the same pieces as a control. The recording joins telephone prompts (speech.recordings) in a fixed
+random order with gaps of 0.05 to 1.5 s, as MP3 of 48 kHz stereo; once with music. REPO is what `make speech` built.
 """
 
+import itertools
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
+import torch
+from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from audio_streaming import cut_pieces, stream_audio
 from audio_utils import SAMPLING_RATE, fetch_audio
 from benchmarks.report import report, table
 from demo.ask import read_rows
 from evaluation.generate import load
-from evaluation.scoring import align, normalize
+from evaluation.scoring import align, edit_of, normalize
 from publishing.paths import ROOT
 from speech.recordings import BUILD, rows_of
 from speech.run import DTYPE, REPO
-from transcribe import make_transcriber, transcribe
+from speech.sounds import music
+from transcribe import Answer, Transcriber, longest_answer, make_transcriber
 
 
 GAPS = 0.05, 1.5  # seconds
 BITRATE = 128_000
+MUSIC = 10.0  # dB below the voices
 HOURS = 1, 3  # lengths of the recordings whose memory is measured
 # The peak of a process's own memory; `resource` would begin with that of its parent.
 MEASURE = """
@@ -47,15 +53,36 @@ STREAMED = "from audio_streaming import *; n = sum(len(p.samples) for p in cut_p
 WHOLE = "from audio_utils import fetch_audio; fetch_audio(sys.argv[1], max_seconds=1e6)"
 
 
-def join_clips(clips: list[np.ndarray], seed: int = 0) -> tuple[np.ndarray, list[float]]:
-    """Joins clips with random gaps of faint noise; returns the samples, and the second at which each clip begins."""
+def join_clips(clips: list[np.ndarray], seed: int = 0) -> tuple[np.ndarray, list[int]]:
+    """Joins clips with random gaps of faint noise; returns the samples, and the sample at which each clip begins."""
     rng, parts, begins, length = np.random.default_rng(seed), [], [], 0
     for clip in clips:
         gap = (1e-4 * rng.standard_normal(int(SAMPLING_RATE * rng.uniform(*GAPS)))).astype(np.float32)
         parts += [gap, clip]
-        begins.append((length + len(gap)) / SAMPLING_RATE)
+        begins.append(length + len(gap))
         length += len(gap) + len(clip)
     return np.concatenate(parts), begins
+
+
+class Recording(NamedTuple):
+    """Samples, float32 `[samples]`, and of each of its clips the first sample and the end, and the text."""
+
+    samples: np.ndarray
+    edges: list[tuple[int, int]]
+    texts: list[str]
+
+
+def join_recordings(minutes: float) -> Recording:
+    """Joins telephone prompts of at least so many minutes."""
+    rows, clips, texts, length = read_rows(rows_of("recordings")), [], [], 0
+    random.Random(1).shuffle(rows)
+    for row in rows:
+        if length < 60 * minutes * SAMPLING_RATE:
+            texts.append(row["text"])
+            clips.append(fetch_audio(str(rows_of("recordings").parent / row["audio"])).numpy())
+            length += len(clips[-1])
+    samples, begins = join_clips(clips)
+    return Recording(samples, [(begin, begin + len(clip)) for begin, clip in zip(begins, clips, strict=True)], texts)
 
 
 def write_mp3(samples: np.ndarray, path: Path, repeats: int = 1):
@@ -80,62 +107,102 @@ def measure_memory(path: Path, body: str) -> float:
     return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
-def count_errors(reference: str, answer: str) -> tuple[int, int]:
-    """Returns the wrong words, and the words of the reference."""
-    pairs = align(normalize(reference), normalize(answer))
-    return sum(expected != word for expected, word in pairs), len(normalize(reference).split())
+class WhisperAsker:
+    """Transcribes pieces with the complete Whisper, as a control of the cuts."""
+
+    def __init__(self, folder: Path):
+        self.model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.extractor = WhisperFeatureExtractor.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def __call__(self, clips: list[torch.Tensor]) -> list[Answer]:
+        windows = [clip.numpy() for clip in clips]
+        features = self.extractor(windows, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
+        limit = longest_answer(max(map(len, clips)))
+        ids = self.model.generate(features, language="en", task="transcribe", max_new_tokens=limit)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [Answer(" ".join(text.split())) for text in texts]
 
 
-def main(minutes: float = 10.0, batch: int = 8) -> list[str]:
-    rows, clips, seconds = read_rows(rows_of("recordings")), [], 0.0
-    random.Random(1).shuffle(rows)
-    chosen = []
-    for row in rows:
-        if seconds < 60 * minutes:
-            chosen.append(row)
-            clips.append(fetch_audio(str(rows_of("recordings").parent / row["audio"])).numpy())
-            seconds += len(clips[-1]) / SAMPLING_RATE
-    processor, model = load(REPO, DTYPE)
-    joined, begins = join_clips(clips)
-    path = BUILD / "long.mp3"
-    write_mp3(joined, path)
-    transcriber = make_transcriber(model, processor, batch_size=batch)
-    pieces = list(cut_pieces(stream_audio(str(path)), transcriber.max_seconds))
-    edges = [(begin, begin + len(clip) / SAMPLING_RATE) for begin, clip in zip(begins, clips, strict=True)]
-    within = sum(any(a < piece.end / SAMPLING_RATE < b for a, b in edges) for piece in pieces[:-1])
+class Aligned:
+    """What became of each word of a reference, and after how many of them each word of an answer stands."""
 
+    def __init__(self, reference: str, answer: str):
+        self.edits, self.places, self.inserted, self.errors = [], [], [], 0
+        for expected, word in align(reference, answer):
+            edit = edit_of(expected, word)
+            self.errors += edit != "equal"
+            if edit == "inserted":
+                self.inserted.append((len(self.edits), word))
+            self.places += [len(self.edits)] * len(word.split())
+            self.edits += [edit] * len(expected.split())
+
+
+def count_faults(reference: str, joined: Aligned, single: Aligned, seams: list[int]) -> int:
+    """
+    Counts the words that seams cost: the two on each side of a seam that are missing there and not in the answer about
+    the clip alone, and those beside a seam that are said again.
+    """
+    words, lost, doubled = reference.split(), set(), 0
+    for seam in seams:
+        near = range(max(0, seam - 2), min(len(words), seam + 2))
+        lost.update(i for i in near if joined.edits[i] == "deleted" and single.edits[i] != "deleted")
+        again = {words[i] for i in near}
+        extra = {each for each in joined.inserted if abs(each[0] - seam) <= 1 and each[1] in again}
+        doubled += len(extra - {*single.inserted})
+    return len(lost) + doubled
+
+
+def mix(joined: np.ndarray, decibels: float) -> np.ndarray:
+    """Adds music that is quieter than the voices by so many decibels."""
+    sound = music(len(joined), np.random.default_rng(7)).astype(np.float32)
+    return joined + sound * (joined.std() / sound.std() * 10 ** (-decibels / 20))
+
+
+def compare_cuts(name: str, transcriber: Transcriber, samples: np.ndarray, edges: list, texts: list[str]) -> list:
+    """Returns a row of the table: the whole recording in pieces beside its clips alone, each within its `edges`."""
     start = time.perf_counter()
-    result = transcribe(model, processor, str(path), batch_size=batch)
-    factor = result.duration / (time.perf_counter() - start)
-    text = " ".join(row["text"] for row in chosen)
-    errors, words = count_errors(text, result.text)
-    singles = sum(
-        count_errors(row["text"], transcribe(model, processor, clip).text)[0]
-        for row, clip in zip(chosen, clips, strict=True)
-    )
-    doubtful = sum(segment.doubt is not None for segment in result.segments)
-    first = table(
-        ["recording", "words", "pieces", "cut in a clip", "in doubt", "WER %", "WER of the clips %", "times real time"],
-        [
-            [
-                f"{result.duration / 60:.1f} min",
-                words,
-                len(pieces),
-                within,
-                doubtful,
-                f"{100 * errors / words:.2f}",
-                f"{100 * singles / words:.2f}",
-                f"{factor:.1f}",
-            ]
-        ],
-    )
-    memory = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "long.mp3"
+        write_mp3(samples, path)
+        segments = [segment for _, batch in transcriber.batches(str(path)) for segment in batch]
+    factor = len(samples) / SAMPLING_RATE / (time.perf_counter() - start)
+    clips = [torch.from_numpy(samples[first:end]) for first, end in edges]
+    alone = [answer.text for start in range(0, len(clips), 8) for answer in transcriber.ask(clips[start : start + 8])]
+    reference = " ".join(map(normalize, texts))
+    answers = [normalize(segment.text) for segment in segments]
+    joined, single = Aligned(reference, " ".join(answers)), Aligned(reference, " ".join(map(normalize, alone)))
+    ends = itertools.accumulate(len(answer.split()) for answer in answers[:-1])
+    seams = [joined.places[end] if end < len(joined.places) else len(joined.edits) for end in ends]
+    places = [segment.start * SAMPLING_RATE for segment in segments[1:]]
+    within = sum(any(first < place < end for first, end in edges) for place in places)
+    words, doubtful = len(reference.split()), sum(segment.doubt is not None for segment in segments)
+    rates = [f"{100 * each.errors / words:.2f}" for each in (single, joined)]
+    faults = count_faults(reference, joined, single, seams)
+    return [name, words, len(segments), within, doubtful, *rates, f"{40 * faults / len(segments):.1f}", f"{factor:.1f}"]
+
+
+def main(minutes: float = 8.0, batch: int = 8) -> list[str]:
+    joined, edges, texts = join_recordings(minutes)
+    processor, model = load(REPO, DTYPE)
+    ours = make_transcriber(model, processor, batch_size=batch)
+    control = Transcriber(WhisperAsker(BUILD / "whisper"), ours.max_seconds, batch)
+    compared = [
+        compare_cuts(f"{name}, {what}", transcriber, samples, edges, texts)
+        for name, transcriber in (("speech model", ours), ("Whisper base", control))
+        for what, samples in (("as it is", joined), (f"music at {MUSIC:g} dB", mix(joined, MUSIC)))
+    ]
+    head = ["recording", "words", "segments", "seams in a clip", "in doubt", "WER of the clips %", "WER joined %"]
+    first = table([*head, "lost or doubled at seams, in 40 segments", "times real time"], compared)
+    memory, path = [], BUILD / "long.mp3"
     for hours in HOURS:
         write_mp3(joined, path, round(hours * 3600 / (len(joined) / SAMPLING_RATE)))
         whole = f"{measure_memory(path, WHOLE):.0f} MB" if hours == 1 else ""
         memory.append([f"{hours} h", f"{measure_memory(path, STREAMED):.0f} MB", whole])
     path.unlink()
-    return [first, table(["MP3 of 48 kHz stereo", "streamed in pieces of 10 s", "opened whole"], memory)]
+    note = f"{len(joined) / SAMPLING_RATE / 60:.1f} minutes, in pieces of at most {ours.max_seconds:g} s."
+    return [first, note, table(["MP3 of 48 kHz stereo", "streamed in pieces of 10 s", "opened whole"], memory)]
 
 
 if __name__ == "__main__":

@@ -84,6 +84,23 @@ def test_pieces_are_cut_where_it_is_quiet(spoken):
     assert torch.equal(rest[0].samples, pieces[1].samples)
 
 
+def test_pieces_end_in_pauses(spoken):
+    """In the middle of a silence that lasts as long as was asked for, but not after less than 2 s."""
+    whole = list(cut_pieces(spoken.split(5000), 28.0))
+    pieces = list(cut_pieces(spoken.split(5000), 28.0, pause=0.3))
+    assert len(whole) == 1 and len(pieces) > 1
+    assert torch.equal(torch.cat([piece.samples for piece in pieces]), spoken)
+    for piece in pieces[:-1]:
+        assert len(piece.samples) >= 2 * SAMPLING_RATE
+        around = spoken[piece.end - round(0.14 * SAMPLING_RATE) : piece.end + round(0.14 * SAMPLING_RATE)]
+        assert around.abs().max() < 0.1 * spoken.abs().max()
+    rest = list(cut_pieces(spoken.split(5000), 28.0, pieces[0].end, pause=0.3))
+    assert [piece.start for piece in rest] == [piece.start for piece in pieces[1:]]
+    assert len(list(cut_pieces(spoken.split(5000), 28.0, pause=20.0))) == 1
+    with pytest.raises(ValueError, match="pause must be more than 0 and at most 28 s, got 30"):
+        Transcriber(print, pause=30.0)
+
+
 def test_voice_is_found_in_levels_of_20_ms(spoken):
     is_voice = find_voice(spoken)
     assert len(is_voice) == 350
@@ -236,7 +253,7 @@ def test_command_line(demo_repo, recording, tmp_path):
 
     # A run that was stopped after the first batch, and in the middle of a line, goes on there.
     unfinished = output / "talk.unfinished.jsonl"
-    facts = dict.fromkeys(("url", "max_seconds", "language", "prompt", "aligner")) | {"word_timestamps": False}
+    facts = dict.fromkeys(("url", "max_seconds", "pause", "language", "prompt", "aligner")) | {"word_timestamps": False}
     stat = os.stat(path)
     facts = {"repo": str(demo_repo), **facts, "source": str(path), "bytes": stat.st_size, "changed": stat.st_mtime}
     first = json.loads((output / "talk.json").read_text())["segments"][0]
