@@ -48,6 +48,7 @@ CODE_FILES = (
     "modeling_qwen2_audio_vl.py",
     "processing_qwen2_audio_vl.py",
     "mrope_positions.py",
+    "content_items.py",
     "audio_utils.py",
     "audio_download.py",
     "audio_decoding.py",

@@ -24,8 +24,9 @@ from PIL import Image, ImageOps
 from transformers import AutoModel, AutoProcessor, BatchFeature, ProcessorMixin, StoppingCriteria
 from transformers.utils import logging
 
-from audio_utils import SAMPLING_RATE, join_texts
+from audio_utils import SAMPLING_RATE
 from configuration_qwen2_audio_vl import LONGER, PIECE_SECONDS, TRANSCRIBE
+from content_items import join_texts
 from transcribe import BATCH_SIZE, Answer, Transcriber, find_aligner, join_batches, longest_answer, longest_piece
 from word_times import Aligner
 

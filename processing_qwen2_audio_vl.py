@@ -24,7 +24,7 @@ from transformers.utils import logging
 from transformers.video_utils import load_video, make_batched_videos
 
 from .audio_download import read
-from .audio_utils import fetch_all, fetch_audio, join_texts, log_mel, normalize_conversations, split_windows, take_audio
+from .audio_utils import fetch_all, fetch_audio, log_mel, split_windows
 from .configuration_qwen2_audio_vl import (
     ENCODER_STRIDE,
     IGNORED_LABEL,
@@ -37,6 +37,7 @@ from .configuration_qwen2_audio_vl import (
     count_audio,
     tokens_per_window,
 )
+from .content_items import join_texts, normalize_conversations, take_audio
 
 
 logger = logging.get_logger(__name__)
@@ -376,7 +377,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
 
     @staticmethod
     def normalize_conversations(conversation) -> tuple[list[list[dict]], bool]:
-        """See `audio_utils.normalize_conversations`."""
+        """See `content_items.normalize_conversations`."""
         return normalize_conversations(conversation)
 
     def open_item(self, item: dict, *, formats: tuple[str, ...] | None = None, **limits) -> dict:

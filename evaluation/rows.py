@@ -9,8 +9,8 @@ from pathlib import Path
 
 import datasets
 
-from audio_utils import normalize_conversations
 from collator import RECORDING, items_of, names_file
+from content_items import normalize_conversations
 
 
 def load_rows(

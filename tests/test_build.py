@@ -56,7 +56,11 @@ def test_folder_holds_all_that_a_user_loads(repo):
         *(".gitattributes", "LICENSE", "README.md", "SHA256SUMS", "requirements.txt", "model.safetensors"),
         *("app.py", "collator.py", "handler.py", "serve.py", "audio_decoding.py", "audio_download.py"),
         *("audio_streaming.py", "transcribe.py", "transcripts.py", "word_times.py"),
-        *("audio_utils.py", "mrope_positions.py", "configuration_qwen2_audio_vl.py", "modeling_qwen2_audio_vl.py"),
+        *("audio_utils.py", "content_items.py", "mrope_positions.py"),
+        *(
+            "configuration_qwen2_audio_vl.py",
+            "modeling_qwen2_audio_vl.py",
+        ),
         *("processing_qwen2_audio_vl.py", "chat_template.jinja", "config.json", "generation_config.json"),
         *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
         *("examples/photo.png", "examples/speech.mp3"),

@@ -165,7 +165,7 @@ def test_importing_the_code_touches_nothing(start):
         package = types.ModuleType("remote")
         package.__path__ = [REPO]
         sys.modules["remote"] = package
-        names = ["configuration_qwen2_audio_vl", "mrope_positions", "audio_decoding", "audio_utils"]
+        names = ["configuration_qwen2_audio_vl", "mrope_positions", "audio_decoding", "content_items", "audio_utils"]
         names += ["processing_qwen2_audio_vl", "modeling_qwen2_audio_vl"]
 
         def load():
