@@ -21,8 +21,9 @@ def table(head: Sequence[str], rows: Iterable[Iterable]) -> str:
 def report(path: str, description: str, main: Callable[..., list[str]], document: Path = README):
     """
     Runs the benchmark of a path with the options of the command line, prints the tables and paragraphs in Markdown that
-    `main` returns, and puts them between the marks of a document that have the path of the file, as seen from there. Each argument of
-    `main` becomes an option, whose type is that of its default; False makes a flag. The description explains them.
+    `main` returns, and puts them between the marks of a document that have the path of the file, as seen from there.
+    Each argument of `main` becomes an option, whose type is that of its default; False makes a flag. The description
+    explains them.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true", help=f"put the tables into {document.relative_to(ROOT)}")
@@ -37,9 +38,8 @@ def report(path: str, description: str, main: Callable[..., list[str]], document
     print(text)
     if fills_readme:
         script = Path(path).resolve()
-        fill(
-            str(script.relative_to(document.parent if script.is_relative_to(document.parent) else ROOT)), text, document
-        )
+        folder = document.parent if script.is_relative_to(document.parent) else ROOT
+        fill(script.relative_to(folder).as_posix(), text, document)
 
 
 def fill(name: str, text: str, document: Path):
