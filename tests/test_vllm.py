@@ -1,6 +1,9 @@
 """make test-vllm: the answers of `vllm serve`, in an environment of its own, are those of `generate` in this one."""
 
 import base64
+import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -9,6 +12,7 @@ import openai
 import pytest
 import serving
 import torch
+from data_rows import chat, write_lines
 from helpers import text
 from sounds import encode
 
@@ -18,6 +22,8 @@ from demo.world import SKILLS
 from evaluation import __main__ as evaluation
 from evaluation.scoring import read_predictions
 from publishing.build import build
+from publishing.paths import ROOT
+from transcribe import transcribe
 
 
 pytestmark = pytest.mark.vllm
@@ -132,6 +138,25 @@ def test_rows_are_evaluated_as_by_generate(address, demo_repo, tmp_path):
     served, here = (read_predictions(tmp_path / name / "predictions.jsonl") for name in ("served", "here"))
     assert [row["pred_text"] for row in served] == [row["pred_text"] for row in here]
     assert sum(row["time"] for row in served) > 0
+
+
+def test_long_recordings_are_transcribed_as_here(address, demo_repo, loaded, examples, tmp_path):
+    """By `transcribe.py --url` and by an evaluation: pieces of at most 3 s, 8 requests at once."""
+    clips = [fetch_audio(EXAMPLES / name).numpy() for example in examples for name in example["audio"]]
+    joined = np.concatenate([part for clip in clips[:12] for part in (clip, np.zeros(8_000, np.float32))])
+    path = tmp_path / "talk.wav"
+    path.write_bytes(encode(joined, "s16.wav"))
+    expected = transcribe(*reversed(loaded), str(path), max_seconds=3.0)
+    command = [sys.executable, "transcribe.py", "--url", f"{address}/v1", str(path), "--max-seconds", "3"]
+    subprocess.run([*command, "--output-dir", str(tmp_path)], cwd=ROOT, check=True)
+    answered = json.loads((tmp_path / "talk.json").read_text())
+    assert [segment["text"] for segment in answered["segments"]] == [segment.text for segment in expected.segments]
+    rows = [chat({"type": "audio", "path": "talk.wav"}, text("Transcribe the audio."), answer=expected.text)]
+    words = ["predict", str(demo_repo), "--data", str(write_lines(tmp_path / "rows.jsonl", rows)), "--long-form"]
+    words += ["--backend", "vllm", "--url", f"{address}/v1", "--output", str(tmp_path / "results")]
+    evaluation.main(words)
+    (row,) = read_predictions(tmp_path / "results" / "predictions.jsonl")
+    assert row["pred_text"] == expected.text
 
 
 def test_trimmed_audio_tokens(repo_30s, tmp_path):
