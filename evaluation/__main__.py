@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None):
         predictor.add_argument(option_of(option.name), dest=option.name, default=option.default, **option.metadata)
     scorer = commands.add_parser("score", help="score the answers")
     scorer.add_argument("folder", metavar="DIR", help="what predict wrote")
+    scorer.add_argument("--json", action="store_true", help="refuse references that are no JSON objects")
+    scorer.add_argument("--metric", metavar="FILE:FUNCTION", help="a function: reference, answer -> number or numbers")
     measurer = commands.add_parser("pieces", help="find the longest piece of a recording that the model can take")
     measurer.add_argument("repo", metavar="REPO", help="folder of upload.py build, or a Hub id")
     measurer.add_argument("--data", nargs="+", required=True, help="recordings with transcripts, not trained on")
@@ -73,9 +75,10 @@ def main(arguments: list[str] | None = None):
             if not folder.is_dir():
                 raise ValueError(f"There is no folder {folder}; `python -m evaluation predict` makes one.")
             from evaluation.report import score_folder
-            from evaluation.scoring import table
+            from evaluation.scoring import summary, table
 
-            print(table(score_folder(folder)))
+            scores = score_folder(folder, options["metric"], options["json"])
+            print(f"{table(scores)}\n{summary(scores)}")
             print(f"\n{folder / 'report.html'} has every answer.")
     except (ValueError, OSError) as error:
         parser.exit(1, f"evaluation {command}: {error}\n")

@@ -15,17 +15,20 @@ from publishing.paths import weights_of
 METRICS = {  # task and name that the Hub shows
     "wer": ("automatic-speech-recognition", "WER"),
     "cer": ("automatic-speech-recognition", "CER"),
-    "accuracy": ("any-to-any", "Accuracy"),
+    "exact_match": ("any-to-any", "Exact match"),
 }
 
 
 def list_results(scores: dict, manifest: dict) -> list[EvalResult]:
-    """The Hub's evaluation metadata, in percent: the accuracy of closed answers, or word and character error rates."""
+    """
+    The Hub's evaluation metadata, in percent: the exact answers where they are classes or JSON, else word and character
+    error rates. Figures of a user's function are not there, because `check` cannot compute them again.
+    """
     sources = ", ".join(source["name"] for source in manifest["data"])
     results = []
     for group, score in scores["arms"][AS_GIVEN].items():
-        for metric in ("accuracy",) if "accuracy" in score else ("wer", "cer"):
-            rate = score[metric]["value"]
+        for metric in ("wer", "cer") if score["kind"] == "text" else ("exact_match",):
+            rate = score["exact" if metric == "exact_match" else metric]["value"]
             if rate is not None:
                 task, title = METRICS[metric]
                 config = None if group == ALL else group  # tells the groups of a set apart
@@ -69,10 +72,13 @@ def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
 
 
 def first_difference(one, other, place: str = "") -> tuple | None:
-    """The first place in which two trees of dicts differ, with both values; None if they are equal."""
+    """
+    The first place in which two trees of dicts differ, with both values; None if they are equal. What only one of them
+    has does not count: other releases have other figures, and only its owner can run a function of a user's.
+    """
     if isinstance(one, dict) and isinstance(other, dict):
-        names = dict.fromkeys([*one, *other])
-        differences = (first_difference(one.get(name), other.get(name), f"{place}/{name}") for name in names)
+        names = [name for name in one if name in other]
+        differences = (first_difference(one[name], other[name], f"{place}/{name}") for name in names)
         return next(filter(None, differences), None)
     return None if one == other else (place.strip("/"), one, other)
 

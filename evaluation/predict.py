@@ -117,7 +117,7 @@ def predict_arm(arm: str, questions: Questions, model: LocalModel | Server | Lon
 
 def write_lines(path: Path, lines: Iterable[dict | None], arm: str, bar: tqdm) -> int:
     """Appends each line to a file as soon as it is there; returns how many rows have None instead of a line."""
-    errors = words = same = 0
+    errors = words = right = answered = same = 0
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         for line in lines:
             bar.update()
@@ -131,7 +131,9 @@ def write_lines(path: Path, lines: Iterable[dict | None], arm: str, bar: tqdm) -
                 continue
             comparison = compare(line)
             errors, words = errors + comparison.word_errors, words + comparison.words
-            bar.set_postfix_str(f"WER {errors / max(words, 1):.1%}", refresh=False)
+            right, answered = right + comparison.is_exact, answered + 1
+            rates = f"exact {right / answered:.1%}, WER {errors / max(words, 1):.1%}"
+            bar.set_postfix_str(rates, refresh=False)
     return same
 
 

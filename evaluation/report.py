@@ -8,7 +8,20 @@ from pathlib import Path
 
 import jinja2
 
-from evaluation.scoring import AS_GIVEN, MAX_CHARACTERS, Comparison, compare, edit_of, read_folder, summarize_arms
+from evaluation.scoring import (
+    ALL,
+    AS_GIVEN,
+    MAX_CHARACTERS,
+    Comparison,
+    compare,
+    edit_of,
+    headline,
+    list_always_wrong,
+    read_folder,
+    show,
+    summarize_arms,
+)
+from evaluation.tasks import Metric
 from publishing.paths import replace_file, write_json
 
 
@@ -20,18 +33,32 @@ SHADES = 8  # shades of a confusion table: the classes shade-1 to shade-8 of rep
 MEDIA_TYPES = {".mp3": "audio/mpeg", ".jpg": "image/jpeg"}
 
 
-def score_folder(folder: str | Path) -> dict:
+def score_folder(folder: str | Path, metric: str | None = None, needs_json: bool = False) -> dict:
     """
-    Scores the predictions of a folder, and writes `scores.json` and `report.html` into it. Raises a ValueError if the
-    predictions are not as [`read_folder`] needs them, and a FileNotFoundError if there is no `manifest.json`. A missing
-    media file is named on the page instead.
+    Scores the predictions of a folder, and writes `scores.json` and `report.html` into it. `metric` is a function of a
+    user's own, as [`Metric`] reads it. With `needs_json` references that are no JSON objects are refused, which are
+    scored as texts without it. Raises a ValueError if the predictions are not as [`read_folder`] needs them, and a
+    FileNotFoundError if there is no `manifest.json`. A missing media file is named on the page instead.
     """
     folder = Path(folder)
-    arms = {arm: [compare(row) for row in rows] for arm, rows in read_folder(folder).items()}
+    function = Metric(metric) if metric else None
+    arms = {arm: [compare(row, function) for row in rows] for arm, rows in read_folder(folder).items()}
+    if needs_json:
+        refuse_texts(arms[AS_GIVEN])
     scores = summarize_arms(arms)
+    if function:
+        scores["rule"] = {**scores["rule"], "metric": function.facts}
     write_json(folder / "scores.json", scores)
     write_page(folder, arms, scores)
     return scores
+
+
+def refuse_texts(comparisons: list[Comparison]):
+    """Raises a ValueError if a reference is no JSON object."""
+    for row in comparisons:
+        if row.fields is None:
+            text, place = row.prediction["text"], row.prediction["place"]
+            raise ValueError(f"--json needs references that are JSON objects; that of {place} is {text!r:.200}.")
 
 
 def write_page(folder: Path, arms: dict[str, list[Comparison]], scores: dict, limit: int = 200) -> Path:
@@ -49,6 +76,7 @@ def write_page(folder: Path, arms: dict[str, list[Comparison]], scores: dict, li
         policy=policy,
         manifest=json.loads((folder / "manifest.json").read_text(encoding="utf-8")),
         rule=scores["rule"],
+        always_wrong=list_always_wrong(scores["arms"][AS_GIVEN][ALL]),
         arms=scores["arms"],
         groups_with=partial(groups_with, scores["arms"]),
         num_rows=len(rows),
@@ -122,5 +150,6 @@ def read_media(folder: Path, name: str) -> bytes | None:
 
 
 # What the template calls and shows beside the variables of a page.
-ENVIRONMENT.globals |= {function.__name__: function for function in (zip, edit_of, lines_of, shade_of, facts_of)}
+FUNCTIONS = (zip, edit_of, lines_of, shade_of, facts_of, headline, show)
+ENVIRONMENT.globals |= {function.__name__: function for function in FUNCTIONS}
 ENVIRONMENT.globals |= {"style": STYLE, "script": SCRIPT, "max_characters": MAX_CHARACTERS}

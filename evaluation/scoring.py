@@ -4,6 +4,7 @@ import json
 import math
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -12,6 +13,7 @@ from pathlib import Path
 import kaldialign
 import numpy as np
 
+from evaluation import tasks
 from evaluation.leaderboard import LEADERBOARD, NOTHING_SAID, normalize
 
 
@@ -19,6 +21,7 @@ RULE = {
     "normalizer": f"English of {LEADERBOARD['source']['repository']} at {LEADERBOARD['source']['commit'][:7]}",
     "alignment": f"kaldialign {metadata.version('kaldialign')}",
     "compounds": "words may be joined: white paper = whitepaper",
+    "exact": f"the normalized words are equal; {tasks.RULE}",
 }
 
 # The longest text that is aligned. Time and memory of an alignment grow with the square: these take a second and 80 MB.
@@ -27,8 +30,7 @@ TOO_LONG = "(too long)"  # stands for an answer that is not aligned; no normaliz
 
 RESAMPLES = 1_000
 REPEATING = 2.4  # `compression_ratio_threshold` of openai/whisper's transcribe.py
-# When answers are classes: the most classes, the most words of a class, and the fewest rows for each class.
-CLOSED_CLASSES, CLOSED_WORDS, CLOSED_ROWS = 20, 3, 2
+CLOSED_WORDS = 3  # the most words of an answer that is a class
 
 AS_GIVEN = "as given"  # the arm of predictions.jsonl
 ALL = "all"  # the name of the scores over the rows of all groups
@@ -76,6 +78,7 @@ class Comparison:
     pairs: list[tuple[str, str]] = field(default_factory=list)  # see [`align`]; empty if the row is not aligned
     character_errors: int = 0
     too_long: bool = False  # no alignment; all words of the reference count as deleted
+    metrics: dict[str, float] = field(default_factory=dict)  # of a function of the user's
 
     @property
     def failed(self) -> bool:
@@ -84,6 +87,24 @@ class Comparison:
     @cached_property
     def repeating(self) -> bool:
         return is_repeating(self.prediction["pred_text"])
+
+    @cached_property
+    def fields(self) -> dict[str, str] | None:
+        """The fields of a reference that is a JSON object."""
+        return tasks.read_fields(self.prediction["text"])
+
+    @cached_property
+    def answered_fields(self) -> dict[str, str] | None:
+        return tasks.read_fields(self.prediction.get("pred_text", ""))
+
+    @property
+    def says_something(self) -> bool:
+        """Whether the reference has a word, or is a JSON object: `{}` has none."""
+        return self.reference not in NOTHING_SAID or self.fields is not None
+
+    @property
+    def is_exact(self) -> bool:
+        return self.answer == self.reference if self.fields is None else self.fields == self.answered_fields
 
     @cached_property
     def words(self) -> int:
@@ -100,13 +121,23 @@ class Comparison:
         return self.edits.total() - self.edits["equal"]
 
     @property
-    def badness(self) -> tuple[bool, float, int]:
-        """Sorts predictions: failed ones are the worst, then those with the most errors per word of the reference."""
-        return self.failed, self.word_errors / max(self.words, 1), self.word_errors
+    def is_wrong(self) -> bool:
+        return self.failed or self.word_errors > 0 or (self.fields is not None and not self.is_exact)
+
+    @property
+    def badness(self) -> tuple[bool, bool, float, int]:
+        """
+        Sorts predictions: failed ones are the worst, then those that are wrong, by their errors per word of the
+        reference.
+        """
+        return self.failed, self.is_wrong, self.word_errors / max(self.words, 1), self.word_errors
 
 
-def compare(prediction: dict) -> Comparison:
+def compare(prediction: dict, metric: tasks.Metric | None = None) -> Comparison:
     """Compares the answer and the reference of a line of predictions.jsonl; see [`read_predictions`]."""
+    metrics = {}
+    if metric is not None and "pred_text" in prediction:
+        metrics = metric(prediction["text"], prediction["pred_text"])
     normalized = normalize_short(prediction["text"])
     reference = " ".join(prediction["text"].split()) if normalized is None else normalized
     if "error" in prediction:
@@ -114,9 +145,9 @@ def compare(prediction: dict) -> Comparison:
     answer = normalize_short(prediction["pred_text"])
     if normalized is None or answer is None:
         shown = "" if answer == "" else TOO_LONG
-        return Comparison(prediction, reference, shown, character_errors=len(reference), too_long=True)
+        return Comparison(prediction, reference, shown, [], len(reference), True, metrics)
     errors = kaldialign.edit_distance(reference, answer)["total"]
-    return Comparison(prediction, reference, answer, align(reference, answer), errors)
+    return Comparison(prediction, reference, answer, align(reference, answer), errors, False, metrics)
 
 
 def is_repeating(answer: str) -> bool:
@@ -125,15 +156,17 @@ def is_repeating(answer: str) -> bool:
     return len(data) / len(zlib.compress(data)) > REPEATING
 
 
-def is_closed(references: list[str]) -> bool:
+def kind_of(comparisons: list[Comparison]) -> str:
     """
-    Whether normalized references are classes, so that accuracy says something: at most 20 different ones of at most 3
-    words each, and at least twice as many rows. Empty references do not count.
+    Says what the references are: "json" if all are JSON objects; "classes" if they are at most 20 different ones of at
+    most 3 words each, and at least twice as many rows; else "text". Rows in which nothing is said do not count.
     """
-    said = [reference for reference in references if reference not in NOTHING_SAID]
-    classes = set(said)
-    are_few = 0 < len(classes) <= CLOSED_CLASSES and len(said) >= CLOSED_ROWS * len(classes)
-    return are_few and all(len(name.split()) <= CLOSED_WORDS for name in classes)
+    if any(row.fields is not None for row in comparisons):
+        others = [row for row in comparisons if row.fields is None and row.reference not in NOTHING_SAID]
+        return "text" if others else "json"
+    said = [row.reference for row in comparisons if row.reference not in NOTHING_SAID]
+    is_closed = tasks.are_few(said) and all(len(name.split()) <= CLOSED_WORDS for name in set(said))
+    return "classes" if is_closed else "text"
 
 
 def score(rows: list[dict], seed: int = 0) -> dict:
@@ -154,27 +187,35 @@ def score(rows: list[dict], seed: int = 0) -> dict:
             `answered` with a word. Like the leaderboard, the rates leave these rows out, except `repeating` and `rtfx`.
         `too_long`: how many rows have a text of more than 10,000 characters or 2,000 words, which is not aligned: all
             words and characters of the reference count as deleted. Missing if there are none.
-        If the references are classes (see [`is_closed`]), `accuracy` (`value`, `low` and `high`): the share of rows
-        whose normalized answer is the reference; and `confusion`: `counts[i][j]` rows of `references[i]` have
-        `answers[j]`, the last of which is "other".
+        `kind`: see [`kind_of`].
+        `exact` (`value`, `low` and `high`): the share of rows whose normalized answer is the reference; if this is a
+            JSON object, the share of those with the same fields.
+        `metrics`: the mean of each number of a function of the user's (`value`, `low` and `high`). Missing without one.
+        If the references are classes, `confusion` as in [`tasks.confuse`] and `always_wrong` as in
+        [`tasks.find_always_wrong`]. If they are JSON objects, `valid_json`, the share of answers that are one, and
+        `fields` as in [`tasks.score_fields`].
     """
     return summarize([compare(row) for row in rows], seed)
 
 
 def summarize(comparisons: list[Comparison], seed: int) -> dict:
     answered = [row for row in comparisons if not row.failed]
-    said = [row for row in answered if row.reference not in NOTHING_SAID]
-    silent = [row for row in answered if row.reference in NOTHING_SAID]
-    errors = [(row.word_errors, row.character_errors, row.answer == row.reference) for row in said]
+    said = [row for row in answered if row.says_something]
+    silent = [row for row in answered if not row.says_something]
+    kind = kind_of(comparisons)  # with those that failed, so that it is equal for all arms
+    names = list(dict.fromkeys(name for row in answered for name in row.metrics))
+    errors = [(row.word_errors, row.character_errors, row.is_exact) for row in said]
     lengths = [(row.words, len(row.reference), 1) for row in said]
-    wer, cer, accuracy = intervals(errors, lengths, seed)
+    wer, cer, exact = intervals(errors, lengths, seed, 3)
     edits = sum((row.edits for row in said), Counter())
     scores = {
+        "kind": kind,
         "rows": len(comparisons),
         "failed": len(comparisons) - len(answered),
+        "exact": exact,
         "wer": wer,
         "cer": cer,
-        "macro_wer": mean([row.word_errors / row.words for row in said]),
+        "macro_wer": mean([row.word_errors / max(row.words, 1) for row in said]),
         "insertions": edits["inserted"],
         "deletions": edits["deleted"],
         "substitutions": edits["substituted"],
@@ -186,8 +227,17 @@ def summarize(comparisons: list[Comparison], seed: int) -> dict:
     }
     if too_long := sum(row.too_long for row in answered):
         scores["too_long"] = too_long
-    if is_closed([row.reference for row in comparisons]):  # with those that failed, so that it is equal for all arms
-        scores |= {"accuracy": accuracy, "confusion": confuse(comparisons)}
+    if names:
+        numbers = [[row.metrics.get(name, 0.0) for name in names] for row in answered]
+        means = intervals(numbers, [[1] * len(names)] * len(numbers), seed, len(names))
+        scores["metrics"] = dict(zip(names, means, strict=True))
+    if kind == "classes":
+        pairs = [(row.reference, row.answer) for row in comparisons if row.reference not in NOTHING_SAID]
+        scores |= {"confusion": tasks.confuse(pairs), "always_wrong": tasks.find_always_wrong(pairs)}
+    if kind == "json":
+        pairs = [(row.fields, row.answered_fields) for row in said if row.fields is not None]
+        scores["valid_json"] = mean([answer is not None for _, answer in pairs])
+        scores["fields"] = tasks.score_fields(pairs)
     return scores
 
 
@@ -204,32 +254,43 @@ def mean(values: list) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def intervals(errors: list[tuple], lengths: list[tuple], seed: int) -> list[dict]:
+def intervals(sums: list[Sequence], lengths: list[Sequence], seed: int, count: int) -> list[dict]:
     """
-    Divides sums of errors by sums of lengths, with the 95% interval of a percentile bootstrap over rows. Both are
-    (rows, 3), for three rates that share their resamples.
+    Divides the sums of what rows have by the sums of their lengths, with the 95% interval of a percentile bootstrap
+    over rows. Both are (rows, count), for rates that share their resamples. A rate of no length is None.
     """
-    if not errors:
-        return [{"value": None, "low": None, "high": None} for _ in range(3)]
-    table = np.hstack([errors, lengths]).astype(float)  # (rows, 6); sums of whole numbers are exact
+    if not sums:
+        return [{"value": None, "low": None, "high": None} for _ in range(count)]
+    table = np.hstack([sums, lengths]).astype(float)  # (rows, 2 count); sums of whole numbers are exact
     rng, size = np.random.default_rng(seed), len(table)
-    # How often a resample draws each row, times the table: (6,).
+    # How often a resample draws each row, times the table: (2 count,).
     draws = (np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(RESAMPLES))
-    sums = np.array([table.sum(0), *(times @ table for times in draws)])  # (1 + resamples, 6)
-    value, *resampled = sums[:, :3] / sums[:, 3:]
-    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)  # (3,) each
+    totals = np.array([table.sum(0), *(times @ table for times in draws)])  # (1 + resamples, 2 count)
+    value, *resampled = totals[:, :count] / np.maximum(totals[:, count:], 1)
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)  # (count,) each
     rates = np.array([value, low, high]).T.tolist()
+    rates = [rate if length else [None] * 3 for rate, length in zip(rates, totals[0, count:], strict=True)]
     return [dict(zip(("value", "low", "high"), rate, strict=True)) for rate in rates]
 
 
-def confuse(comparisons: list[Comparison]) -> dict:
-    classes = sorted({row.reference for row in comparisons} - set(NOTHING_SAID))
-    index = {name: position for position, name in enumerate(classes)}
-    counts = [[0] * (len(classes) + 1) for _ in classes]
-    for row in comparisons:
-        if not row.failed and row.reference in index:
-            counts[index[row.reference]][index.get(row.answer, len(classes))] += 1
-    return {"references": classes, "answers": [*classes, "other"], "counts": counts}
+def headline(scores: dict) -> tuple[str, dict]:
+    """
+    Returns the name and the rate that tell the most of one of the scores of [`score`]: the metric that was asked for;
+    the share of exact answers where they are classes or JSON; else the word error rate.
+    """
+    if metrics := scores.get("metrics"):
+        return next(iter(metrics.items()))
+    return (
+        ("word error rate", scores["wer"]) if scores["kind"] == "text" else ("share of exact answers", scores["exact"])
+    )
+
+
+def list_always_wrong(scores: dict) -> list[str]:
+    """Lists the classes, and the values of fields, of which no answer was right, each with how many there are."""
+    wrong = [(name, count) for name, count in scores.get("always_wrong", {}).items()]
+    for name, field_scores in scores.get("fields", {}).items():
+        wrong += [(f"{name}={value}", count) for value, count in field_scores["always_wrong"].items()]
+    return [f"{name}: 0 of {count}" for name, count in wrong]
 
 
 def score_arms(predictions: dict[str, list[dict]], seed: int = 0) -> dict:
@@ -321,16 +382,26 @@ def read_folder(folder: str | Path) -> dict[str, list[dict]]:
 
 
 def table(scores: dict) -> str:
-    """Shows what [`score_arms`] returns as a Markdown table: one line for each arm and group, no empty columns."""
-    heads = ("rows", "failed", "too long", "WER %", "macro WER %", "CER %", "ins/del/sub", "accuracy %")
-    lines = [("arm", "group", *heads, "empty %", "repeating %", "nothing said", "RTFx")]
+    """
+    Shows what [`score_arms`] returns as a Markdown table: one line for each arm and group, no empty columns. The
+    figures of a user's function come first, and the share of exact answers where they are classes or JSON.
+    """
+    everything = [score for groups in scores["arms"].values() for score in groups.values()]
+    metrics = list(dict.fromkeys(name for score in everything for name in score.get("metrics", {})))
+    is_text = any(score["kind"] == "text" for score in everything)
+    answers = ["valid JSON %", "exact %"]
+    rates = ["WER %", "macro WER %", "CER %", "ins/del/sub"]
+    heads = [*metrics, *(rates + answers if is_text else answers + rates)]
+    lines = [("arm", "group", "rows", "failed", "too long", *heads, "empty %", "repeating %", "nothing said", "RTFx")]
     for arm, groups in scores["arms"].items():
         for group, score in groups.items():
             silent, rtfx = score["nothing_said"], score["rtfx"]
-            line = [arm, group, score["rows"], score["failed"], score.get("too_long", "")]
-            line += [percent(score[name]) for name in ("wer", "macro_wer", "cer")]
-            line.append("/".join(str(score[name]) for name in ("insertions", "deletions", "substitutions")))
-            line += [percent(score.get("accuracy")), percent(score["empty"]), percent(score["repeating"])]
+            cells = {name: show(score.get("metrics", {}).get(name)) for name in metrics}
+            cells |= {"valid JSON %": percent(score.get("valid_json")), "exact %": percent(score["exact"])}
+            cells |= dict(zip(rates, map(percent, (score["wer"], score["macro_wer"], score["cer"])), strict=False))
+            cells["ins/del/sub"] = "/".join(str(score[name]) for name in ("insertions", "deletions", "substitutions"))
+            line = [arm, group, score["rows"], score["failed"], score.get("too_long", ""), *map(cells.get, heads)]
+            line += [percent(score["empty"]), percent(score["repeating"])]
             line.append(f"{silent['answered']} of {silent['rows']} answered" if silent["rows"] else "")
             lines.append([*map(str, line), "" if rtfx is None else f"{rtfx:.1f}"])
     columns = []
@@ -349,3 +420,22 @@ def percent(rate: float | dict | None) -> str:
         low, high = percent(rate["low"]), percent(rate["high"])
         return "" if rate["value"] is None else f"{percent(rate['value'])} [{low}, {high}]"
     return "" if rate is None else f"{100 * rate:.2f}"
+
+
+def show(number: dict | None) -> str:
+    """Shows a mean with its interval."""
+    if number is None or number["value"] is None:
+        return ""
+    return f"{number['value']:.4g} [{number['low']:.4g}, {number['high']:.4g}]"
+
+
+def summary(scores: dict) -> str:
+    """The figures of all rows that tell the most, a line for each arm, and what is always wrong as given."""
+    lines = []
+    for arm, groups in scores["arms"].items():
+        name, rate = headline(groups[ALL])
+        value = show(rate) if "metrics" in groups[ALL] else f"{percent(rate)} %"
+        lines.append(f"{arm}: {name} {value}")
+    if wrong := list_always_wrong(scores["arms"][AS_GIVEN][ALL]):
+        lines.append(f"always wrong: {', '.join(wrong)}")
+    return "\n".join(lines)

@@ -115,11 +115,11 @@ def test_arms_tell_whether_the_model_uses_the_audio(results, questions):
     kinds = Counter(WORLD["questions"][row["said"][0]] for row in asked)
     guess = max(kinds.values()) / len(asked)  # right by who always answers the kind that is asked most
     assert scores[AS_GIVEN]["all"]["wer"]["value"] < 0.05
-    assert scores[AS_GIVEN]["question"]["accuracy"]["value"] == 1
+    assert scores[AS_GIVEN]["question"]["exact"]["value"] == 1
     for arm in ("silence", "swapped"):
         assert scores[arm]["transcribe"]["wer"]["value"] > 0.4  # one word of three is right by chance
-        assert scores[arm]["question"]["accuracy"]["value"] <= guess
-    assert scores["no-image"]["question"]["accuracy"]["value"] <= 0.5
+        assert scores[arm]["question"]["exact"]["value"] <= guess
+    assert scores["no-image"]["question"]["exact"]["value"] <= 0.5
 
 
 def test_predictions_say_what_they_are_of(results, questions, demo_repo):
@@ -424,7 +424,7 @@ def test_the_card_has_the_scores(scored):
     assert "predictions of these weights give" in card.check_results(scored)
     results = ModelCard.load(scored / "README.md").data.eval_results
     shown = {(result.dataset_config, result.metric_type): result.metric_value for result in results}
-    assert shown["question", "accuracy"] == 100 and shown["transcribe", "wer"] < 5 and shown[None, "wer"] < 5
+    assert shown["question", "exact_match"] == 100 and shown["transcribe", "wer"] < 5 and shown[None, "wer"] < 5
     card.add_results(scored, shutil.copytree(scored / "evaluation", scored.parent / "again"))
     assert (scored / "README.md").read_text().count("## Scores") == 1
 

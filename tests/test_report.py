@@ -139,7 +139,7 @@ def test_scores_and_confusions_are_tables(folder):
     texts = [("red blue tree star " * 300, "red blue tree moon " * 300), ("", "thank you"), ("", ""), ("one", None)]
     rows += [prediction(text, answer, number, "transcribe") for number, (text, answer) in enumerate(texts, start=17)]
     page = written(folder, rows, silence=[prediction("one", None, 21, "transcribe")])
-    rates, accuracy, figures, confusion = page.all("table")
+    rates, exact, figures, confusion = page.all("table")
     cells = [[cell.text for cell in page.elements if row in cell.inside[-1:]] for row in page.all("tr", inside=rates)]
     all_rows, agree = (
         "{value:.1f} {low:.1f} to {high:.1f}".format(**{name: 100 * rate for name, rate in score(part)["wer"].items()})
@@ -153,11 +153,11 @@ def test_scores_and_confusions_are_tables(folder):
         ["agree", "17", agree, none],
         ["transcribe", "4", "25.0 25.0 to 25.0", none],
     ]
-    assert page.all("caption", inside=accuracy)[0].text == "Accuracy, %"
-    assert len(page.all("tr", inside=accuracy)) == 2
+    assert page.all("caption", inside=exact)[0].text == "Exact answers, %"
+    assert len(page.all("tr", inside=exact)) == len(page.all("tr", inside=rates))
     assert len(page.all("tr", inside=figures)) == 6
     assert "1 of 2" in figures.text and "1,217" in figures.text
-    assert "76.5 " in accuracy.text and "76.5 " in figures.text
+    assert "76.5 " in exact.text and "76.5 " in figures.text
     shades = [cell.attributes.get("class") for cell in page.all("td", inside=confusion)]
     assert shades == ["shade-7 right", "shade-1", "shade-1", "shade-2", "shade-6 right", "shade-0"]
     interval = all_rows.replace(" ", " % (", 1)

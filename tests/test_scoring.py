@@ -16,9 +16,19 @@ import numpy as np
 import pytest
 from data_rows import prediction, write_lines
 
-from evaluation import leaderboard, scoring
+from evaluation import leaderboard, scoring, tasks
 from evaluation.report import score_folder
-from evaluation.scoring import align, is_closed, normalize, read_folder, read_predictions, score, score_arms, table
+from evaluation.scoring import (
+    align,
+    compare,
+    kind_of,
+    normalize,
+    read_folder,
+    read_predictions,
+    score,
+    score_arms,
+    table,
+)
 
 
 NORMALIZED = json.loads(Path(__file__).with_name("normalized.json").read_text(encoding="utf-8"))
@@ -120,7 +130,7 @@ def test_bootstrap_follows_from_the_seed():
 
 def test_bootstrap_is_that_of_the_binomial():
     pairs = [("yes", "yes")] * 300 + [("yes", "no")] * 100
-    interval = score(rows(*pairs))["accuracy"]
+    interval = score(rows(*pairs))["exact"]
     deviation = (0.75 * 0.25 / 400) ** 0.5
     assert interval["value"] == 0.75
     assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 * deviation, rel=0.1)
@@ -142,7 +152,7 @@ def test_nothing_to_score(failed):
     assert scores["wer"] == scores["cer"] == dict.fromkeys(("value", "low", "high"))
     assert [scores[name] for name in ("macro_wer", "rtfx", "empty", "repeating")] == [None] * 4
     assert scores["nothing_said"] == {"rows": 0, "answered": 0}
-    assert "accuracy" not in scores
+    assert scores["exact"] == scores["wer"] and "confusion" not in scores
     assert f"| {len(failed)} " in table(score_arms({"as given": failed}))
 
 
@@ -176,8 +186,9 @@ def test_rtfx():
 def test_closed_answers():
     pairs = [("Dog.", "dog"), ("dog", "a dog"), ("cat", "Cat!"), ("cat", "dog"), ("dog", None), ("", "dog")]
     scores = score(rows(*pairs))
-    assert scores["accuracy"]["value"] == 0.5
-    assert 0 <= scores["accuracy"]["low"] < 0.5 < scores["accuracy"]["high"] <= 1
+    assert scores["exact"]["value"] == 0.5
+    assert 0 <= scores["exact"]["low"] < 0.5 < scores["exact"]["high"] <= 1
+    assert scores["always_wrong"] == {}
     assert scores["confusion"] == {
         "references": ["cat", "dog"],
         "answers": ["cat", "dog", "other"],
@@ -199,8 +210,107 @@ def test_closed_answers():
         ([], False),
     ],
 )
-def test_is_closed(references, closed):
-    assert is_closed(references) == closed
+def test_classes(references, closed):
+    comparisons = [compare(row) for row in rows(*((name, "") for name in references))]
+    assert kind_of(comparisons) == ("classes" if closed else "text")
+
+
+def command(state: str, lamp="kitchen", level=1, **more) -> str:
+    return json.dumps({"lamp": {"name": lamp, "state": state}, "level": level, **more})
+
+
+def test_json_answers():
+    """Fields are compared by value; what is no JSON object has none of them."""
+    pairs = [
+        (command("on"), '{"level": 1.0, "lamp": {"state": "ON ", "name": "Kitchen"}}'),
+        (command("on"), command("on", "hall")),
+        (command("off"), command("on")),
+        (command("off"), command("on", extra=[1, "a"])),
+        (command("off"), "turn it off"),
+        (command("on"), None),
+    ]
+    scores = score(rows(*pairs))
+    assert scores["kind"] == "json" and scores["valid_json"] == 0.8 and scores["exact"]["value"] == 0.2
+    state = scores["fields"]["lamp.state"]
+    assert (state["rows"], state["accuracy"], state["recall"], state["precision"]) == (5, 0.4, 0.4, 0.5)
+    assert state["always_wrong"] == {"off": 3}
+    assert state["confusion"] == {
+        "references": ["off", "on"],
+        "answers": ["off", "on", "other"],
+        "counts": [[0, 2, 1], [0, 2, 0]],
+    }
+    extra = scores["fields"]["extra"]
+    assert (extra["rows"], extra["accuracy"], extra["recall"], extra["precision"]) == (0, 0, None, 0)
+    text = table(score_arms({"as given": rows(*pairs)}))
+    assert text.index("valid JSON %") < text.index("exact %") < text.index("WER %")
+    told = scoring.summary(score_arms({"as given": rows(*pairs)}))
+    assert told.startswith("as given: share of exact answers 20.00 [")
+    assert told.endswith("always wrong: lamp.state=off: 0 of 3")
+    assert score(rows((command("on"), "{"), ("words", "words")))["kind"] == "text"
+    assert score(rows(("{}", "{}"), ("{}", "[]")))["exact"]["value"] == 0.5
+    json.dumps(scores, allow_nan=False)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"a": NaN}', '"a"', "", '{"a": 1} .', "[" * 100_000, '{"a":' * 100_000])
+def test_what_is_no_json_object(text):
+    assert tasks.read_fields(text) is None
+
+
+@pytest.mark.parametrize(
+    "one, other, are_equal",
+    [
+        *((1, 1.0, True), (1, "1", False), (True, "true", False), ("A  b", "a b", True), (None, "null", False)),
+        *(([1, "a"], [1.0, "A"], True), ([1, 2], [2, 1], False), ({}, [], False)),
+        ([{"b": 1, "a": 2}], [{"a": 2, "b": 1}], True),
+    ],
+)
+def test_values_are_compared(one, other, are_equal):
+    first, second = (tasks.read_fields(json.dumps({"value": value})) for value in (one, other))
+    assert (first == second) == are_equal
+
+
+METRIC = """
+def overlap(reference, answer):
+    return len(set(reference.split()) & set(answer.split()))
+
+def several(reference, answer):
+    return {"same": reference == answer, "length": len(answer)}
+
+def wrong(reference, answer):
+    return "much"
+
+def broken(reference, answer):
+    return 1 / 0
+"""
+
+
+def test_a_metric_of_the_user(tmp_path):
+    (tmp_path / "own.py").write_text(METRIC)
+    lines = rows(("a b", "a b"), ("a b", "c"), ("a b", None))
+    for name, means in (("overlap", {"overlap": 1.0}), ("several", {"same": 0.5, "length": 2.0})):
+        metric = tasks.Metric(f"{tmp_path / 'own.py'}:{name}")
+        scores = scoring.summarize_arms({"as given": [compare(row, metric) for row in lines]})
+        figures = scores["arms"]["as given"]["all"]["metrics"]
+        assert {name: figure["value"] for name, figure in figures.items()} == means
+        first, *_ = figures
+        assert f"as given: {first} " in scoring.summary(scores)
+        head = table(scores).splitlines()[0]
+        assert head.index(first) < head.index("WER %")
+    for name, reason in (
+        ("wrong", "must return a number or a dict of numbers by name"),
+        ("broken", "raised ZeroDivisionError"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            compare(lines[0], tasks.Metric(f"{tmp_path / 'own.py'}:{name}"))
+    (tmp_path / "syntax.py").write_text("def")
+    for written, reason in (
+        ("own.py", "must be FILE:FUNCTION"),
+        (f"{tmp_path / 'missing.py'}:overlap", "must be FILE:FUNCTION"),
+        (f"{tmp_path / 'own.py'}:METRIC", "has no function METRIC"),
+        (f"{tmp_path / 'syntax.py'}:a", "cannot be loaded: SyntaxError"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            tasks.Metric(written)
 
 
 def test_arms_and_groups():
@@ -226,7 +336,7 @@ def test_table():
     lines = text.splitlines()
     assert len({len(line.replace("\\|", "||")) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")] for line in lines]
-    head = "arm|group|rows|failed|WER %|macro WER %|CER %|ins/del/sub|accuracy %|empty %|repeating %|nothing said|RTFx"
+    head = "arm|group|rows|failed|WER %|macro WER %|CER %|ins/del/sub|exact %|empty %|repeating %|nothing said|RTFx"
     assert "|".join(cells[0]) == head
     assert [line[:4] for line in cells[2:]] == [
         ["as given", "all", "2", "0"],
@@ -234,12 +344,12 @@ def test_table():
         ["as given", "clean", "1", "0"],
         ["short", "all", "6", "1"],
     ]
-    figures = "33.33 [33.33, 33.33]|33.33|36.36 [36.36, 36.36]|0/1/0||0.00|0.00||5.6"
+    figures = "33.33 [33.33, 33.33]|33.33|36.36 [36.36, 36.36]|0/1/0|0.00 [0.00, 0.00]|0.00|0.00||5.6"
     assert "|".join(cells[3][4:]) == figures
     assert cells[5][8].startswith("75.00 [")
     assert cells[5][11] == "1 of 1 answered"
     without = table(score_arms({"as given": [prediction("the cat sat", "the cat", time=None)]}))
-    assert not any(head in without for head in ("accuracy", "nothing said", "RTFx"))
+    assert not any(head in without for head in ("valid JSON", "nothing said", "RTFx"))
     assert table(score_arms({})) == ""
     assert "\\ud83d" in table(score_arms({"as given": rows(("a", "a"), group="\ud83d")}))
 
@@ -320,7 +430,7 @@ def test_a_text_that_is_too_long_has_no_word_right():
         assert (scores["wer"]["value"], scores["cer"]["value"], scores["empty"]) == (0.5, 0.5, 0)
     scores = score(rows((long, long), (long, None)))
     assert (scores["too_long"], scores["wer"]["value"], scores["words"]) == (1, 1, 3_000)
-    assert score(rows(("yes" + " " * 20_000, "yes"), ("yes", "yes")))["accuracy"]["value"] == 0.5
+    assert score(rows(("yes" + " " * 20_000, "yes"), ("yes", "yes")))["exact"]["value"] == 0.5
     for reference in ("", " " * 20_000):
         scores = score(rows((reference, long)))
         assert (scores["too_long"], scores["nothing_said"]["answered"], scores["words"]) == (1, 1, 0)
