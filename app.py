@@ -385,14 +385,14 @@ def add_questions(model: DemoModel):
             picture_figure = gr.Plot(label="Attention to the picture", elem_id="picture-figure")
     inputs, outputs = [audio, picture, question], [answer, facts, audio_figure, picture_figure]
     gr.on([button.click, question.submit], model.answer, inputs, outputs, concurrency_limit=1)
-    gr.Examples(
-        [
-            [speech if has_audio else None, photo if has_picture else None, words]
-            for (has_audio, has_picture), words in QUESTIONS.items()
-            if sees or not has_picture
-        ],
-        inputs,
-    )
+    examples = [
+        [speech if has_audio else None, photo if has_picture else None, words]
+        for (has_audio, has_picture), words in QUESTIONS.items()
+        if sees or not has_picture
+    ]
+    taught = [task["instruction"] for task in getattr(model.processor, "trained_tasks", None) or ()]
+    asked = [words for _, _, words in examples]
+    gr.Examples(examples + [[speech, None, words] for words in taught if words not in asked], inputs)
 
 
 def add_recordings(model: DemoModel):

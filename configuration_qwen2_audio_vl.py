@@ -68,6 +68,7 @@ KNOWN_FILES = (
 
 WHOLE_MODEL = ("config.json", "processor_config.json", "tokenizer.json", "*.safetensors")  # the files of a whole model
 
+KINDS_OF_ANSWERS = ("text", "classes", "json")  # that a model was trained to give
 TRANSCRIBE = "Transcribe the audio."  # the instruction for a clip that comes without one
 PIECE_SECONDS = 28.0  # the longest piece of a recording that is transcribed, where the model names no other
 LONGER = 1.2  # a model may leave out words of a clip that is longer than its longest piece by this factor
@@ -121,6 +122,13 @@ def check_piece_seconds(seconds: float):
     if not isinstance(seconds, (int, float)) or not SHORTEST_PIECE <= seconds <= LONGEST_PIECE:
         bounds = f"from {SHORTEST_PIECE:g} to {LONGEST_PIECE:g}"
         raise ValueError(f"piece_seconds must be a number of seconds {bounds}, got {seconds!r}.")
+
+
+def check_tasks(tasks: list[dict]):
+    for task in tasks if isinstance(tasks, list) else [tasks]:
+        if not isinstance(task, dict) or not task.get("instruction") or task.get("answers") not in KINDS_OF_ANSWERS:
+            kinds = ", ".join(KINDS_OF_ANSWERS)
+            raise ValueError(f"trained_tasks must be dicts of `instruction` and `answers` ({kinds}), got {task!r}.")
 
 
 def name_language(language: str) -> str:

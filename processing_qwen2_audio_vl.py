@@ -34,6 +34,7 @@ from .configuration_qwen2_audio_vl import (
     ask_for_words,
     check_audio_tokens,
     check_piece_seconds,
+    check_tasks,
     count_audio,
     tokens_per_window,
 )
@@ -78,9 +79,11 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
             "both". The default is unknown.
         piece_seconds (`float`, *optional*): The longest clip of which the model drops nothing, in seconds, and so the
             longest piece into which `transcribe.py` cuts a recording. The default is unknown.
+        trained_tasks (`list[dict]`, *optional*): What the model was trained to do: `instruction`, `answers` ("text",
+            "classes" or "json") and, where they were measured, `metric`, `before` and `after`. The default is unknown.
 
     Raises:
-        ValueError: if the tokenizer lacks a token, or if one of the last three arguments has another value.
+        ValueError: if the tokenizer lacks a token, or if one of the last four arguments has another value.
     """
 
     valid_processor_kwargs = Qwen2AudioVLProcessorKwargs
@@ -95,6 +98,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         audio_tokens: str = "fixed",
         trained_audio_tokens: str | None = None,
         piece_seconds: float | None = None,
+        trained_tasks: list[dict] | None = None,
     ):
         check_audio_tokens(audio_tokens)
         if trained_audio_tokens is not None:
@@ -102,7 +106,9 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         if piece_seconds is not None:
             check_piece_seconds(piece_seconds)
         self.audio_tokens, self.trained_audio_tokens = audio_tokens, trained_audio_tokens
-        self.piece_seconds = piece_seconds
+        if trained_tasks is not None:
+            check_tasks(trained_tasks)
+        self.piece_seconds, self.trained_tasks = piece_seconds, trained_tasks
         # Qwen2VLProcessor's `__init__` is skipped: it passes three parts by position and has no place for the fourth.
         ProcessorMixin.__init__(
             self, image_processor, tokenizer, video_processor, feature_extractor, chat_template=chat_template

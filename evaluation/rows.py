@@ -14,14 +14,21 @@ from content_items import normalize_conversations
 
 
 def load_rows(
-    sources: list[str], streaming: bool = False, columns: tuple[str, str] | None = None, keep: tuple[str, ...] = ()
+    sources: list[str],
+    streaming: bool = False,
+    columns: tuple[str, str] | None = None,
+    keep: tuple[str, ...] = (),
+    weights: list[float] | None = None,
+    seed: int = 0,
 ):
     """
     Loads JSON lines files, folders that `datasets` saved, and datasets by their Hub id or folder, written `NAME`,
     `NAME:SPLIT` or `NAME:CONFIGURATION:SPLIT`.
 
     `columns` are a column of recordings (files as bytes or paths) and one of their transcripts, where there are no
-    `messages`. `keep` are further columns to keep; rows of JSON lines keep all that they have.
+    `messages`. `keep` are further columns to keep; rows of JSON lines keep all that they have. With `weights`, one for
+    each source, rows are drawn from the sources at random in these proportions, until each row was drawn at least once;
+    the same seed draws the same. Without them the sources follow each other.
 
     Returns a dataset of `datasets` with columns `line` (JSON text), `messages`, or `audio` and `text`, those to keep,
     and `place`, which names the row in messages. Raises a ValueError if a source is not there, or has no such columns.
@@ -37,7 +44,10 @@ def load_rows(
         if is_lines:  # blank lines are left out once each row has the number of its line
             rows = rows.filter(lambda row: row["line"].strip("\ufeff \t"))
         parts.append(rows)
-    return datasets.concatenate_datasets(parts)
+    if weights is None:
+        return datasets.concatenate_datasets(parts)
+    shares = [weight / sum(weights) for weight in weights]
+    return datasets.interleave_datasets(parts, shares, seed=seed, stopping_strategy="all_exhausted")
 
 
 def load_lines(source: str, streaming: bool, columns: tuple[str, str] | None):

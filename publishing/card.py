@@ -10,6 +10,7 @@ from publishing.paths import ROOT, Origin, weights_of, write_checksums
 
 
 EVALUATION = "evaluation"  # the folder of the predictions that the scores in a card come from
+NAMES = {"text": "text", "classes": "one of a few words", "json": "JSON"}  # of the kinds of answers
 SECTIONS = {  # what begins and ends a section
     "source": ("<!-- source only -->\n", "<!-- end of source only -->\n"),
     "facts": ("<!-- facts of the build -->\n", "<!-- end of the facts -->\n"),
@@ -43,12 +44,22 @@ def make_card(origins: dict[str, Origin], is_trained: bool, tensors: dict, confi
     extractor, positions = processor.feature_extractor, config.text_config.max_position_embeddings
     window = f"{extractor.chunk_length} s, {positions:,} positions"
     facts.append(f"- {tokens_per_window(extractor):,} audio tokens for each window of {window}")
+    facts += map(describe_task, processor.trained_tasks or ())
 
     text = replace_section((ROOT / "README.md").read_text(encoding="utf-8"), "source", "")
     card = ModelCard(name_repo(replace_section(text, "facts", "\n".join(facts) + "\n"), "."))
     card.data.base_model = [origin.name for origin in origins.values() if origin.commit] or None
     card.data.base_model_relation = card.data.base_model_relation if card.data.base_model else None
     return card
+
+
+def describe_task(task: dict) -> str:
+    """A line about a task that a model was trained to do."""
+    line = f'- trained to answer "{" ".join(task["instruction"].split())}" with {NAMES[task["answers"]]}'
+    if task.get("before") is None or task.get("after") is None:
+        return line
+    before, after = f"{100 * task['before']:.1f}%", f"{100 * task['after']:.1f}%"
+    return f"{line}; {task['metric']} {before} before the last training and {after} after it"
 
 
 def save_card(folder: Path, card: ModelCard):

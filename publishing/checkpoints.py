@@ -81,25 +81,28 @@ def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 def read_rules(path: Path) -> dict:
     """
     Reads how a model was trained from a processor config or a projector file: arguments of the processor. Missing audio
-    tokens are "fixed"; `trained_audio_tokens` is None for an untrained model. `piece_seconds` is left out where it is
-    not known.
+    tokens are "fixed"; `trained_audio_tokens` is None for an untrained model. `piece_seconds` and `trained_tasks` are
+    left out where they are not known.
     """
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             stored = file.metadata() or {}
         trained, seconds = stored.get("audio_tokens", "fixed"), stored.get("piece_seconds")
+        tasks = json.loads(stored.get("trained_tasks", "null"))
         rules = {"audio_tokens": "fixed" if trained == "both" else trained, "trained_audio_tokens": trained}
     else:  # other and missing files hold nothing
         stored = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" and path.is_file() else {}
         rules = {name: stored.get(name, "fixed") for name in ("audio_tokens", "trained_audio_tokens")}
-        seconds = stored.get("piece_seconds")
-    return rules | ({"piece_seconds": float(seconds)} if seconds else {})
+        seconds, tasks = stored.get("piece_seconds"), stored.get("trained_tasks")
+    rules |= {"piece_seconds": float(seconds)} if seconds else {}
+    return rules | ({"trained_tasks": tasks} if tasks else {})
 
 
 def save_projector(path: Path, projector: torch.Tensor, processor, markers: torch.Tensor | None = None):
     """Writes what [`read_projector`] and [`read_rules`] read; `markers` are the embeddings of bos and eos."""
     tensors = {PROJECTOR.removeprefix("model."): projector} | ({} if markers is None else {MARKERS: markers})
     metadata = {"audio_tokens": processor.trained_audio_tokens, "piece_seconds": processor.piece_seconds}
+    metadata |= {"trained_tasks": json.dumps(processor.trained_tasks) if processor.trained_tasks else None}
     save_file(tensors, path, {name: str(value) for name, value in metadata.items() if value is not None})
 
 

@@ -28,6 +28,7 @@ EXAMPLE_FILES = {
         "test.jsonl",
         "clip.flac",
         "talk.mp3",
+        "own.py",
         "test_x.py",
         "preprocessor_config.json",
         "loss.png",

@@ -24,8 +24,10 @@ from safetensors.torch import load_file, save
 from transformers import AutoModel, AutoProcessor
 
 from collator import ChatCollator
+from configuration_qwen2_audio_vl import TRANSCRIBE
 from demo.ask import EXAMPLES, load, transcription_examples
 from evaluation import pieces
+from evaluation.predict import predict
 from evaluation.rows import load_rows
 from evaluation.scoring import normalize
 from publishing import check as checking
@@ -39,6 +41,7 @@ from training.resuming import newest_checkpoint, refuse_another_run
 
 
 pytest_plugins = "runs"  # fixtures
+SPOKEN = transcription_examples()[:8]
 
 
 def test_projector_stage_changes_the_projector_alone(run, start, trained, tmp_path):
@@ -175,6 +178,64 @@ def test_the_longest_piece_is_measured(run, settings, demo_repo, tmp_path, monke
     with pytest.raises(SystemExit):
         main([*words(settings(tmp_path / "other")), "--measure-pieces"])
     assert "--measure-pieces needs --eval" in capsys.readouterr().err
+
+
+def test_sources_are_mixed_by_weights(tones, tmp_path):
+    """Rows are drawn in these proportions, the same for the same seed, until each was drawn."""
+    other = write_lines(
+        tmp_path / "other.jsonl", [chat(text(f"Number {number}?"), answer="five") for number in range(4)]
+    )
+    sources, weights = [str(tones / "train.jsonl"), str(other)], [3.0, 1.0]
+    drawn = load_rows(sources, weights=weights, seed=1)["place"]
+    assert drawn == load_rows(sources, weights=weights, seed=1)["place"] != load_rows(sources, weights=weights)["place"]
+    assert set(drawn) == set(load_rows(sources)["place"])
+    share = sum(place.startswith(str(tones)) for place in drawn) / len(drawn)
+    assert 0.5 < share < 0.95
+    streamed = load_rows(sources, streaming=True, weights=weights, seed=1)
+    assert [row["place"] for row in streamed][:8] == drawn[:8]
+
+
+def test_old_skills_are_measured(run, settings, demo_repo, tones, tmp_path, capsys):
+    """Before and after training; the folder, its card and the summary tell them, and what the rows taught."""
+    rows = [chat(audio(str(EXAMPLES / row["audio"][0])), text(TRANSCRIBE), answer=row["answer"]) for row in SPOKEN]
+    new = [chat(audio(str(EXAMPLES / row["audio"][0])), text("Which tone?"), answer='{"tone": 1}') for row in SPOKEN]
+    old, data = (write_lines(tmp_path / name, part) for name, part in (("old.jsonl", rows), ("new.jsonl", new)))
+    more = {"model": demo_repo, "stage": "lora", "data": [data, old], "weights": [0.7, 0.3], "keep": [old]}
+    more |= {"max_steps": 3, "learning_rate": 0.01, "max_new_tokens": 8}
+    summary = run(tmp_path / "output", **more)
+    kept = summary["kept"]
+    assert kept["metric"] == "word error rate" and kept["before"] < 0.1 < kept["after"]
+    assert json.loads((tmp_path / "output" / "summary.json").read_text())["kept"] == kept
+    assert json.loads((tmp_path / "output" / "kept.json").read_text())["value"] == kept["before"]
+    folder = build(checkpoint=tmp_path / "output" / "adapter", output=tmp_path / "built")
+    tasks = {
+        task["instruction"]: task
+        for task in json.loads((folder / "processor_config.json").read_text())["trained_tasks"]
+    }
+    assert tasks["Which tone?"] == {"instruction": "Which tone?", "answers": "json"}
+    assert tasks[TRANSCRIBE] == {"instruction": TRANSCRIBE, "answers": "text", **kept}
+    card = (folder / "README.md").read_text()
+    assert '- trained to answer "Which tone?" with JSON\n' in card
+    assert f"word error rate {100 * kept['before']:.1f}% before the last training" in card
+    for option, message in (
+        (["--weights", "1", "2"], "--weights needs a positive number for each of the 1 sources"),
+        (["--weights", "0"], "--weights needs a positive number"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*words(settings(tmp_path / "other")), *option])
+        assert message in capsys.readouterr().err
+
+
+def test_the_data_of_an_evaluation_are_asked_again(run, demo_repo, tmp_path):
+    rows = [{"wav": str(EXAMPLES / row["audio"][0]), "said": row["answer"]} for row in SPOKEN]
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    columns = {"audio_column": "wav", "text_column": "said"}
+    predict(demo_repo, [data], tmp_path / "results", **columns, max_new_tokens=8, dtype="float32")
+    more = {"model": demo_repo, "max_steps": 1, "learning_rate": 1e-9, "max_new_tokens": 8}
+    new = [chat(audio(rows[0]["wav"]), text("Say five."), answer="five")] * 4
+    more |= {"data": [write_lines(tmp_path / "new.jsonl", new)]}
+    summary = run(tmp_path / "output", keep=[tmp_path / "results"], **more)
+    assert summary["kept"]["before"] == summary["kept"]["after"] < 0.1
 
 
 @pytest.mark.long

@@ -22,7 +22,8 @@ class Arguments(Options, TrainingArguments):
         for name in ("model", "aligner", "adapter", "encoder_cache", "export", "output_dir"):
             if (path := getattr(self, name)) is not None:
                 setattr(self, name, str(path))
-        self.data, self.eval = ([str(source) for source in sources or ()] for sources in (self.data, self.eval))
+        for name in ("data", "eval", "keep"):
+            setattr(self, name, [str(source) for source in getattr(self, name) or ()])
         check_options(vars(self))
         check_choices(self)
         self.instruction = TRANSCRIBE if self.instruction is None else self.instruction

@@ -5,6 +5,7 @@ from __future__ import annotations  # `settings_of` reads them as text
 import ast
 import difflib
 import importlib.util
+import math
 import os
 import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
@@ -41,6 +42,8 @@ class Options:
     aligner: str | None = setting(None, "the whole Whisper that --stage align needs")
     align_rows: int = setting(1000, "how many rows with speech --stage align uses")
     data: list[str] | None = setting(None, "JSON lines, or a folder or id of `datasets` (ID[:SPLIT]), with `messages`")
+    weights: list[float] | None = setting(None, "how often rows are drawn from each of --data (default: all rows once)")
+    keep: list[str] | None = setting(None, "rows of what the model can do already, asked before and after training")
     eval: list[str] | None = setting(None, "the same, for loss, word and character error rate")
     measure_pieces: bool = setting(False, "find with --eval the longest piece of a recording that the model can take")
     streaming: bool = setting(False, "read rows when they are needed; set --max-steps as well")
@@ -93,7 +96,8 @@ def settings_of(annotation: str, enums: dict[str, list[str]]) -> dict:
         return {"type": parse_bool, "nargs": "?", "const": True}
     if types[0] in enums:
         return {"choices": enums[types[0]]}
-    return {"nargs": "+"} if types[0].startswith("list[") else {"type": {"int": int, "float": float}.get(types[0], str)}
+    many = {"nargs": "+"} if types[0].startswith("list[") else {}
+    return many | {"type": {"int": int, "float": float}.get(types[0].removeprefix("list[").rstrip("]"), str)}
 
 
 def read_inherited() -> dict[str, dict]:
@@ -163,12 +167,20 @@ def check_options(options: dict):
         raise ValueError("--measure-pieces needs --eval, recordings with transcripts, and another stage than align.")
     if options.get("streaming") and options.get("max_steps", -1) < 1:
         raise ValueError("--streaming needs --max-steps, because the number of rows is not known.")
+    weights = options.get("weights")
+    is_given, are_positive = weights is not None, all(0 < weight < math.inf for weight in weights or ())
+    if is_given and (len(weights) != len(options["data"]) or not are_positive):
+        raise ValueError(f"--weights needs a positive number for each of the {len(options['data'])} sources of --data.")
+    if options.get("keep") and options["stage"] == "align":
+        raise ValueError("--keep asks a model that is trained; --stage align changes the projector alone.")
     if options.get("save_total_limit") == 1:
         raise ValueError("--save-total-limit 1 leaves nothing if the run ends while it saves; give 2 or more.")
     export = options.get("export")
     if export and Path(export).exists() and any(Path(export).iterdir()):
         raise ValueError(f"--export {export} is not empty; name a new folder.")
     is_sharded = options.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if options.get("keep") and is_sharded:
+        raise ValueError("FSDP has no whole model to ask; leave --keep out, and run `evaluation predict` instead.")
     if options.get("measure_pieces") and is_sharded:
         raise ValueError(
             "FSDP has no whole model to ask; leave --measure-pieces out, and run `evaluation pieces` later."

@@ -13,9 +13,9 @@ from training.arguments import Arguments
 
 SECONDS_FILE = "seconds.json"  # says how long training took up to a checkpoint
 # What a run that goes on has in common with the one that was interrupted, beside the content of the data.
-SAME = ("model", "stage", "data", "audio_column", "text_column", "instruction", "audio_tokens", "train_markers")
-SAME += ("adapter", "lora_r", "lora_alpha", "learning_rate", "projector_learning_rate", "seed", "max_steps")
-SAME += ("num_train_epochs",)
+SAME = ("model", "stage", "data", "weights", "audio_column", "text_column", "instruction", "audio_tokens")
+SAME += ("train_markers", "adapter", "lora_r", "lora_alpha", "learning_rate", "projector_learning_rate", "seed")
+SAME += ("max_steps", "num_train_epochs")
 
 
 class MarkComplete(TrainerCallback):

@@ -25,6 +25,7 @@ from training.closed_form import align
 from training.encoder_cache import CachedEncoder
 from training.resuming import MarkComplete, newest_checkpoint, refuse_another_run
 from training.selection import select_rows
+from training.skills import KeptSkill, describe_tasks, join_tasks
 from transcribe import LocalAsker
 
 
@@ -107,20 +108,20 @@ class AnswerTrainer(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Adds the word and the character error rate of the last answers, by the rule of `scoring.py`."""
+        """Adds word and character error rate and the share of exact answers, by the rule of `scoring.py`."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.is_fsdp_enabled:
             logger.warning("FSDP has no whole model to ask, so evaluation gives the loss alone.")
             return metrics
         scores = score(self.answer(self.eval_dataset if eval_dataset is None else eval_dataset))
-        rates = {f"{metric_key_prefix}_{name}": scores[name]["value"] for name in ("wer", "cer")}
+        rates = {f"{metric_key_prefix}_{name}": scores[name]["value"] for name in ("wer", "cer", "exact")}
         rates = {name: rate for name, rate in rates.items() if rate is not None}  # None if no reference has a word
         self.log(rates)
         return {**metrics, **rates}
 
-    def answer(self, dataset) -> list[dict]:
+    def answer(self, dataset, collator: ChatCollator | None = None) -> list[dict]:
         """Returns the last answer of every row and that of the model, as `evaluation.scoring` takes them."""
-        model, collator = self.accelerator.unwrap_model(self.model), self.data_collator
+        model, collator = self.accelerator.unwrap_model(self.model), collator or self.data_collator
         model.eval()
         mine, rows = range(self.args.process_index, len(dataset), self.args.world_size), []
         batch_size = self.args.per_device_eval_batch_size
@@ -132,6 +133,9 @@ class AnswerTrainer(Trainer):
             for messages, answer in zip(conversations, answers, strict=True):
                 rows.append({"text": answer_text(messages[-1]["content"]), "pred_text": answer})
         return gather_object(rows)
+
+
+EVALUATED = ("eval_loss", "eval_wer", "eval_cer", "eval_exact")  # what the summary has of an evaluation
 
 
 def mean_loss(history: list[dict]) -> float:
@@ -187,7 +191,7 @@ def load_data(args: Arguments, collator: ChatCollator) -> list:
     """Loads and selects the rows of `--data`, and those of `--eval` or None."""
     keep = (args.given_length,) if args.given_length else ()
     with args.main_process_first(desc="reading the data"):
-        dataset = load_rows(args.data, args.streaming, args.columns, keep)
+        dataset = load_rows(args.data, args.streaming, args.columns, keep, args.weights, args.seed)
         eval_dataset = load_rows(args.eval, columns=args.columns, keep=keep) if args.eval else None
     return [None if rows is None else select_rows(rows, collator, args) for rows in (dataset, eval_dataset)]
 
@@ -209,7 +213,7 @@ def run(trainer: AnswerTrainer, checkpoint: str | None, earlier: float) -> dict:
         "seconds": round(earlier + time.time() - start, 1),
         "rows per second": round(num_rows / (earlier + runtime), 3),
         "loss": round(mean_loss(trainer.state.log_history), 4),
-        **{name: round(value, 4) for name, value in metrics.items() if name in ("eval_loss", "eval_wer", "eval_cer")},
+        **{name: round(value, 4) for name, value in metrics.items() if name in EVALUATED},
     }
     if torch.cuda.is_available():
         summary["peak memory of the GPU in GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -260,8 +264,15 @@ def train(args: Arguments) -> dict:
         return align(args, processor, dataset, collator)
     checkpoint = newest_checkpoint(args.output_dir)
     mark = MarkComplete(checkpoint)
+    kept = KeptSkill(args, processor) if args.keep else None
     trainer = AnswerTrainer(load_model(args), args, collator, dataset, eval_dataset, callbacks=[mark])
+    before = kept.score_before(trainer, checkpoint is not None) if kept else None
     summary = run(trainer, checkpoint, mark.seconds)
+    if not args.streaming:
+        processor.trained_tasks = join_tasks(processor.trained_tasks, describe_tasks(dataset, collator))
+    if kept:
+        summary["kept"] = kept.compare(trainer, before)
+        processor.trained_tasks = join_tasks(processor.trained_tasks, kept.describe(summary["kept"]))
     if args.measure_pieces:
         summary["longest piece in seconds"] = processor.piece_seconds = measure_pieces(trainer, collator)
     write(trainer, processor, summary)
