@@ -27,7 +27,6 @@ from collator import ChatCollator
 from configuration_qwen2_audio_vl import TRANSCRIBE
 from demo.ask import EXAMPLES, load, transcription_examples
 from evaluation import pieces
-from evaluation.predict import predict
 from evaluation.rows import load_rows
 from evaluation.scoring import normalize
 from publishing import check as checking
@@ -224,18 +223,6 @@ def test_old_skills_are_measured(run, settings, demo_repo, tones, tmp_path, caps
         with pytest.raises(SystemExit):
             main([*words(settings(tmp_path / "other")), *option])
         assert message in capsys.readouterr().err
-
-
-def test_the_data_of_an_evaluation_are_asked_again(run, demo_repo, tmp_path):
-    rows = [{"wav": str(EXAMPLES / row["audio"][0]), "said": row["answer"]} for row in SPOKEN]
-    data = write_lines(tmp_path / "rows.jsonl", rows)
-    columns = {"audio_column": "wav", "text_column": "said"}
-    predict(demo_repo, [data], tmp_path / "results", **columns, max_new_tokens=8, dtype="float32")
-    more = {"model": demo_repo, "max_steps": 1, "learning_rate": 1e-9, "max_new_tokens": 8}
-    new = [chat(audio(rows[0]["wav"]), text("Say five."), answer="five")] * 4
-    more |= {"data": [write_lines(tmp_path / "new.jsonl", new)]}
-    summary = run(tmp_path / "output", keep=[tmp_path / "results"], **more)
-    assert summary["kept"]["before"] == summary["kept"]["after"] < 0.1
 
 
 @pytest.mark.long

@@ -7,7 +7,6 @@ from pathlib import Path
 import datasets
 
 from collator import ChatCollator, answer_text
-from configuration_qwen2_audio_vl import TRANSCRIBE
 from evaluation.rows import load_rows
 from evaluation.scoring import compare, headline, kind_of, score
 from publishing.paths import write_json
@@ -38,22 +37,11 @@ def describe_tasks(dataset: datasets.Dataset, collator: ChatCollator) -> list[di
 
 
 class KeptSkill:
-    """
-    The rows of `--keep`, which are data as for `--eval`, or folders that `evaluation predict` wrote, whose data and
-    instruction are used again.
-    """
+    """The rows of `--keep`, which are data as for `--eval`. Recordings with transcripts are asked to be transcribed."""
 
     def __init__(self, args: Arguments, processor):
-        self.path, sources, self.columns, instruction = Path(args.output_dir) / KEPT_FILE, args.keep, args.columns, None
-        manifest = Path(sources[0]) / "manifest.json"
-        if manifest.is_file():
-            if len(sources) > 1:
-                raise ValueError(f"--keep {sources[0]} is the folder of an evaluation; name it alone.")
-            facts = json.loads(manifest.read_text(encoding="utf-8"))
-            sources, instruction = [source["name"] for source in facts["data"]], facts["instruction"]
-            self.columns = tuple(facts["columns"]) if facts["columns"] else None
-        self.collator = ChatCollator(processor, instruction=instruction or TRANSCRIBE)
-        self.rows = select_rows(load_rows(sources, columns=self.columns), self.collator, args)
+        self.path, self.collator = Path(args.output_dir) / KEPT_FILE, ChatCollator(processor)
+        self.rows = select_rows(load_rows(args.keep, columns=args.columns), self.collator, args)
 
     def score(self, trainer) -> dict:
         """Asks all rows. Returns `metric`, the name of the figure that tells the most of them, and `value`."""
