@@ -226,6 +226,37 @@ def test_old_skills_are_measured(run, settings, demo_repo, tones, tmp_path, caps
 
 
 @pytest.mark.long
+def test_the_commands_of_the_guide(demo_repo, tmp_path):
+    """Those of docs/fine-tuning.md, in their order, on a few rows; training takes a single step."""
+    for name in ("own", "old", "old-test", "test"):
+        instruction, answers = (TRANSCRIBE, "{answer}") if "old" in name else ("What is it?", '{{"said": "{answer}"}}')
+        rows = [
+            chat(audio(str(EXAMPLES / row["audio"][0])), text(instruction), answer=answers.format(answer=row["answer"]))
+            for row in SPOKEN
+        ]
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    recordings = [{"audio": str(EXAMPLES / row["audio"][0]), "text": ""} for row in SPOKEN]
+    write_lines(tmp_path / "recordings.jsonl", recordings)
+    guide = (paths.ROOT / "docs" / "fine-tuning.md").read_text()
+    lines = re.findall(r"^python (?:-m (?:training|evaluation)|upload.py build) .*", guide, re.MULTILINE)
+    assert [line.split()[-1] for line in lines] == ["run", "before", "run", "my-model", "swapped", "--json"]
+    for number, line in enumerate(lines):
+        command = line.replace(" DIR ", f" {demo_repo} ").replace("upload.py", str(paths.ROOT / "upload.py"))
+        command = command.split()[1:]
+        if "training" in command:
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            command += ["--max-steps", "1", "--max-new-tokens", "8", "--use-cpu", "--report-to", "none"]
+        if "predict" in command:
+            command += ["--max-new-tokens", "8"]
+        environment = {**os.environ, "PYTHONPATH": str(paths.ROOT)}
+        settings = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, *command], **settings)
+        assert done.returncode == 0, (number, line, done.stderr[-2000:])
+    assert "share of exact answers" in done.stdout
+    assert (tmp_path / "my-model" / "README.md").is_file()
+
+
+@pytest.mark.long
 def test_two_processes_equal_one_with_twice_the_batch(settings, tones, trained, tmp_path):
     flags = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     more = {"per_device_train_batch_size": 2, "eval": [tones / "test.jsonl"], "max_new_tokens": 2}

@@ -268,11 +268,12 @@ def train(args: Arguments) -> dict:
     trainer = AnswerTrainer(load_model(args), args, collator, dataset, eval_dataset, callbacks=[mark])
     before = kept.score_before(trainer, checkpoint is not None) if kept else None
     summary = run(trainer, checkpoint, mark.seconds)
+    taught = getattr(processor, "trained_tasks", None)  # a folder of an earlier release has none
     if not args.streaming:
-        processor.trained_tasks = join_tasks(processor.trained_tasks, describe_tasks(dataset, collator))
+        processor.trained_tasks = taught = join_tasks(taught, describe_tasks(dataset, collator))
     if kept:
         summary["kept"] = kept.compare(trainer, before)
-        processor.trained_tasks = join_tasks(processor.trained_tasks, kept.describe(summary["kept"]))
+        processor.trained_tasks = join_tasks(taught, kept.describe(summary["kept"]))
     if args.measure_pieces:
         summary["longest piece in seconds"] = processor.piece_seconds = measure_pieces(trainer, collator)
     write(trainer, processor, summary)

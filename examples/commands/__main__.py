@@ -1,0 +1,139 @@
+"""
+Teaches the speech model a task of its own: spoken commands -> JSON, in ten minutes of two CPU cores.
+
+    python -m examples.commands            makes clips, trains, builds a folder; scores it on other phrases and voices
+    python -m examples.commands --short    the same with a few clips, in two minutes, which only shows that it runs
+
+The task is `task.json`: its instruction, words, phrases and voices. `--task FILE` takes another one. Everything is in
+the folder that `--output` names. It needs `make speech`, and of Debian espeak-ng and flite; see docs/fine-tuning.md.
+"""
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+
+from transformers.utils import logging
+
+from configuration_qwen2_audio_vl import TRANSCRIBE
+from demo.world import Speech, say
+from evaluation.generate import write_sound
+from evaluation.predict import predict
+from evaluation.report import score_folder
+from evaluation.scoring import ALL, AS_GIVEN, summary, table
+from publishing.build import build
+from publishing.paths import ROOT, write_json
+from speech.recordings import BUILD
+from speech.run import DTYPE, REPO
+from training.arguments import Arguments
+from training.train import train
+
+
+TASK = Path(__file__).with_name("task.json")
+CLIPS, SHORT_CLIPS = {"training": 480, "test": 60}, {"training": 16, "test": 4}
+STEPS, SHORT_STEPS = 150, 2
+OLD = 40  # telephone prompts that are transcribed before and after
+SETTINGS = {
+    "stage": "lora",
+    "weights": [0.7, 0.3],  # of commands and of transcripts
+    "learning_rate": 4e-4,
+    "projector_learning_rate": 1e-4,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "audio_tokens": "trimmed",
+    "attn_implementation": "eager",
+    "save_steps": 50,
+    "report_to": "none",
+    "use_cpu": True,
+}
+
+
+def make_row(audio: str, instruction: str, answer: str) -> dict:
+    asked = [{"type": "audio", "audio": audio}, {"type": "text", "text": instruction}]
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_clips(task: dict, part: str, count: int, folder: Path) -> tuple[Path, Path]:
+    """
+    Says random commands by random voices of a part of the task. Writes the clips, and returns two files of rows: the
+    commands as JSON, and their transcripts.
+    """
+    rng, speeches, said = random.Random(part), [], []
+    voices = [(engine, voice) for engine, names in task["voices"][part].items() for voice in names]
+    for _ in range(count):
+        words = {name: rng.choice(values) for name, values in task["words"].items()}
+        text = rng.choice(task["phrases"][part]).format(**words)
+        said.append((words, text))
+        speeches.append(Speech(text, *rng.choice(voices), round(rng.uniform(0.85, 1.2), 2), rng.randint(30, 70)))
+    (folder / part).mkdir(parents=True, exist_ok=True)
+    commands, transcripts = [], []
+    for number, (clip, (words, text)) in enumerate(zip(say(speeches), said, strict=True)):
+        audio = f"{part}/{number:03}.flac"
+        write_sound(clip.numpy(), str(folder / audio), "flac", "flac")
+        commands.append(make_row(audio, task["instruction"], json.dumps(words)))
+        transcripts.append(make_row(audio, TRANSCRIBE, text))
+    return (
+        write_lines(folder / f"{part}.jsonl", commands),
+        write_lines(folder / f"{part}-transcripts.jsonl", transcripts),
+    )
+
+
+def read_prompts(folder: Path) -> Path | None:
+    """Writes rows of telephone prompts, which the model transcribed before; None where `make speech` found none."""
+    path = BUILD / "recordings" / "rows.jsonl"
+    if not path.is_file():
+        return None
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = random.Random(0).sample([row for row in rows if 2 < row["seconds"] < 8], OLD)
+    rows = [make_row(str(path.parent / row["audio"]), TRANSCRIBE, row["text"]) for row in rows]
+    return write_lines(folder / "prompts.jsonl", rows)
+
+
+def run(task: dict, output: Path, is_short: bool) -> dict:
+    """Does all of it; a run that was interrupted goes on. Returns the scores of the test clips and the summary."""
+    if not REPO.is_dir():
+        raise FileNotFoundError(f"There is no {REPO}; `make speech` makes it.")
+    counts, steps = (SHORT_CLIPS, SHORT_STEPS) if is_short else (CLIPS, STEPS)
+    output.mkdir(parents=True, exist_ok=True)
+    own, transcripts = make_clips(task, "training", counts["training"], output)
+    test, old = make_clips(task, "test", counts["test"], output)
+    if not is_short:
+        old = read_prompts(output) or old
+    settings = {**SETTINGS, "data": [own, transcripts], "keep": [old], "max_steps": steps, "model": REPO}
+    settings |= {"output_dir": output / "training", "encoder_cache": output / "encoded", "max_new_tokens": 40}
+    summary_of_training = train(Arguments(**settings))
+    shutil.rmtree(output / "model", ignore_errors=True)
+    folder = build(checkpoint=output / "training" / "adapter", output=output / "model")
+    shutil.rmtree(output / "results", ignore_errors=True)
+    predict(folder, [test], output / "results", arms=("silence",), max_new_tokens=40, dtype=DTYPE)
+    scores = score_folder(output / "results", needs_json=True)
+    write_json(output / "scores.json", {"scores": scores, "training": summary_of_training})
+    return {"scores": scores, "training": summary_of_training}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        "python -m examples.commands", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", type=Path, default=TASK, help="default: examples/commands/task.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "commands", help="default: build/commands")
+    parser.add_argument("--short", action="store_true", help="a few clips and steps")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    results = run(json.loads(options.task.read_text(encoding="utf-8")), options.output, options.short)
+    scores, kept = results["scores"], results["training"]["kept"]
+    print(f"{table(scores)}\n{summary(scores)}")
+    exact = scores["arms"][AS_GIVEN][ALL]["exact"]["value"]
+    print(f"{exact * scores['arms'][AS_GIVEN][ALL]['rows']:.0f} of {scores['arms'][AS_GIVEN][ALL]['rows']} are right.")
+    print(f"Old task, {kept['metric']}: {kept['before']:.1%} before, {kept['after']:.1%} after.")
+    print(f"The folder: {options.output / 'model'}; the report: {options.output / 'results' / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
