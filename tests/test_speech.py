@@ -3,6 +3,7 @@ python -m pytest -m speech tests/test_speech.py: the pretrained parts of speech/
 speech/requirements.txt`). All tests except the first download 243 MB once, into build/speech.
 """
 
+import json
 import struct
 import subprocess
 import sys
@@ -25,13 +26,16 @@ from transformers import (
 )
 
 from audio_utils import SAMPLING_RATE, fetch_audio
+from configuration_qwen2_audio_vl import TRANSCRIBE
 from demo.ask import user
 from demo.bases import ASSETS
 from evaluation.generate import load
+from examples.commands import __main__ as commands
 from publishing.build import build
 from publishing.paths import ROOT
 from speech.ctranslate2 import read_ctranslate2
 from speech.parts import GGUF, HUB_SMOLLM2, HUB_WHISPER, make_parts, read_smollm2, read_whisper, write_whisper
+from speech.run import REPO, build_repo
 
 
 JFK = "ask not what your country can do for you, ask what you can do for your country."
@@ -202,3 +206,21 @@ def test_the_same_parts_come_from_the_hub(speech, tmp_path):
             assert torch.equal(tensor[:rows], known[key][:rows].to(tensor.dtype)), key
     ids = [AutoTokenizer.from_pretrained(folder / "smollm2")(PROMPTS[1]).input_ids for folder in (parts, speech)]
     assert ids[0] == ids[1]
+
+
+@pytest.mark.speech
+def test_a_task_is_taught_and_scored(speech, tmp_path):
+    """The example in its short form: it runs, and its report and its folder are those of the task."""
+    if not REPO.is_dir():
+        build_repo()
+    task = json.loads(commands.TASK.read_text())
+    results = commands.run(task, tmp_path, is_short=True)
+    whole = results["scores"]["arms"]["as given"]["all"]
+    assert whole["kind"] == "json" and whole["rows"] == 4 and set(whole["fields"]) >= set(task["words"])
+    assert results["training"]["kept"]["metric"] == "word error rate"
+    known = json.loads((tmp_path / "model" / "processor_config.json").read_text())["trained_tasks"]
+    assert {known_task["instruction"]: known_task["answers"] for known_task in known} == {
+        task["instruction"]: "json",
+        TRANSCRIBE: "text",
+    }
+    assert (tmp_path / "results" / "report.html").is_file()
