@@ -31,19 +31,19 @@ from training.train import train
 
 
 TASK = Path(__file__).with_name("task.json")
-CLIPS, SHORT_CLIPS = {"training": 480, "test": 60}, {"training": 16, "test": 4}
-STEPS, SHORT_STEPS = 150, 2
+CLIPS, SHORT_CLIPS = {"training": 240, "test": 60}, {"training": 16, "test": 4}
+STEPS, SHORT_STEPS = 75, 2
 OLD = 40  # telephone prompts that are transcribed before and after
 SETTINGS = {
     "stage": "lora",
     "weights": [0.7, 0.3],  # of commands and of transcripts
-    "learning_rate": 4e-4,
+    "learning_rate": 7e-4,
     "projector_learning_rate": 1e-4,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,
     "audio_tokens": "trimmed",
     "attn_implementation": "eager",
-    "save_steps": 50,
+    "save_steps": 25,
     "report_to": "none",
     "use_cpu": True,
 }
