@@ -1,5 +1,5 @@
 """
-Teaches the speech model a task of its own: spoken commands -> JSON, in ten minutes of two CPU cores.
+Teaches the speech model a task of its own: spoken commands -> JSON, in a quarter of an hour of two CPU cores.
 
     python -m examples.commands            makes clips, trains, builds a folder; scores it on other phrases and voices
     python -m examples.commands --short    the same with a few clips, in two minutes, which only shows that it runs
