@@ -29,6 +29,7 @@ EXAMPLE_FILES = {
         "clip.flac",
         "talk.mp3",
         "own.py",
+        "build/speech/recordings/rows.jsonl",
         "test_x.py",
         "preprocessor_config.json",
         "loss.png",
