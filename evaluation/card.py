@@ -73,12 +73,12 @@ def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
 
 def first_difference(one, other, place: str = "") -> tuple | None:
     """
-    The first place in which two trees of dicts differ, with both values; None if they are equal. What only one of them
-    has does not count: other releases have other figures, and only its owner can run a function of a user's.
+    The first place in which two trees of dicts differ, with both values; None if they are equal. The figures of a
+    user's function do not count, because only its owner can compute them again.
     """
     if isinstance(one, dict) and isinstance(other, dict):
-        names = [name for name in one if name in other]
-        differences = (first_difference(one[name], other[name], f"{place}/{name}") for name in names)
+        names = [name for name in dict.fromkeys([*one, *other]) if name != "metrics"]
+        differences = (first_difference(one.get(name), other.get(name), f"{place}/{name}") for name in names)
         return next(filter(None, differences), None)
     return None if one == other else (place.strip("/"), one, other)
 

@@ -20,7 +20,7 @@ from evaluation.questions import Question, Questions
 from evaluation.rows import load_rows
 from evaluation.scoring import compare
 from evaluation.settings import Settings
-from publishing.paths import CHECKSUMS, read_checksums, write_checksums, write_json
+from publishing.paths import CHECKSUMS, weights_of, write_checksums, write_json
 from transcribe import Asker, LocalAsker
 
 
@@ -124,13 +124,18 @@ def longest_kept(results: list[Measured]) -> float:
     return float(kept[-1])
 
 
+def measure_model(model, collator: ChatCollator, rows, batch_size: int) -> list[Measured]:
+    """Does what [`measure`] does with a model in this process and the rows of `evaluation.rows.load_rows`."""
+    clips = read_clips(Questions(rows, collator, None, None))
+    return measure(LocalAsker(model, collator.processor, prompt=clips[0].prompt), clips, batch_size)
+
+
 def measure_repo(settings: Settings) -> list[Measured]:
     """Does what [`measure`] does with the model and the data of some settings."""
     processor, model = load(settings.repo, settings.dtype, settings.audio_tokens)
     collator = ChatCollator(processor, instruction=settings.instruction or TRANSCRIBE)
-    clips = read_clips(Questions(load_rows(settings.data, columns=settings.columns), collator, None, None))
-    ask = LocalAsker(model.to(PartialState().device), processor, prompt=clips[0].prompt)
-    return measure(ask, clips, settings.batch_size)
+    rows = load_rows(settings.data, columns=settings.columns)
+    return measure_model(model.to(PartialState().device), collator, rows, settings.batch_size)
 
 
 def store(folder: Path, seconds: float):
@@ -138,6 +143,4 @@ def store(folder: Path, seconds: float):
     path = folder / "processor_config.json"
     write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "piece_seconds": seconds})
     if (folder / CHECKSUMS).is_file():
-        known = read_checksums(folder)
-        del known[path.name]
-        write_checksums(folder, known)
+        write_checksums(folder, weights_of(folder))

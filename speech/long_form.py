@@ -38,15 +38,17 @@ GAPS = 0.05, 1.5  # seconds
 BITRATE = 128_000
 MUSIC = 10.0  # dB below the voices
 HOURS = 1, 3  # lengths of the recordings whose memory is measured
-# The peak of a process's own memory; `resource` would begin with that of its parent.
-MEASURE = """
+# The peak of a process's own memory in MB; `resource` would begin with that of its parent.
+PEAK = """
 import re, sys
 from pathlib import Path
-import audio_streaming as _
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+"""
+MEASURE = f"""{PEAK}
+import audio_streaming as _
 before = peak()
-{body}
+{{body}}
 print(peak() - before)
 """
 STREAMED = "from audio_streaming import *; n = sum(len(p.samples) for p in cut_pieces(stream_audio(sys.argv[1]), 10))"

@@ -9,7 +9,6 @@ recordings of 3 minutes and of that length in processes of their own, which take
 """
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from benchmarks.measure import where
 from benchmarks.report import report, table
 from evaluation.generate import load
 from publishing.paths import ROOT
-from speech.long_form import join_recordings, write_mp3
+from speech.long_form import PEAK, join_recordings, write_mp3
 from speech.recordings import BUILD
 from speech.run import REPO
 from transcribe import transcribe
@@ -40,16 +39,15 @@ except ImportError:
 BATCH_SIZES = 1, 4, 8
 DTYPES = "float32", "bfloat16"
 SHORT = 3  # minutes of the recording whose memory is compared
-# The peak of a process's own memory; `resource` would begin with that of its parent.
-PEAK = """
-import re, runpy, sys
-from pathlib import Path
+TRANSCRIBING = f"""
+import runpy
+{PEAK}
 sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
     assert not end.code, end
-print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+print(peak())
 """
 
 
@@ -104,21 +102,15 @@ def measure_lengths(samples, hours: float) -> Iterator[tuple]:
             path = Path(folder) / "recording.mp3"
             repeats = max(1, round(60 * minutes * SAMPLING_RATE / len(samples)))
             write_mp3(samples[: round(60 * minutes * SAMPLING_RATE)], path, repeats)
-            command = [
-                str(ROOT / "transcribe.py"),
-                str(REPO),
-                str(path),
-                "--output-dir",
-                folder,
-                "--output-format",
-                "all",
-            ]
-            command += ["--dtype", "float32"]
+            command = [str(ROOT / "transcribe.py"), str(REPO), str(path), "--output-dir", folder, "--output-format"]
+            command += ["json", "--dtype", "float32"]
             start = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", PEAK, *command], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", TRANSCRIBING, *command], capture_output=True, text=True, check=True
+            )
             seconds = time.perf_counter() - start
             length = json.loads((Path(folder) / "recording.json").read_text())["duration"]
-            peak = int(re.findall(r"^\d+$", done.stdout, re.MULTILINE)[-1]) / 1024
+            peak = float(done.stdout.splitlines()[-1])
             yield f"{length / 60:.1f} min", f"{length / seconds:.1f}", f"{peak:.0f} MB"
 
 

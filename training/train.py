@@ -14,8 +14,7 @@ from transformers.utils import logging
 
 from collator import ChatCollator, answer_text
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, IGNORED_LABEL
-from evaluation.pieces import longest_kept, measure, read_clips
-from evaluation.questions import Questions
+from evaluation.pieces import longest_kept, measure_model
 from evaluation.rows import load_rows
 from evaluation.scoring import score
 from publishing.checkpoints import PROJECTOR_FILE, save_projector
@@ -26,7 +25,6 @@ from training.encoder_cache import CachedEncoder
 from training.resuming import MarkComplete, newest_checkpoint, refuse_another_run
 from training.selection import select_rows
 from training.skills import KeptSkill, describe_tasks, join_tasks
-from transcribe import LocalAsker
 
 
 logger = logging.get_logger(__name__)
@@ -224,10 +222,9 @@ def measure_pieces(trainer: AnswerTrainer, collator: ChatCollator) -> float | No
     """Returns the seconds of the longest piece that the model can take, None with a warning if it can take none."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model).eval()
     try:
-        clips = read_clips(Questions(load_rows(args.eval, columns=args.columns), collator, None, None))
         with trainer.compute_loss_context_manager():
-            ask = LocalAsker(model, collator.processor, prompt=clips[0].prompt)
-            return longest_kept(measure(ask, clips, args.per_device_eval_batch_size))
+            rows = load_rows(args.eval, columns=args.columns)
+            return longest_kept(measure_model(model, collator, rows, args.per_device_eval_batch_size))
     except ValueError as error:
         logger.warning(f"--measure-pieces found no length: {error}")
         return None

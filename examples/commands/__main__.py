@@ -17,6 +17,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from configuration_qwen2_audio_vl import TRANSCRIBE
+from demo.ask import read_rows, user, write_rows
 from demo.world import Speech, say
 from evaluation.generate import write_sound
 from evaluation.predict import predict
@@ -24,7 +25,7 @@ from evaluation.report import score_folder
 from evaluation.scoring import ALL, AS_GIVEN, summary, table
 from publishing.build import build
 from publishing.paths import ROOT, write_json
-from speech.recordings import BUILD
+from speech.recordings import rows_of
 from speech.run import DTYPE, REPO
 from training.arguments import Arguments
 from training.train import train
@@ -50,13 +51,8 @@ SETTINGS = {
 
 
 def make_row(audio: str, instruction: str, answer: str) -> dict:
-    asked = [{"type": "audio", "audio": audio}, {"type": "text", "text": instruction}]
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
-
-
-def write_lines(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    asked = user([{"type": "audio", "audio": audio}, {"type": "text", "text": instruction}])
+    return {"messages": [*asked, {"role": "assistant", "content": answer}]}
 
 
 def make_clips(task: dict, part: str, count: int, folder: Path) -> tuple[Path, Path]:
@@ -78,21 +74,20 @@ def make_clips(task: dict, part: str, count: int, folder: Path) -> tuple[Path, P
         write_sound(clip.numpy(), str(folder / audio), "flac", "flac")
         commands.append(make_row(audio, task["instruction"], json.dumps(words)))
         transcripts.append(make_row(audio, TRANSCRIBE, text))
-    return (
-        write_lines(folder / f"{part}.jsonl", commands),
-        write_lines(folder / f"{part}-transcripts.jsonl", transcripts),
-    )
+    paths = folder / f"{part}.jsonl", folder / f"{part}-transcripts.jsonl"
+    for path, rows in zip(paths, (commands, transcripts), strict=True):
+        write_rows(path, rows)
+    return paths
 
 
 def read_prompts(folder: Path) -> Path | None:
     """Writes rows of telephone prompts, which the model transcribed before; None where `make speech` found none."""
-    path = BUILD / "recordings" / "rows.jsonl"
-    if not path.is_file():
+    source, path = rows_of("recordings"), folder / "prompts.jsonl"
+    if not source.is_file():
         return None
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = random.Random(0).sample([row for row in rows if 2 < row["seconds"] < 8], OLD)
-    rows = [make_row(str(path.parent / row["audio"]), TRANSCRIBE, row["text"]) for row in rows]
-    return write_lines(folder / "prompts.jsonl", rows)
+    rows = random.Random(0).sample([row for row in read_rows(source) if 2 < row["seconds"] < 8], OLD)
+    write_rows(path, [make_row(str(source.parent / row["audio"]), TRANSCRIBE, row["text"]) for row in rows])
+    return path
 
 
 def run(task: dict, output: Path, is_short: bool) -> dict:
