@@ -64,6 +64,7 @@ KNOWN_FILES = (
     *("README.md", "SHA256SUMS", "config.json", "generation_config.json", "processor_config.json"),
     *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "model*.safetensors", "model*.index.json"),
     *("evaluation/manifest.json", "evaluation/scores.json", "evaluation/predictions*.jsonl"),
+    *(".eval_results/open_asr_leaderboard.yaml", "*.gguf"),
 )
 
 WHOLE_MODEL = ("config.json", "processor_config.json", "tokenizer.json", "*.safetensors")  # the files of a whole model

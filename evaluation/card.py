@@ -1,13 +1,18 @@
-"""Scores in the card of a folder: written there from predictions, which are copied beside it, and checked by them."""
+"""
+Scores in the card of a folder, and for the leaderboards of the Hub: written there from predictions, which are copied
+beside them, and checked by them.
+"""
 
 import json
 import shutil
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 
-from evaluation.scoring import ALL, AS_GIVEN, read_folder, score_arms, table
-from publishing.card import EVALUATION, replace_section, save_card
+from evaluation.leaderboard import BENCHMARK
+from evaluation.scoring import ALL, AS_GIVEN, read_folder, score, score_arms, table
+from publishing.card import ENTRIES, EVALUATION, replace_section, save_card
 from publishing.check import check_sizes
 from publishing.paths import weights_of
 
@@ -26,9 +31,9 @@ def list_results(scores: dict, manifest: dict) -> list[EvalResult]:
     """
     sources = ", ".join(source["name"] for source in manifest["data"])
     results = []
-    for group, score in scores["arms"][AS_GIVEN].items():
-        for metric in ("wer", "cer") if score["kind"] == "text" else ("exact_match",):
-            rate = score["exact" if metric == "exact_match" else metric]["value"]
+    for group, figures in scores["arms"][AS_GIVEN].items():
+        for metric in ("wer", "cer") if figures["kind"] == "text" else ("exact_match",):
+            rate = figures["exact" if metric == "exact_match" else metric]["value"]
             if rate is not None:
                 task, title = METRICS[metric]
                 config = None if group == ALL else group  # tells the groups of a set apart
@@ -36,6 +41,27 @@ def list_results(scores: dict, manifest: dict) -> list[EvalResult]:
                 shown = {"metric_type": metric, "metric_name": title, "metric_value": round(100 * rate, 2)}
                 results.append(EvalResult(task_type=task, **dataset, **shown))
     return results
+
+
+def list_entries(rows: list[dict], manifest: dict) -> list[EvalResultEntry]:
+    """
+    The WER of each whole set of the Open ASR Leaderboard that was asked for, in percent, and their mean if all were. A
+    set with a failed row, a part of one (`--limit`) and local files of that name do not count.
+    """
+    entries, common = [], {"dataset_id": BENCHMARK["id"], "date": manifest["date"][:10]}
+    for source in manifest["data"] if manifest["limit"] is None else ():
+        identifier, _, name = source["name"].partition(":")
+        if identifier != BENCHMARK["id"] or name not in BENCHMARK["tasks"] or "revision" not in source:
+            continue
+        scores = score([row for row in rows if row["place"].rpartition(":")[0] == source["name"]])
+        if scores["wer"]["value"] is not None and not scores["failed"]:
+            common["dataset_revision"] = source["revision"]
+            percent = round(100 * scores["wer"]["value"], 2)
+            entries.append(EvalResultEntry(task_id=BENCHMARK["tasks"][name], value=percent, **common))
+    if {entry.task_id for entry in entries} == set(BENCHMARK["tasks"].values()):
+        mean = round(sum(entry.value for entry in entries) / len(entries), 2)
+        entries.insert(0, EvalResultEntry(task_id=BENCHMARK["mean"], value=mean, **common))
+    return entries
 
 
 def write_section(scores: dict, manifest: dict) -> str:
@@ -46,11 +72,11 @@ def write_section(scores: dict, manifest: dict) -> str:
     return f"## Scores\n\n{table(scores)}\n{details}\n"
 
 
-def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
+def read_results(folder: Path, results: Path) -> tuple[dict, dict, str]:
     """
-    Reads predictions of the model in a folder, and scores them again. Returns their manifest and their scores. Raises a
-    ValueError if they are not all there or too large, are of other weights than those of the folder, or give other
-    scores than those beside them.
+    Reads predictions of the model in a folder, and scores them again. Returns their manifest, their scores, and what
+    [`list_entries`] gives as YAML. Raises a ValueError if they are not all there or too large, are of other weights
+    than those of the folder, or give other scores than those beside them.
     """
     if missing := [name for name in ("manifest.json", "scores.json") if not (results / name).is_file()]:
         raise ValueError(f"{results} has no {' and no '.join(missing)}; `python -m evaluation` writes them")
@@ -68,7 +94,8 @@ def read_results(folder: Path, results: Path) -> tuple[dict, dict]:
     if difference := first_difference(stored.get("arms"), scores["arms"]):
         place, says, gives = difference
         raise ValueError(f"{results / 'scores.json'} says {place} = {says}, but its predictions give {gives}")
-    return manifest, {**scores, "rule": stored["rule"]}
+    entries = eval_result_entries_to_yaml(list_entries(predictions[AS_GIVEN], manifest))
+    return manifest, {**scores, "rule": stored["rule"]}, yaml.safe_dump(entries, sort_keys=False) if entries else ""
 
 
 def first_difference(one, other, place: str = "") -> tuple | None:
@@ -84,12 +111,19 @@ def first_difference(one, other, place: str = "") -> tuple | None:
 
 
 def add_results(folder: Path, results: Path):
-    """Copies predictions into a folder, and their scores into its card, unless [`read_results`] raises an error."""
-    manifest, scores = read_results(folder, results)
+    """
+    Copies predictions into a folder, and writes their scores into its card and for the leaderboard, unless
+    [`read_results`] raises an error.
+    """
+    manifest, scores, entries = read_results(folder, results)
     shutil.rmtree(folder / EVALUATION, ignore_errors=True)
     (folder / EVALUATION).mkdir()
     for path in (*results.glob("predictions*.jsonl"), results / "manifest.json", results / "scores.json"):
         shutil.copyfile(path, folder / EVALUATION / path.name)
+    (folder / ENTRIES).unlink(missing_ok=True)
+    if entries:
+        (folder / ENTRIES).parent.mkdir(exist_ok=True)
+        (folder / ENTRIES).write_text(entries, encoding="utf-8")
     card = ModelCard.load(folder / "README.md")
     card.data.model_name = manifest["model"]["name"]
     card.data.eval_results = list_results(scores, manifest)
@@ -99,11 +133,11 @@ def add_results(folder: Path, results: Path):
 
 def check_results(folder: Path) -> str:
     """
-    Scores the predictions of a folder again, and returns what was compared. Raises a ValueError if the card's figures
-    are not those that the predictions give, or as [`read_results`].
+    Scores the predictions of a folder again, and returns what was compared. Raises a ValueError if the figures of the
+    card or for the leaderboard are not those that the predictions give, or as [`read_results`].
     """
     card = ModelCard.load(folder / "README.md")
-    manifest, scores = read_results(folder, folder / EVALUATION)
+    manifest, scores, entries = read_results(folder, folder / EVALUATION)
     expected = list_results(scores, manifest)
     in_card, right = (
         {(result.dataset_config or "all rows", result.metric_type, result.metric_value) for result in results}
@@ -114,4 +148,8 @@ def check_results(folder: Path) -> str:
         raise ValueError(f"the metadata of README.md and the predictions in {EVALUATION}/ differ: {figures}")
     if replace_section(card.text, "results", write_section(scores, manifest)) != card.text:
         raise ValueError(f"the table of scores in README.md is not what the predictions in {EVALUATION}/ give")
+    if entries != ((folder / ENTRIES).read_text(encoding="utf-8") if (folder / ENTRIES).is_file() else ""):
+        raise ValueError(
+            f"{ENTRIES} is not what the predictions in {EVALUATION}/ give, which is {entries or 'no file'}"
+        )
     return f"{manifest['rows']} predictions of these weights give the {len(expected)} figures of the card"

@@ -11,6 +11,7 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 
 LEADERBOARD = json.loads(Path(__file__).with_name("open_asr_leaderboard.json").read_text(encoding="utf-8"))
+BENCHMARK = LEADERBOARD["benchmark"]  # its id, and its sets with the names of their tasks
 # References that the leaderboard does not score; the second one stands in the transcripts of TED-LIUM.
 NOTHING_SAID = ("", "ignore time segment in scoring")
 

@@ -10,11 +10,15 @@ from publishing.paths import ROOT, Origin, weights_of, write_checksums
 
 
 EVALUATION = "evaluation"  # the folder of the predictions that the scores in a card come from
+ENTRIES = (
+    ".eval_results/open_asr_leaderboard.yaml"  # those for a leaderboard: https://huggingface.co/docs/hub/eval-results
+)
 NAMES = {"text": "text", "classes": "one of a few words", "json": "JSON"}  # of the kinds of answers
 SECTIONS = {  # what begins and ends a section
     "source": ("<!-- source only -->\n", "<!-- end of source only -->\n"),
     "facts": ("<!-- facts of the build -->\n", "<!-- end of the facts -->\n"),
     "results": ("<!-- results -->\n", "<!-- end of results -->\n"),
+    "gguf": ("<!-- llama.cpp -->\n", "<!-- end of llama.cpp -->\n"),
 }
 
 

@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_IDS, AUTO_MAP, CODE_FILES, EXAMPLES, KNOWN_FILES
 from publishing.build import AUDIO_TOKENS, CONFIG_CLASS, meta_state_dict
-from publishing.card import EVALUATION, replace_section
+from publishing.card import ENTRIES, EVALUATION, replace_section
 from publishing.checkpoints import find_problems, stored_tensors
 from publishing.paths import CHECKSUMS, ROOT, check_content, files_of, is_inside, own_class, read_checksums
 
@@ -109,9 +109,10 @@ def check_files(folder: Path, trust_code: bool = False) -> dict[str, str]:
         if "src" in widget and widget["src"] not in names:
             raise ValueError(f"README.md shows {widget['src']}, which is not there")
 
-    shows_scores = card.data.eval_results or replace_section(card.text, "results", "") != card.text
-    if shows_scores and not (folder / EVALUATION).is_dir():
-        raise ValueError(f"README.md shows scores, but there is no {EVALUATION}/ with the predictions they come from")
+    in_card = card.data.eval_results or replace_section(card.text, "results", "") != card.text
+    if (in_card or ENTRIES in names) and not (folder / EVALUATION).is_dir():
+        shown = "README.md" if in_card else ENTRIES
+        raise ValueError(f"{shown} shows scores, but there is no {EVALUATION}/ with the predictions they come from")
 
     settings = json.loads((folder / "config.json").read_text())
     if settings.get("auto_map") != AUTO_MAP:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token, hf_hub_download
 
+from configuration_qwen2_audio_vl import KNOWN_FILES
 from publishing.card import name_repo, save_card
 from publishing.check import ask_in_a_fresh_process, check_answers
 from publishing.paths import CHECKSUMS, check_content, read_checksums
@@ -39,7 +40,7 @@ def push(
         revision=revision,
         create_pr=pr,
         ignore_patterns=[".cache/*"],  # which `files_of` leaves out, so that `check` did not see it
-        delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.py"],  # of an earlier upload
+        delete_patterns=[*KNOWN_FILES, "*.safetensors", "*.safetensors.index.json", "*.py"],  # of an earlier upload
     )
 
 

@@ -17,12 +17,13 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
+import yaml
 from accelerate.commands import launch
 from bombs import gif
 from data_rows import chat, damage_png, write_lines
 from filelock import FileLock
 from helpers import text
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 from serving import serve
 from sounds import encode
@@ -32,15 +33,17 @@ from starlette.routing import Route
 
 import upload
 from audio_utils import SAMPLING_RATE, fetch_audio
-from demo.ask import EXAMPLES, read_examples, read_rows, transcription_examples, write_questions
+from demo.ask import EXAMPLES, read_examples, read_rows, transcription_examples, write_questions, write_rows
 from demo.world import WORLD
 from evaluation import __main__ as evaluation
-from evaluation import card, pieces
+from evaluation import card, pieces, scoring
 from evaluation.generate import load
+from evaluation.leaderboard import BENCHMARK
 from evaluation.scoring import AS_GIVEN, read_folder, read_predictions
 from evaluation.settings import Settings
 from publishing import check as checking
 from publishing import paths
+from publishing.card import ENTRIES
 from transcribe import transcribe
 
 
@@ -454,6 +457,60 @@ def test_scores_that_the_predictions_do_not_give_are_refused(scored, name, old, 
     paths.write_checksums(scored, {})
     with pytest.raises(ValueError, match=message):
         card.check_results(scored)
+
+
+def publish_leaderboard(results: Path, folder: Path, change=lambda manifest: None) -> list[dict]:
+    """
+    Adds predictions as of all sets of the Open ASR Leaderboard to a folder, the rows in turns, and returns the entries.
+    """
+    manifest, rows = json.loads((results / "manifest.json").read_text()), read_rows(results / "predictions.jsonl")
+    names = [f"{BENCHMARK['id']}:{name}" for name in BENCHMARK["tasks"]]
+    manifest["data"] = [{"name": name, "revision": "3a1c", "files": "0"} for name in names]
+    change(manifest)
+    rows = [{**row, "place": f"{names[number % len(names)]}:{number}"} for number, row in enumerate(rows)]
+    write_rows(results / "predictions.jsonl", rows)
+    paths.write_json(results / "manifest.json", manifest)
+    card.add_results(folder, results)
+    assert "predictions of these weights give" in card.check_results(folder)
+    return yaml.safe_load((folder / ENTRIES).read_text()) if (folder / ENTRIES).exists() else []
+
+
+def test_scores_for_the_leaderboard(demo_repo, results, tmp_path):
+    folder, results = shutil.copytree(demo_repo, tmp_path / "repo"), shutil.copytree(results, tmp_path / "results")
+    entries = parse_eval_result_entries(publish_leaderboard(results, folder))
+    mean, *others = entries
+    assert {entry.task_id for entry in others} == set(BENCHMARK["tasks"].values()) and mean.task_id == "mean_wer"
+    assert {(entry.dataset_id, entry.dataset_revision) for entry in entries} == {(BENCHMARK["id"], "3a1c")}
+    assert mean.value == pytest.approx(np.mean([entry.value for entry in others]), abs=0.01) and mean.value < 5
+    rows = [row for row in read_rows(results / "predictions.jsonl") if ":librispeech:test.other:" in row["place"]]
+    (other,) = (entry.value for entry in others if entry.task_id == "librispeech_other_wer")
+    assert len(rows) > 3 and other == round(100 * scoring.score(rows)["wer"]["value"], 2)
+    checking.check_files(folder)
+
+    (folder / ENTRIES).write_text((folder / ENTRIES).read_text().replace("value: ", "value: 1", 1))
+    with pytest.raises(ValueError, match="open_asr_leaderboard.yaml is not what the predictions in evaluation/ give"):
+        card.check_results(folder)
+    shutil.rmtree(folder / "evaluation")
+    (folder / "README.md").write_text((demo_repo / "README.md").read_text())
+    paths.write_checksums(folder, {})
+    with pytest.raises(ValueError, match="open_asr_leaderboard.yaml shows scores, but there is no evaluation/"):
+        checking.check_files(folder)
+
+
+@pytest.mark.parametrize(
+    "change, count",
+    [
+        (lambda manifest: manifest.update(limit=40), 0),
+        (lambda manifest: [source.pop("revision") for source in manifest["data"]], 0),
+        (lambda manifest: manifest["data"].pop(), 7),
+        (lambda manifest: [source.update(name="other/data:test") for source in manifest["data"]], 0),
+    ],
+)
+def test_parts_of_the_leaderboard(demo_repo, results, tmp_path, change, count):
+    """A set that was not asked whole, or is not the Hub's, has no entry; without all sets there is no mean."""
+    folder, results = shutil.copytree(demo_repo, tmp_path / "repo"), shutil.copytree(results, tmp_path / "results")
+    entries = publish_leaderboard(results, folder, change)
+    assert len(entries) == count and all(entry["dataset"]["task_id"] != "mean_wer" for entry in entries)
 
 
 def test_scores_without_predictions_are_refused(scored):

@@ -176,12 +176,13 @@ def test_a_changed_folder_is_pushed_to_branches_and_pull_requests(hub, folder, c
 @pytest.mark.long
 @local
 def test_files_of_an_earlier_push_go(hub, folder, commit, upload_py):
-    """Weights in other shards than before must not stay beside the new ones."""
+    """Weights in other shards than before must not stay beside the new ones, nor scores of other weights."""
     repository = hub.repositories[ID]
     oid = repository.resolve("main")["files"]["model.safetensors"]["sha256"]
     stale = {"key": "lfsFile", "value": {"path": "model-00001-of-00002.safetensors", "oid": oid}}
-    kept = {"key": "file", "value": {"path": "notes.txt", "content": ""}}
-    repository.commit("main", {"summary": "by hand"}, [stale, kept], create_pr=False)
+    names = ("evaluation/predictions-silence.jsonl", ".eval_results/open_asr_leaderboard.yaml", "notes.txt")
+    files = [{"key": "file", "value": {"path": name, "content": ""}} for name in names]
+    repository.commit("main", {"summary": "by hand"}, [stale, *files], create_pr=False)
     upload_py("push", folder, ID)
     assert sorted(repository.resolve("main")["files"]) == sorted([*paths.files_of(folder), "notes.txt"])
 
