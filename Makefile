@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 VLLM := $(VENV)/vllm
 TRL_VERSION := 1.16.0
 TRL := $(VENV)/trl-$(TRL_VERSION)
+LLAMA_CPP := $(VENV)/llama-cpp
 SOURCE := $(VENV)/transformers-source
 
 # No target asks the Hub, and the checkout has a cache of remote code of its own.
@@ -13,7 +14,7 @@ export HF_HOME := $(CURDIR)/build/huggingface
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help demo speech transcribe app eval test test-long test-common test-releases test-endurance test-app test-vllm test-trl \
-	test-speech releases bench held-out lint format clean
+	test-speech test-gguf releases bench held-out lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -21,17 +22,20 @@ help:  ## list the targets
 demo: $(READY)  ## build the small trained model and ask it about recordings and pictures
 	$(PYTHON) -m demo.run
 
-speech: $(VENV)/.speech  ## download a speech model's parts, join them with what was trained, and transcribe people
+speech: $(READY)  ## download a speech model's parts, join them with what was trained, and transcribe people
 	$(PYTHON) -m speech.run
 
-transcribe: $(VENV)/.speech  ## transcribe a recording with the speech model: make transcribe FILE=talk.mp3
+transcribe: $(READY)  ## transcribe a recording with the speech model: make transcribe FILE=talk.mp3
 	test -e build/speech/qwen2-audio-vl || $(PYTHON) -m speech.run
 	$(PYTHON) transcribe.py build/speech/qwen2-audio-vl $(FILE) --output-dir build/transcripts --word-timestamps \
 		--aligner build/speech/whisper --dtype float32
 
-test-speech: $(VENV)/.speech $(VENV)/.synthesizers  ## the speech model's parts and data, and a short run of its training
+test-speech: $(READY) $(VENV)/.synthesizers  ## the speech model's parts and data, and a short run of its training
 	$(PYTHON) -m pytest -m speech
 	$(PYTHON) -m speech.recipe --short
+
+test-gguf: $(READY) $(LLAMA_CPP)/.ready  ## the files for llama.cpp, asked by an unpatched one; the speech model too
+	$(PYTHON) -m pytest -m gguf
 
 app: $(READY)  ## serve the page with the small trained model
 	rm -rf build/app
@@ -101,10 +105,6 @@ $(READY): requirements/dev.txt
 	$(PYTHON) -m pip install --quiet --requirement requirements/dev.txt
 	touch $@
 
-$(VENV)/.speech: speech/requirements.txt $(READY)
-	$(PYTHON) -m pip install --quiet --requirement speech/requirements.txt
-	touch $@
-
 # demo/make.py says which packages of Debian are needed as well.
 $(VENV)/.synthesizers: demo/requirements.txt $(READY)
 	$(PYTHON) -m pip install --quiet --requirement demo/requirements.txt
@@ -125,6 +125,11 @@ $(VLLM)/.ready: requirements/vllm.txt
 	cd $(VLLM)/lib/python3*/site-packages && rm -f torchaudio/lib/*.so \
 		&& sed -i '/^    _meta_registrations,$$/d' torchvision/__init__.py && mkdir -p vllm-0.32.0+cpu.dist-info \
 		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
+	touch $@
+
+$(LLAMA_CPP)/.ready: requirements/llama-cpp.txt
+	python3 -m venv $(LLAMA_CPP)
+	$(LLAMA_CPP)/bin/python -m pip install --quiet --requirement requirements/llama-cpp.txt
 	touch $@
 
 # TRL lies beside the packages of .venv, and is installed alone, because .venv has all that it needs.

@@ -5,7 +5,8 @@ Base weights -> repository folder -> Hub.
     upload.py build --checkpoint DIR_OR_ID --output DIR     a trained model, or a peft adapter of one, which is merged:
                                                             adds code, card and checksums
     upload.py check DIR_OR_ID       does it load and answer, are its files complete and unchanged
-    upload.py push DIR REPO [--results DIR]     check, then upload in one commit
+    upload.py gguf DIR_OR_ID --output DIR       two files for llama.cpp
+    upload.py push DIR REPO [--results DIR] [--gguf DIR]    check, then upload in one commit
     upload.py smoke REPO            for CI: pull from the Hub into an empty cache, and ask about the examples
 """
 
@@ -49,8 +50,17 @@ def check_source(repo: str, revision: str | None, trust_code: bool):
     print_table(check_folder(find_folder(repo, revision), trust_code)[0])
 
 
-def push_folder(folder: Path, repo: str, results: Path | None, trust_code: bool, **options):
-    for path, tool in ((folder, "upload.py build"), (results, "python -m evaluation predict")):
+def export_files(repo: str, output: Path, kind: str):
+    require_source(repo)
+    from publishing.gguf import export
+
+    for path in export(repo, output, kind):
+        print(f"{path} is ready: {path.stat().st_size / 1e9:.2f} GB.")
+
+
+def push_folder(folder: Path, repo: str, results: Path | None, gguf: Path | None, trust_code: bool, **options):
+    sources = ((folder, "upload.py build"), (results, "python -m evaluation predict"), (gguf, "upload.py gguf"))
+    for path, tool in sources:
         if path is not None and not path.is_dir():
             raise ValueError(f"There is no folder {path}; `{tool}` makes one.")
     from publishing.hub import push
@@ -59,6 +69,10 @@ def push_folder(folder: Path, repo: str, results: Path | None, trust_code: bool,
         from evaluation.card import add_results
 
         add_results(folder, results)
+    if gguf is not None:
+        from publishing.gguf import add_files
+
+        add_files(folder, gguf, repo)
     _, loaded = check_folder(folder, trust_code)
     commit = push(folder, repo, loaded, **options)
     print(f"{commit.pr_url or commit.commit_url}\ncommit {commit.oid}")
@@ -103,6 +117,13 @@ def make_parser() -> ArgumentParser:
         command.add_argument("--revision", help="branch, tag or commit of the Hub")
         if name == "check":
             command.add_argument("--trust-code", action="store_true", help="run code that is not this checkout's")
+    command = commands.add_parser("gguf", help="two files for llama.cpp: the language model, and both towers")
+    command.set_defaults(run=export_files)
+    command.add_argument("repo", metavar="DIR_OR_ID", help="what build made, or ID@REVISION")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the files")
+    command.add_argument(
+        "--type", dest="kind", default="f16", choices=("f32", "f16", "bf16", "q8_0"), help="of the matrices"
+    )
     command = commands.add_parser("push", help="check, then upload in one commit")
     command.set_defaults(run=push_folder)
     command.add_argument("folder", type=Path, metavar="DIR")
@@ -112,6 +133,7 @@ def make_parser() -> ArgumentParser:
     command.add_argument(
         "--results", type=Path, metavar="DIR", help="of `python -m evaluation`; its scores go in the card"
     )
+    command.add_argument("--gguf", type=Path, metavar="DIR", help="of `upload.py gguf`; its files are pushed as well")
     command.add_argument("--trust-code", action="store_true", help="push code that is not this checkout's")
     command.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     return parser

@@ -1,6 +1,6 @@
 """
-Measures `upload.py build` at real size: peak memory, and time beside `cp` of the same bytes on the same disk. The base
-checkpoints have the real names and sizes, and noise for content.
+Measures `upload.py build` and `upload.py gguf` at real size: peak memory, and time beside `cp` of the same bytes on the
+same disk. The base checkpoints have the real names and sizes, and noise for content.
 
     python -m benchmarks.build [--folder DIR_WITH_40_GB_FREE] [--readme]
 
@@ -9,7 +9,6 @@ The default of `--folder` is the temporary folder.
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -66,36 +65,49 @@ def make_encoder(folder: Path) -> Path:
     return folder
 
 
-def time_command(command: list, output: Path) -> float:
-    """Returns the seconds until the command's output is on the disk, and removes that output."""
+def run_command(command: list) -> tuple[float, float]:
+    """Returns the seconds until what the command writes is on the disk, and the GiB of its peak memory."""
     os.sync()
     start = time.perf_counter()
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
     os.sync()
-    seconds = time.perf_counter() - start
-    shutil.rmtree(output)
-    return seconds
+    return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
-def measure(size: str, folder: Path) -> tuple[str, ...]:
-    """Returns the cells of a row."""
-    base, encoder = make_base(folder / "base", size), make_encoder(folder / "encoder")
-    num_bytes = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
-    command = [sys.executable, ROOT / "upload.py", "build", "--base", base, "--audio-encoder", encoder]
-    build = time_command([*command, "--output", folder / "built"], folder / "built")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # GiB
-    (folder / "copy").mkdir()
-    copy = time_command(["cp", "--recursive", "--sparse=never", base, encoder, folder / "copy"], folder / "copy")
-    seconds = f"{build:.0f} s", f"{copy:.0f} s", f"{build / copy:.2f}"
-    return size, f"{num_bytes / 1e9:.1f} GB", *seconds, f"{peak:.2f} GiB"
+def measure(size: str, folder: Path) -> list[tuple[str, ...]]:
+    """Returns two rows of cells: `build`, and `gguf` of what it built."""
+    base, encoder, built = make_base(folder / "base", size), make_encoder(folder / "encoder"), folder / "built"
+    program, bases = [sys.executable, ROOT / "upload.py"], ["--base", base, "--audio-encoder", encoder]
+    steps = {
+        "build": ([*program, "build", *bases, "--output", built], [base, encoder]),
+        "gguf": ([*program, "gguf", built, "--output", folder / "files"], [built]),
+    }
+    rows = []
+    for name, (command, sources) in steps.items():
+        num_bytes = sum(file.stat().st_size for source in sources for file in source.glob("*.safetensors"))
+        (folder / "copy").mkdir()
+        copying, _ = run_command(["cp", "--recursive", "--sparse=never", *sources, folder / "copy"])
+        shutil.rmtree(folder / "copy")
+        seconds, peak = run_command(command)
+        for path in sources:
+            shutil.rmtree(path)
+        times = f"{seconds:.0f} s", f"{copying:.0f} s", f"{seconds / copying:.2f}"
+        rows.append((size, f"`upload.py {name}`", f"{num_bytes / 1e9:.1f} GB", *times, f"{peak:.2f} GiB"))
+    return rows
 
 
 def main(folder: str = "") -> list[str]:
     rows = []
     for size in ("2b", "7b"):
         with tempfile.TemporaryDirectory(dir=folder or None) as name:
-            rows.append(measure(size, Path(name)))
-    return [table(("Qwen2-VL", "bytes", "`upload.py build`", "`cp`", "times as long", "peak memory"), rows), where()]
+            rows += measure(size, Path(name))
+    return [
+        table(("Qwen2-VL", "command", "bytes read", "takes", "`cp`", "times as long", "peak memory"), rows),
+        where(),
+    ]
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ class Origin(NamedTuple):
     commit: str | None  # of the Hub
 
 
-def resolve(source: str, needed: tuple[str, ...] = ()) -> Origin:
-    """Finds a directory, or downloads the files of a Hub id or ID@REVISION that `build` reads."""
+def resolve(source: str, needed: tuple[str, ...] = (), more: tuple[str, ...] = ()) -> Origin:
+    """Finds a directory, or downloads the files of a Hub id or ID@REVISION that `build` reads, and `more`."""
     from configuration_qwen2_audio_vl import find_folder
 
     repo, _, revision = (str(source), "", "") if Path(source).is_dir() else str(source).partition("@")
-    patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja"], "ignore_patterns": ["*fp32*"]}
+    patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja", *more], "ignore_patterns": ["*fp32*"]}
     folder = find_folder(repo, revision or None, needed, **patterns)
     if cached := re.search(r"models--(.+)/snapshots/([0-9a-f]{40})$", folder.resolve().as_posix()):
         return Origin(folder, cached[1].replace("--", "/"), cached[2])

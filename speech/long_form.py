@@ -4,7 +4,8 @@ the length costs in memory.
 
     python -m speech.long_form [--minutes N] [--batch N] [--readme]
 
-Whisper base answers the same pieces as a control. The recording joins telephone prompts (speech.recordings) in a fixed
+Whisper base answers the same pieces as a control, and both once more with the last words of the text before each piece
+as context. The recording joins telephone prompts (speech.recordings) in a fixed
 random order with gaps of 0.05 to 1.5 s, as MP3 of 48 kHz stereo; once with music. REPO is what `make speech` built.
 """
 
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForCondi
 
 from audio_utils import SAMPLING_RATE, fetch_audio
 from benchmarks.report import report, table
+from configuration_qwen2_audio_vl import TRANSCRIBE
 from demo.ask import read_rows
 from evaluation.generate import load
 from evaluation.scoring import align, edit_of, normalize
@@ -37,6 +40,7 @@ from transcribe import Answer, Transcriber, longest_answer, make_transcriber
 GAPS = 0.05, 1.5  # seconds
 BITRATE = 128_000
 MUSIC = 10.0  # dB below the voices
+CONTEXT = 10  # words of the text before a piece
 HOURS = 1, 3  # lengths of the recordings whose memory is measured
 # The peak of a process's own memory in MB; `resource` would begin with that of its parent.
 PEAK = """
@@ -118,13 +122,29 @@ class WhisperAsker:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     @torch.inference_mode()
-    def __call__(self, clips: list[torch.Tensor]) -> list[Answer]:
+    def __call__(self, clips: list[torch.Tensor], before: str = "") -> list[Answer]:
         windows = [clip.numpy() for clip in clips]
         features = self.extractor(windows, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
-        limit = longest_answer(max(map(len, clips)))
-        ids = self.model.generate(features, language="en", task="transcribe", max_new_tokens=limit)
+        settings = {"language": "en", "task": "transcribe", "max_new_tokens": longest_answer(max(map(len, clips)))}
+        if before:
+            settings["prompt_ids"] = torch.from_numpy(self.tokenizer.get_prompt_ids(before))
+        ids = self.model.generate(features, **settings)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [Answer(" ".join(text.split())) for text in texts]
+
+
+class WithTextBefore:
+    """Answers one piece at a time by `ask(clips, words)`, with the last words of the answer before."""
+
+    def __init__(self, ask):
+        self.ask, self.before = ask, ""
+
+    def __call__(self, clips: list[torch.Tensor]) -> list[Answer]:
+        answers = []
+        for clip in clips:
+            answers += self.ask([clip], " ".join(self.before.split()[-CONTEXT:]))
+            self.before = answers[-1].text
+        return answers
 
 
 class Aligned:
@@ -162,16 +182,14 @@ def mix(joined: np.ndarray, decibels: float) -> np.ndarray:
     return joined + sound * (joined.std() / sound.std() * 10 ** (-decibels / 20))
 
 
-def compare_cuts(name: str, transcriber: Transcriber, samples: np.ndarray, edges: list, texts: list[str]) -> list:
-    """Returns a row of the table: the whole recording in pieces beside its clips alone, each within its `edges`."""
+def compare_cuts(name: str, transcriber: Transcriber, samples: np.ndarray, alone: list[str], texts: list[str]) -> list:
+    """Returns a row of the table: the whole recording in pieces beside the answers to its clips `alone`."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "long.mp3"
         write_mp3(samples, path)
         segments = [segment for _, batch in transcriber.batches(str(path)) for segment in batch]
     factor = len(samples) / SAMPLING_RATE / (time.perf_counter() - start)
-    clips = [torch.from_numpy(samples[first:end]) for first, end in edges]
-    alone = [answer.text for start in range(0, len(clips), 8) for answer in transcriber.ask(clips[start : start + 8])]
     reference = " ".join(map(normalize, texts))
     answers = [normalize(segment.text) for segment in segments]
     joined, single = Aligned(reference, " ".join(answers)), Aligned(reference, " ".join(map(normalize, alone)))
@@ -188,11 +206,23 @@ def main(minutes: float = 8.0, batch: int = 8) -> list[str]:
     processor, model = load(REPO, DTYPE)
     ours = make_transcriber(model, processor, batch_size=batch)
     control = Transcriber(WhisperAsker(BUILD / "whisper"), ours.max_seconds, batch)
-    compared = [
-        compare_cuts(f"{name}, {what}", transcriber, samples, edges, texts)
-        for name, transcriber in (("speech model", ours), ("Whisper base", control))
-        for what, samples in (("as it is", joined), (f"music at {MUSIC:g} dB", mix(joined, MUSIC)))
-    ]
+
+    def ask_with_text(clips: list[torch.Tensor], before: str) -> list[Answer]:
+        return replace(ours.ask, prompt=f'{TRANSCRIBE} It follows on "{before}".' if before else None)(clips)
+
+    compared, sounds = [], {"as it is": joined, f"music at {MUSIC:g} dB": mix(joined, MUSIC)}
+    for name, transcriber, ask in (
+        ("speech model", ours, ask_with_text),
+        ("Whisper base", control, control.ask),
+    ):
+        for what, samples in sounds.items():
+            clips = [torch.from_numpy(samples[first:end]) for first, end in edges]
+            batches = [clips[start : start + batch] for start in range(0, len(clips), batch)]
+            alone = [answer.text for clips in batches for answer in transcriber.ask(clips)]
+            compared.append(compare_cuts(f"{name}, {what}", transcriber, samples, alone, texts))
+            if samples is joined:
+                carrying = replace(transcriber, ask=WithTextBefore(ask))
+                compared.append(compare_cuts(f"{name}, with the text before", carrying, samples, alone, texts))
     head = ["recording", "words", "segments", "in doubt", "WER of the clips %", "WER joined %"]
     first = table([*head, "lost or doubled at seams, in 40 segments", "times real time"], compared)
     memory, path = [], BUILD / "long.mp3"

