@@ -8,6 +8,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from helpers import answer, finish, start_python
 from hub import LocalHub
@@ -185,6 +187,24 @@ def test_files_of_an_earlier_push_go(hub, folder, commit, upload_py):
     repository.commit("main", {"summary": "by hand"}, [stale, *files], create_pr=False)
     upload_py("push", folder, ID)
     assert sorted(repository.resolve("main")["files"]) == sorted([*paths.files_of(folder), "notes.txt"])
+
+
+@pytest.mark.long
+@local
+def test_files_for_llama_cpp_go_to_the_hub_and_come_from_it(hub, repo_of_few_words, upload_py, tmp_path):
+    folder, name = shutil.copytree(repo_of_few_words, tmp_path / "few"), "someone/few"
+    upload_py("gguf", folder, "--output", tmp_path / "files")
+    names = [f"{start}few-F16.gguf" for start in ("", "mmproj-")]
+    upload_py("push", folder, name, "--gguf", tmp_path / "files")
+    files = hub.repositories[name].resolve("main")["files"]
+    assert {file for file in files if file.endswith(".gguf")} == {*names}
+    assert "parameters in" in upload_py("smoke", name)  # it loads as before
+    upload_py("gguf", name, "--output", tmp_path / "again")
+    for file in names:
+        one, two = (gguf.GGUFReader(tmp_path / place / file) for place in ("files", "again"))
+        assert all(np.array_equal(a.data, b.data) for a, b in zip(one.tensors, two.tensors, strict=True))
+        commit = hub.repositories[name].refs["main"]
+        assert two.get_field("general.source.repo_url").contents().endswith(f"/{name}/tree/{commit}")
 
 
 @local
