@@ -83,7 +83,7 @@ def measure(size: str, folder: Path) -> list[tuple[str, ...]]:
     program, bases = [sys.executable, ROOT / "upload.py"], ["--base", base, "--audio-encoder", encoder]
     steps = {
         "build": ([*program, "build", *bases, "--output", built], [base, encoder]),
-        "gguf": ([*program, "gguf", built, "--output", folder / "files"], [built]),
+        "gguf": ([*program, "gguf", built, "--output", folder / "files", "--type", "bf16"], [built]),
     }
     rows = []
     for name, (command, sources) in steps.items():

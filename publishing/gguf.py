@@ -38,6 +38,7 @@ PROCESSOR_CLASS = "processing_qwen2_audio_vl.Qwen2AudioVLProcessor"
 WEIGHTS = "qwen2_audio_vl.weights"  # the key of a checksum of the weights that a file was made of
 KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
 TOWERS = "mmproj-"  # begins the name of the second file
+LARGEST_F16 = 65504
 SECONDS, POSITIONS = 30, 1500  # of a window; llama.cpp has no other
 DIGITS = {"type": "Digits", "individual_digits": True}
 QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -102,17 +103,27 @@ class Writer:
         for tensor in self.tensors:
             self.file.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind)
         unfinished = path.with_name(f"{path.name}.unfinished")
-        self.file.write_header_to_file(unfinished)
+        try:
+            self.write_file(unfinished)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        unfinished.replace(path)
+
+    def write_file(self, path: Path):
+        self.file.write_header_to_file(path)
         self.file.write_kv_data_to_file()
         self.file.write_ti_data_to_file()
         (output,) = self.file.fout
         self.file.write_padding(output, output.tell())
         for tensor in self.tensors:
             for chunk in read_bytes(tensor.source, torch.float32, tensor.rows):
-                output.write(gguf.quants.quantize(np.frombuffer(chunk, np.float32), tensor.kind).tobytes())
+                values = np.frombuffer(chunk, np.float32)
+                if tensor.kind is Kind.F16 and (np.abs(values) > LARGEST_F16).any():
+                    raise ValueError(f"{tensor.name} has values that float16 cannot hold; choose another --type.")
+                output.write(gguf.quants.quantize(values, tensor.kind).tobytes())
             self.file.write_padding(output, tensor.nbytes)
         self.file.close()
-        unfinished.replace(path)
 
 
 def find_pre_tokenizer(backend: dict) -> str:
@@ -333,7 +344,8 @@ def export(source: str | Path, output: str | Path, kind: str = "f16") -> tuple[P
         kind: "f32", "f16", "bf16" or "q8_0": the type of the matrices.
 
     Raises:
-        ValueError: before anything is written, if llama.cpp would compute something else, or if tensors are missing.
+        ValueError: before anything is written, if llama.cpp would compute something else, or if tensors are missing;
+            later, if float16 cannot hold a value.
     """
     if kind not in KINDS:
         raise ValueError(f"The type must be one of {', '.join(KINDS)}, got {kind!r}.")

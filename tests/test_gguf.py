@@ -158,6 +158,15 @@ def test_missing_tensors_are_named(repo_of_few_words, weights, tmp_path):
         export(repo_of_few_words, tmp_path / "out", "q4_k")
 
 
+def test_values_past_float16_are_refused(repo_of_few_words, weights, tmp_path):
+    folder, name = shutil.copytree(repo_of_few_words, tmp_path / "repo"), "model.visual.blocks.0.mlp.fc1.weight"
+    save_file({**weights, name: weights[name] * 1e8}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="v.blk.0.ffn_up.weight has values that float16 cannot hold"):
+        export(folder, tmp_path / "out", "f16")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["repo-F16.gguf"]
+    export(folder, tmp_path / "out", "bf16")
+
+
 def test_pre_tokenizers():
     digits, rest = {"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}
     steps = {"type": "Sequence", "pretokenizers": [digits, rest]}
