@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration, WhisperForConditionalGeneration
 
@@ -26,7 +27,8 @@ from publishing.checkpoints import BASE_NAMES, rename, write_safetensors
 from publishing.paths import ROOT
 
 
-NOISE = os.urandom(2**22)
+# Without the highest bit of the exponent: below 2 in each dtype, because float16 must hold some of it.
+NOISE = (np.frombuffer(os.urandom(2**22), np.uint16) & 0xBFFF).tobytes()
 
 
 def write_shards(folder: Path, tensors: dict[str, torch.Tensor], shard_of: dict[str, str], dtype: torch.dtype):

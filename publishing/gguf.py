@@ -120,7 +120,8 @@ class Writer:
             for chunk in read_bytes(tensor.source, torch.float32, tensor.rows):
                 values = np.frombuffer(chunk, np.float32)
                 if tensor.kind is Kind.F16 and (np.abs(values) > LARGEST_F16).any():
-                    raise ValueError(f"{tensor.name} has values that float16 cannot hold; choose another --type.")
+                    advice = "choose another --type" if self.kind is Kind.F16 else "llama.cpp needs this one in float16"
+                    raise ValueError(f"{tensor.name} has values that float16 cannot hold; {advice}.")
                 output.write(gguf.quants.quantize(values, tensor.kind).tobytes())
             self.file.write_padding(output, tensor.nbytes)
         self.file.close()
