@@ -49,7 +49,8 @@ def list_entries(rows: list[dict], manifest: dict) -> list[EvalResultEntry]:
     set with a failed row, a part of one (`--limit`) and local files of that name do not count.
     """
     entries, common = [], {"dataset_id": BENCHMARK["id"], "date": manifest["date"][:10]}
-    for source in manifest["data"] if manifest["limit"] is None else ():
+    is_whole = manifest.get("limit", 0) is None  # manifests of earlier releases do not tell
+    for source in manifest["data"] if is_whole else ():
         identifier, _, name = source["name"].partition(":")
         if identifier != BENCHMARK["id"] or name not in BENCHMARK["tasks"] or "revision" not in source:
             continue

@@ -145,10 +145,8 @@ def find_pre_tokenizer(backend: dict) -> str:
 
 def find_refusal(config, processor) -> str | None:
     """Why llama.cpp would compute something else than this model, or None."""
-    text, audio, vision, extractor = (
-        *(config.text_config, config.audio_config, config.vision_config),
-        processor.feature_extractor,
-    )
+    text, audio, vision = config.text_config, config.audio_config, config.vision_config
+    extractor = processor.feature_extractor
     window = f"{extractor.chunk_length} s and {audio.max_source_positions:,} positions"
     for is_wrong, problem in (
         (
@@ -201,11 +199,12 @@ def add_vocabulary(file: gguf.GGUFWriter, processor, size: int):
     words = {number: word for word, number in backend["model"]["vocab"].items()}
     tokens, types = [], []
     for number in range(size):
-        token = added.get(number)
-        known = words.get(number)
-        tokens.append(token["content"] if token else known if known is not None else f"[PAD{number}]")
-        is_special = gguf.TokenType.CONTROL if token and token["special"] else gguf.TokenType.USER_DEFINED
-        types.append(is_special if token else gguf.TokenType.UNUSED if known is None else gguf.TokenType.NORMAL)
+        if token := added.get(number):
+            tokens.append(token["content"])
+            types.append(gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED)
+        else:
+            tokens.append(words.get(number, f"[PAD{number}]"))
+            types.append(gguf.TokenType.NORMAL if number in words else gguf.TokenType.UNUSED)
     file.add_tokenizer_model("gpt2")
     file.add_tokenizer_pre(find_pre_tokenizer(backend))
     file.add_token_list(tokens)
@@ -217,7 +216,7 @@ def add_vocabulary(file: gguf.GGUFWriter, processor, size: int):
     file.add_chat_template(processor.chat_template)
 
 
-def write_text_model(path: Path, kind: Kind, tensors: dict[str, StoredTensor], config, processor, origin: Origin):
+def make_text_model(kind: Kind, tensors: dict[str, StoredTensor], config, processor, origin: Origin) -> Writer:
     writer, text = Writer("qwen2vl", kind), config.text_config
     file = writer.file
     describe(file, gguf.GGUFType.MODEL, origin)
@@ -238,7 +237,7 @@ def write_text_model(path: Path, kind: Kind, tensors: dict[str, StoredTensor], c
     for name, new in names.items():
         if name in tensors:
             writer.add(new, tensors[name])
-    writer.write(path)
+    return writer
 
 
 def name_layer(old: str, new: str, number: int, names: dict[str, str]) -> dict[str, str]:
@@ -249,14 +248,14 @@ def name_layer(old: str, new: str, number: int, names: dict[str, str]) -> dict[s
     }
 
 
-def write_towers(path: Path, kind: Kind, tensors: dict[str, StoredTensor], config, processor, origin: Origin):
+def make_towers(kind: Kind, tensors: dict[str, StoredTensor], config, processor, origin: Origin) -> Writer:
     writer = Writer("clip", kind)
     describe(writer.file, gguf.GGUFType.MMPROJ, origin)
     writer.file.add_clip_has_audio_encoder(True)
     writer.file.add_clip_has_vision_encoder(True)
     add_audio(writer, tensors, config)
     add_vision(writer, tensors, config, processor.image_processor)
-    writer.write(path)
+    return writer
 
 
 def add_audio(writer: Writer, tensors: dict[str, StoredTensor], config):
@@ -295,10 +294,11 @@ def add_audio(writer: Writer, tensors: dict[str, StoredTensor], config):
 
 def add_vision(writer: Writer, tensors: dict[str, StoredTensor], config, image_processor):
     file, vision, width = writer.file, config.vision_config, config.vision_config.embed_dim
+    inner = int(width * vision.mlp_ratio)
     file.add_string("clip.vision.projector_type", "qwen2vl_merger")
     file.add_vision_projection_dim(config.text_config.hidden_size)
     file.add_vision_embedding_length(width)
-    file.add_vision_feed_forward_length(int(width * vision.mlp_ratio))
+    file.add_vision_feed_forward_length(inner)
     file.add_vision_block_count(vision.depth)
     file.add_vision_head_count(vision.num_heads)
     file.add_vision_attention_layernorm_eps(1e-6)
@@ -311,7 +311,7 @@ def add_vision(writer: Writer, tensors: dict[str, StoredTensor], config, image_p
     file.add_uint32("clip.vision.image_max_pixels", image_processor.size["longest_edge"])
 
     old, names = "model.visual", dict(VISION_NAMES)
-    if int(width * vision.mlp_ratio) == width:  # clip.cpp takes equal widths for a sign of files that have them swapped
+    if inner == width:  # clip.cpp takes equal widths for a sign of files that have them swapped
         names |= {"mlp.fc1": "ffn_down", "mlp.fc2": "ffn_up"}
     patches = read_whole(tensors[f"{old}.patch_embed.proj.weight"])
     for number, end in enumerate(("", ".1")):  # two pictures in time
@@ -356,20 +356,20 @@ def export(source: str | Path, output: str | Path, kind: str = "f16") -> tuple[P
     processor = own_class(PROCESSOR_CLASS).from_pretrained(origin.folder, trust_remote_code=False)
     if problem := find_refusal(config, processor):
         raise ValueError(f"llama.cpp cannot run {source} as it is: {problem}.")
-    find_pre_tokenizer(json.loads(processor.tokenizer.backend_tokenizer.to_str()))
     tensors = {tensor.name: tensor for tensor in stored_tensors(origin.folder)}
     if problems := find_problems(tensors, meta_state_dict(config)):
         raise ValueError("the weights are not this model's:\n" + "\n".join(problems))
+    writers = [make(KINDS[kind], tensors, config, processor, origin) for make in (make_text_model, make_towers)]
     if processor.trained_audio_tokens == "trimmed":
         logger.warning(
             "This model was trained with trimmed audio tokens, and llama.cpp gives it fixed ones: expect more wrong "
             "words. `python -m training --audio-tokens both` adapts it."
         )
-    name, folder = origin.name.rpartition("/")[2], Path(output)
+    name, folder = f"{origin.name.rpartition('/')[2]}-{kind.upper()}.gguf", Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / f"{name}-{kind.upper()}.gguf", folder / f"{TOWERS}{name}-{kind.upper()}.gguf"
-    for path, write in zip(paths, (write_text_model, write_towers), strict=True):
-        write(path, KINDS[kind], tensors, config, processor, origin)
+    paths = folder / name, folder / f"{TOWERS}{name}"
+    for path, writer in zip(paths, writers, strict=True):
+        writer.write(path)
     return paths
 
 
@@ -384,9 +384,10 @@ def add_files(folder: Path, files: Path, repo: str):
         found = ", ".join(names) or "no .gguf file"
         expected = f"expected what `upload.py gguf` writes, NAME.gguf and {TOWERS}NAME.gguf"
         raise ValueError(f"{files} has {found}; {expected}.")
+    weights = checksum_of_weights(folder)
     for name in names:
         field = gguf.GGUFReader(files / name).get_field(WEIGHTS)
-        if field is None or field.contents() != checksum_of_weights(folder):
+        if field is None or field.contents() != weights:
             raise ValueError(f"{files / name} was not made of the weights in {folder}; run `upload.py gguf` again.")
     for path in folder.glob("*.gguf"):
         path.unlink()
