@@ -22,7 +22,7 @@ import av
 import numpy as np
 
 from audio_utils import SAMPLING_RATE
-from demo.ask import write_rows
+from demo.ask import read_rows, write_rows
 from evaluation.generate import write_sound
 from publishing.paths import ROOT, sha256
 
@@ -49,6 +49,13 @@ SILENCE_SECONDS, SILENCE_DECIBELS = (1, 8), (-65, -12)  # length; root mean squa
 def rows_of(folder: str) -> Path:
     """Returns the rows of a folder of clips in build/speech."""
     return BUILD / folder / "rows.jsonl"
+
+
+def short_prompts() -> list[dict]:
+    """Reads the rows of the telephone prompts of 2 to 8 s, with the whole path of each clip."""
+    source = rows_of("recordings")
+    rows = [row for row in read_rows(source) if 2 < row["seconds"] < 8]
+    return [{**row, "audio": str(source.parent / row["audio"])} for row in rows]
 
 
 def fetch_packages(folder: Path) -> Path:

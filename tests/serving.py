@@ -86,8 +86,8 @@ def user(*content: dict) -> list[dict]:
     return [{"role": "user", "content": list(content)}]
 
 
-def input_audio(content: str) -> dict:
-    return {"type": "input_audio", "input_audio": {"data": content, "format": "wav"}}
+def input_audio(content: str, format: str = "wav") -> dict:
+    return {"type": "input_audio", "input_audio": {"data": content, "format": format}}
 
 
 def sound(name: str) -> dict:

@@ -17,11 +17,11 @@ from sounds import encode
 
 from audio_utils import SAMPLING_RATE, fetch_audio
 from configuration_qwen2_audio_vl import TRANSCRIBE
-from demo.ask import read_rows, user
+from demo.ask import user
 from evaluation.generate import load
 from publishing.gguf import export
 from publishing.paths import ROOT
-from speech.recordings import rows_of
+from speech.recordings import short_prompts
 from speech.run import REPO, build_repo
 
 
@@ -33,9 +33,7 @@ STEPS = 48
 
 def clip_of(samples, name: str = "s16.wav") -> dict:
     """A content item of OpenAI's API from float32 `[samples]`."""
-    item = input_audio(base64.b64encode(encode(samples, name)).decode())
-    item["input_audio"]["format"] = name.rpartition(".")[2]
-    return item
+    return input_audio(base64.b64encode(encode(samples, name)).decode(), name.rpartition(".")[2])
 
 
 def make_inputs(processor, items: list[dict]):
@@ -156,9 +154,7 @@ def speech_model():
 @pytest.fixture(scope="module")
 def recordings() -> list[torch.Tensor]:
     """The first ten telephone prompts of 2 to 8 s."""
-    source = rows_of("recordings")
-    rows = [row for row in read_rows(source) if 2 < row["seconds"] < 8][:10]
-    return [fetch_audio(str(source.parent / row["audio"])) for row in rows]
+    return [fetch_audio(row["audio"]) for row in short_prompts()[:10]]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ the folder that `--output` names. It needs `make speech`, and of Debian espeak-n
 """
 
 import argparse
-import itertools
 import json
 import random
 import shutil
@@ -19,7 +18,7 @@ import torch
 from transformers.utils import logging
 
 from configuration_qwen2_audio_vl import TRANSCRIBE
-from demo.ask import read_rows, user, write_rows
+from demo.ask import user, write_rows
 from demo.world import Speech, say
 from evaluation.generate import write_sound
 from evaluation.predict import predict
@@ -27,7 +26,7 @@ from evaluation.report import score_folder
 from evaluation.scoring import ALL, AS_GIVEN, summary, table
 from publishing.build import build
 from publishing.paths import ROOT, write_json
-from speech.recordings import rows_of
+from speech.recordings import rows_of, short_prompts
 from speech.run import REPO
 from training.arguments import Arguments
 from training.train import train
@@ -93,15 +92,14 @@ def make_clips(task: dict, part: str, count: int, folder: Path) -> tuple[Path, P
 
 def choose_prompts(folder: Path) -> list[Path] | None:
     """Writes rows of telephone prompts for training and for the score; None where `make speech` found no prompts."""
-    source = rows_of("recordings")
-    if not source.is_file():
+    if not rows_of("recordings").is_file():
         return None
-    rows = [row for row in read_rows(source) if 2 < row["seconds"] < 8]
+    rows, paths = short_prompts(), []
     random.Random(0).shuffle(rows)
-    paths, rows = [folder / f"{part}-prompts.jsonl" for part in PROMPTS], iter(rows)
-    for path, count in zip(paths, PROMPTS.values(), strict=True):
-        chosen = itertools.islice(rows, count)
-        write_rows(path, [make_row(str(source.parent / row["audio"]), TRANSCRIBE, row["text"]) for row in chosen])
+    for part, count in PROMPTS.items():
+        chosen, rows = rows[:count], rows[count:]
+        paths.append(folder / f"{part}-prompts.jsonl")
+        write_rows(paths[-1], [make_row(row["audio"], TRANSCRIBE, row["text"]) for row in chosen])
     return paths
 
 

@@ -2,7 +2,7 @@
 Measures the speech model in llama.cpp (files of each type) and in PyTorch with the same fixed tokens: seconds to the
 first token, tokens a second, memory, and how many answers to telephone prompts are the same.
 
-    python -m benchmarks.llama_cpp [--prompts N] [--readme]
+    python -m speech.llama_cpp [--prompts N] [--readme]
 
 It needs `make speech` and, for llama.cpp, what `make test-gguf` installs. Each row is a process of its own.
 """
@@ -23,11 +23,11 @@ import torch
 from benchmarks.measure import Clock, where
 from benchmarks.report import report, table
 from configuration_qwen2_audio_vl import TRANSCRIBE
-from demo.ask import read_rows, user
+from demo.ask import user
 from evaluation.generate import load
 from publishing.gguf import KINDS, export
 from publishing.paths import ROOT
-from speech.recordings import rows_of
+from speech.recordings import short_prompts
 from speech.run import DTYPE, REPO
 from tests.serving import input_audio, serve_llama_cpp
 
@@ -39,9 +39,7 @@ PEAK = r"VmHWM:\s+(\d+) kB"
 
 def choose(count: int) -> list[Path]:
     """Returns telephone prompts of 2 to 8 s."""
-    source = rows_of("recordings")
-    rows = [row for row in read_rows(source) if 2 < row["seconds"] < 8]
-    return [source.parent / row["audio"] for row in rows[:count]]
+    return [Path(row["audio"]) for row in short_prompts()[:count]]
 
 
 def ask_llama_cpp(kind: str, threads: int, count: int) -> dict:
@@ -57,8 +55,7 @@ def ask_llama_cpp(kind: str, threads: int, count: int) -> dict:
 
 def stream(client: openai.OpenAI, path: Path) -> tuple[str, list[float]]:
     """Returns the answer, and the seconds from the request to each of its tokens."""
-    item = input_audio(base64.b64encode(path.read_bytes()).decode())
-    item["input_audio"]["format"] = path.suffix[1:]
+    item = input_audio(base64.b64encode(path.read_bytes()).decode(), path.suffix[1:])
     start, times, answer = time.perf_counter(), [], ""
     for chunk in client.chat.completions.create(
         model="speech",
@@ -75,7 +72,7 @@ def stream(client: openai.OpenAI, path: Path) -> tuple[str, list[float]]:
 
 def ask_torch(threads: int, count: int) -> dict:
     """Runs [`print_torch`] in a process of its own."""
-    program = f"from benchmarks.llama_cpp import print_torch; print_torch({threads}, {count})"
+    program = f"from speech.llama_cpp import print_torch; print_torch({threads}, {count})"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
