@@ -1,4 +1,4 @@
-"""The configuration of Qwen2-VL with a Whisper encoder and three audio tokens, and the names of the shipped files."""
+"""The configurations of the bases with a Whisper encoder and three audio tokens, and the names of the shipped files."""
 
 from transformers.utils.versions import require_version
 
@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from packaging.version import Version
-from transformers import PreTrainedConfig, Qwen2VLConfig, WhisperConfig
+from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig, WhisperConfig
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from transformers.utils import logging
 
@@ -31,16 +31,31 @@ if Version(installed) > Version(NEWEST_PROVED):
         f"tested. If something fails, try `pip install transformers=={NEWEST_PROVED}`."
     )
 
-MODELING = "modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration"
 
-# By the convention of remote code `AutoModel` loads the model that can `generate`.
-AUTO_MAP = {
-    "AutoConfig": "configuration_qwen2_audio_vl.Qwen2AudioVLConfig",
-    "AutoProcessor": "processing_qwen2_audio_vl.Qwen2AudioVLProcessor",
-    "AutoModel": MODELING,
-    "AutoModelForMultimodalLM": MODELING,
-    "AutoModelForImageTextToText": MODELING,
-    "AutoModelForCausalLM": MODELING,
+class Family(NamedTuple):
+    """A base with audio: what its classes are named after, and what it is made of."""
+
+    prefix: str  # of the names of the classes
+    base_type: str  # `model_type` of the base
+    base_name: str
+    system: str | None  # the system message of a conversation that has none
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """The classes by Auto class. By the convention of remote code `AutoModel` loads the one that can `generate`."""
+        model = f"modeling_qwen2_audio_vl.{self.prefix}ForConditionalGeneration"
+        config = f"configuration_qwen2_audio_vl.{self.prefix}Config"
+        auto_map = {"AutoConfig": config, "AutoProcessor": f"processing_qwen2_audio_vl.{self.prefix}Processor"}
+        for name in ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM"):
+            auto_map[name] = model
+        return auto_map
+
+
+ASSISTANT = "You are a helpful assistant."
+FAMILIES = {  # by `model_type`
+    "qwen2_audio_vl": Family("Qwen2AudioVL", "qwen2_vl", "Qwen2-VL", ASSISTANT),
+    "qwen2_5_audio_vl": Family("Qwen2_5AudioVL", "qwen2_5_vl", "Qwen2.5-VL", ASSISTANT),
+    "qwen3_audio_vl": Family("Qwen3AudioVL", "qwen3_vl", "Qwen3-VL", None),
 }
 
 CODE_FILES = (
@@ -92,6 +107,20 @@ QWEN2_VL_7B = {
     "max_window_layers": 28,
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+QWEN3_VL_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 262144,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    },
 }
 WHISPER_LARGE_V3_TURBO = {
     "d_model": 1280,
@@ -189,25 +218,25 @@ def find_folder(repo: str | Path, revision: str | None = None, needed: tuple[str
 
 
 @strict
-class Qwen2AudioVLConfig(Qwen2VLConfig):
+class AudioConfig(PreTrainedConfig):
     """
-    Configuration of Qwen2-VL with an audio encoder. The defaults are Qwen2-VL-7B and whisper-large-v3-turbo.
+    What a configuration with audio adds to that of its base. The default encoder is whisper-large-v3-turbo's.
 
     Args:
         audio_config (`WhisperConfig` or `dict`, *optional*): The Whisper encoder. Its decoder is not used.
-        audio_token_id (`int`, defaults to 151657): Id of `<|audio_pad|>`. The model replaces its embeddings by audio.
-        audio_bos_token_id (`int`, defaults to 151658): Id of `<|audio_bos|>`, which opens a clip.
-        audio_eos_token_id (`int`, defaults to 151659): Id of `<|audio_eos|>`, which closes a clip.
+        audio_token_id (`int`): Id of `<|audio_pad|>`. The model replaces its embeddings by audio.
+        audio_bos_token_id (`int`): Id of `<|audio_bos|>`, which opens a clip.
+        audio_eos_token_id (`int`): Id of `<|audio_eos|>`, which closes a clip.
         audio_encoder_origin (`str`, *optional*): Hub id, perhaps with `@` and a commit, of the complete Whisper of the
             encoder. Its decoder finds the times of words.
         vision_is_trained (`bool`, defaults to `True`): False if answers about pictures mean nothing, so that the page
             offers none.
 
-    All other arguments are those of [`Qwen2VLConfig`]. Values that contradict each other raise a ValueError.
+    All other arguments are those of the base's configuration. Values that contradict each other raise a ValueError.
     """
 
-    model_type = "qwen2_audio_vl"
-    sub_configs: ClassVar[dict] = {**Qwen2VLConfig.sub_configs, "audio_config": WhisperConfig}
+    default_text: ClassVar[dict] = {}
+    default_vision: ClassVar[dict] = {}
 
     audio_config: dict | PreTrainedConfig | None = None
     audio_token_id: int = 151657
@@ -218,7 +247,9 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
 
     def __post_init__(self, **kwargs):
         if self.text_config is None and "hidden_size" not in kwargs:  # older files have its values at the top
-            self.text_config = dict(QWEN2_VL_7B)
+            self.text_config = dict(self.default_text)
+        if self.vision_config is None:
+            self.vision_config = dict(self.default_vision)
         if self.audio_config is None:
             self.audio_config = dict(WHISPER_LARGE_V3_TURBO)
         if isinstance(self.audio_config, dict):
@@ -235,10 +266,11 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
 
     def _refuse_contradictions(self):
         hidden_size = self.text_config.hidden_size
-        # In Qwen2-VL `hidden_size` of the vision tower is the width of its merger's output.
-        if self.vision_config.hidden_size != hidden_size:
+        # The width of the merger's output; Qwen2-VL calls it `hidden_size`.
+        name = "out_hidden_size" if hasattr(self.vision_config, "out_hidden_size") else "hidden_size"
+        if getattr(self.vision_config, name) != hidden_size:
             raise ValueError(
-                f"vision_config.hidden_size is {self.vision_config.hidden_size} but text_config.hidden_size is "
+                f"vision_config.{name} is {getattr(self.vision_config, name)} but text_config.hidden_size is "
                 f"{hidden_size}: the vision merger must project to the width of the language model."
             )
         if self.audio_config.d_model % self.audio_config.encoder_attention_heads:
@@ -264,7 +296,7 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
         """
         # A configuration from the Hub names its classes as `repo--module.Class`, and a saved model has only the Auto
         # class that it was loaded with.
-        self.auto_map = dict(AUTO_MAP)
+        self.auto_map = FAMILIES[self.model_type].auto_map
         super().save_pretrained(save_directory, **kwargs)
         # transformers copies the code of a Hub repository into one folder, and that of a local folder into several.
         origins = [Path(__file__).parent, *([Path(self.name_or_path)] if self.name_or_path else [])]
@@ -275,6 +307,57 @@ class Qwen2AudioVLConfig(Qwen2VLConfig):
                 shutil.copyfile(origin, target)
 
 
-Qwen2AudioVLConfig.register_for_auto_class()
+def with_audio(sub_configs: dict) -> dict:
+    return {**sub_configs, "audio_config": WhisperConfig}
 
-__all__ = ["AUTO_MAP", "CODE_FILES", "Qwen2AudioVLConfig", "count_audio", "tokens_per_window"]
+
+@strict
+class Qwen2AudioVLConfig(AudioConfig, Qwen2VLConfig):
+    """[`Qwen2VLConfig`] with the arguments of [`AudioConfig`]. The defaults are Qwen2-VL-7B."""
+
+    model_type = "qwen2_audio_vl"
+    sub_configs: ClassVar[dict] = with_audio(Qwen2VLConfig.sub_configs)
+    default_text: ClassVar[dict] = QWEN2_VL_7B
+
+
+@strict
+class Qwen2_5AudioVLConfig(AudioConfig, Qwen2_5_VLConfig):
+    """[`Qwen2_5_VLConfig`] with the arguments of [`AudioConfig`]. The defaults are Qwen2.5-VL-7B."""
+
+    model_type = "qwen2_5_audio_vl"
+    sub_configs: ClassVar[dict] = with_audio(Qwen2_5_VLConfig.sub_configs)
+    default_text: ClassVar[dict] = {**QWEN2_VL_7B, "max_position_embeddings": 128000}
+    default_vision: ClassVar[dict] = {"hidden_size": 1280, "tokens_per_second": 2}
+
+    audio_token_id: int = 151665
+    audio_bos_token_id: int = 151666
+    audio_eos_token_id: int = 151667
+
+
+@strict
+class Qwen3AudioVLConfig(AudioConfig, Qwen3VLConfig):
+    """[`Qwen3VLConfig`] with the arguments of [`AudioConfig`]. The defaults are Qwen3-VL-8B."""
+
+    model_type = "qwen3_audio_vl"
+    sub_configs: ClassVar[dict] = with_audio(Qwen3VLConfig.sub_configs)
+    default_text: ClassVar[dict] = QWEN3_VL_8B
+    default_vision: ClassVar[dict] = {"out_hidden_size": 4096}
+
+    audio_token_id: int = 151669
+    audio_bos_token_id: int = 151670
+    audio_eos_token_id: int = 151671
+
+
+Qwen2AudioVLConfig.register_for_auto_class()
+Qwen2_5AudioVLConfig.register_for_auto_class()
+Qwen3AudioVLConfig.register_for_auto_class()
+
+__all__ = [
+    "CODE_FILES",
+    "FAMILIES",
+    "Qwen2AudioVLConfig",
+    "Qwen2_5AudioVLConfig",
+    "Qwen3AudioVLConfig",
+    "count_audio",
+    "tokens_per_window",
+]

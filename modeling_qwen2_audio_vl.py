@@ -1,25 +1,46 @@
-"""Model inputs -> logits: Qwen2-VL with a Whisper encoder and a projector beside its vision tower."""
+"""Model inputs -> logits: a vision-language model with a Whisper encoder and a projector beside its vision tower."""
 
+import contextlib
 import copy
 import inspect
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, Qwen2VLForConditionalGeneration, Qwen2VLModel
+from transformers import (
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLModel,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
 from transformers.utils.versions import require_version
 
-from .configuration_qwen2_audio_vl import ENCODER_STRIDE, Qwen2AudioVLConfig
-from .mrope_positions import MRopePositions, cached_length
+from .configuration_qwen2_audio_vl import (
+    ENCODER_STRIDE,
+    Qwen2_5AudioVLConfig,
+    Qwen2AudioVLConfig,
+    Qwen3AudioVLConfig,
+)
+from .mrope_positions import GRIDS, MRopePositions, cached_length
 
 
 # transformers 5.24 renamed `past_key_values` to `cache` and takes both; older releases take the old name alone.
 CACHE = "cache" if "cache" in inspect.signature(Qwen2VLModel.forward).parameters else "past_key_values"
+
+
+# The ids of the call of a backbone, for bases that refuse ids beside embeddings; a thread has its own.
+CALL_IDS = ContextVar("call_ids", default=None)
 
 
 class AudioInputs(NamedTuple):
@@ -42,13 +63,13 @@ class FrozenAudioEncoder:
         return loaded
 
 
-class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
-    """Qwen2-VL with audio, without its head. It keeps no state between calls."""
+class AudioBackbone(FrozenAudioEncoder, MRopePositions):
+    """Adds audio to a vision-language model without its head, which follows it among the bases. It keeps no state."""
 
-    config: Qwen2AudioVLConfig
     input_modalities = ("image", "video", "audio", "text")
+    takes_ids_beside_embeddings = True  # whether the `forward` of the base does
 
-    def __init__(self, config: Qwen2AudioVLConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.audio_encoder = WhisperEncoder._from_config(config.audio_config).requires_grad_(False)
         self.audio_projector = nn.Linear(config.audio_config.d_model, config.text_config.hidden_size, bias=False)
@@ -205,16 +226,21 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
             if pixels is None:
                 grid = torch.tensor([[1, side, side]], device=inputs_embeds.device)
                 patches = inputs_embeds.new_zeros(side**2, values)
-                unused.append(self.visual(patches, grid_thw=grid, return_dict=True).pooler_output)
+                outputs = self.visual(patches, grid_thw=grid, return_dict=True)
+                unused += [outputs.pooler_output, *(getattr(outputs, "deepstack_features", None) or ())]
         for embeddings in unused:  # the sum of no values is 0, also where an embedding is not finite
             inputs_embeds = inputs_embeds + embeddings[..., :0].sum().to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds
+
+    def get_placeholder_mask(self, input_ids, inputs_embeds, **kwargs):
+        # Without ids upstream finds pictures by their embeddings, which noise and equal rows of the vocabulary break.
+        return super().get_placeholder_mask(CALL_IDS.get() if input_ids is None else input_ids, inputs_embeds, **kwargs)
 
     @can_return_tuple
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
     ) -> BaseModelOutputWithPast:
-        """Takes what [`Qwen2AudioVLForConditionalGeneration.forward`] takes, and returns the last hidden state."""
+        """Takes what [`AudioHead.forward`] takes, and returns the last hidden state."""
         cache = kwargs.pop("cache", None)
         cache = past_key_values if cache is None else cache
         is_embedded = inputs_embeds is not None
@@ -233,14 +259,17 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
             inputs_embeds = self.run_idle_encoders(inputs_embeds, audio is not None and audio.outputs is None, **kwargs)
 
         if position_ids is None:
-            vision = {name: kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")}
+            vision = {name: kwargs.get(name) for name in (*GRIDS, "mm_token_type_ids")}
             position_ids = self.compute_3d_position_ids(
                 input_ids, inputs_embeds, attention_mask=attention_mask, cache=cache, **vision
             )
-        # The cache is passed by its place, because its name depends on the release.
-        outputs = super().forward(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, return_dict=True, **kwargs
-        )
+        passed_ids = input_ids if self.takes_ids_beside_embeddings else None
+        # A compiled graph has no variables of its call.
+        with contextlib.nullcontext() if is_traced() or passed_ids is input_ids else call_ids(input_ids):
+            # The cache is passed by its place, because its name depends on the release.
+            outputs = super().forward(
+                passed_ids, attention_mask, position_ids, cache, inputs_embeds, return_dict=True, **kwargs
+            )
         if audio_outputs is not None and hasattr(outputs, "audio_outputs"):  # since transformers 5.24
             outputs["audio_outputs"] = audio_outputs
         cache = getattr(outputs, CACHE)
@@ -249,17 +278,15 @@ class Qwen2AudioVLModel(FrozenAudioEncoder, MRopePositions, Qwen2VLModel):
         return outputs
 
 
-# Without GenerationMixin among its own bases, transformers makes a new class of remote code at every loading.
-class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditionalGeneration, GenerationMixin):
-    """Qwen2-VL with audio: images, video, audio and text in, text out."""
+class AudioHead(FrozenAudioEncoder):
+    """Adds audio to a vision-language model with its head, which follows it among the bases."""
 
-    config: Qwen2AudioVLConfig
     input_modalities = ("image", "video", "audio", "text")
+    backbone_class: type[AudioBackbone]
 
-    def __init__(self, config: Qwen2AudioVLConfig):
-        # Not Qwen2VLForConditionalGeneration's, which would build stock Qwen2-VL first.
-        super(Qwen2VLForConditionalGeneration, self).__init__(config)
-        self.model = Qwen2AudioVLModel(config)
+    def __init__(self, config: PreTrainedConfig):
+        PreTrainedModel.__init__(self, config)  # not that of the base, which would build its backbone first
+        self.model = self.backbone_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
@@ -267,11 +294,11 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
     def _from_config(cls, config, **kwargs):
         # vLLM asks `AutoModel` for the backbone and adds its own head; for others `AutoModel` gives the whole model.
         if config.text_config._attn_implementation == "vllm":
-            return Qwen2AudioVLModel._from_config(config, **kwargs)
+            return cls.backbone_class._from_config(config, **kwargs)
         return super()._from_config(config, **kwargs)
 
     def get_audio_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
-        """See [`Qwen2AudioVLModel.get_audio_features`]."""
+        """See [`AudioBackbone.get_audio_features`]."""
         return self.model.get_audio_features(*args, **kwargs)
 
     def forward(
@@ -292,20 +319,22 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> tuple | CausalLMOutputWithPast:
         """
-        [`Qwen2VLForConditionalGeneration.forward`] with audio:
+        The `forward` of the base with audio:
 
         Args:
-            input_features, input_features_mask: Those of [`Qwen2AudioVLModel.get_audio_features`], in the order of
-                their placeholders, row after row of the batch.
+            input_features, input_features_mask: Those of [`AudioBackbone.get_audio_features`], in the order of their
+                placeholders, row after row of the batch.
             inputs_embeds: Float `(batch, sequence, hidden size)`. With `input_features`, those of the audio tokens are
                 replaced. Without, they are complete.
             mm_token_type_ids: Int `(batch, sequence)`, 0 text, 1 image, 2 video, 3 audio; by default from `input_ids`.
             mm_encoder_outputs: Under "audio" what `get_audio_features` returned, instead of `input_features`, so that a
                 clip with many questions is encoded once. On transformers >= 5.18 also "image" and "video".
+            second_per_grid_ts: Seconds from a grid of a video to the next, float `(videos,)`, for Qwen2.5-VL.
             cache: The name of `past_key_values` since transformers 5.24. All releases take both names.
 
         Raises:
@@ -315,6 +344,8 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         return_dict = kwargs.pop("return_dict", None)
         encoder_outputs = {"audio": None, **(mm_encoder_outputs or {})}
         kwargs["mm_encoder_outputs"] = encoder_outputs  # releases before 5.18 do not name this argument
+        if second_per_grid_ts is not None:  # which one base alone names
+            kwargs["second_per_grid_ts"] = second_per_grid_ts
         # All arguments are named, because `generate` and `Trainer` refuse or drop what this signature does not name.
         outputs = super().forward(
             input_ids=input_ids,
@@ -366,7 +397,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
         return super().generate_batch(inputs, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        # Qwen2-VL's version keeps `rope_deltas` on the model, and this model keeps no state.
+        # Upstream's version keeps `rope_deltas` on the model, and this model keeps no state.
         text_positions = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
         input_ids, inputs_embeds = model_kwargs.get("input_ids"), model_kwargs.get("inputs_embeds")
         if inputs_embeds is None:
@@ -388,7 +419,7 @@ class Qwen2AudioVLForConditionalGeneration(FrozenAudioEncoder, Qwen2VLForConditi
             None if inputs_embeds is None else inputs_embeds[:, -num_new:],
             mm_token_type_ids=None if types is None else types[:, -num_new:],
             cache=cache,
-            **{name: model_kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw", "attention_mask")},
+            **{name: model_kwargs.get(name) for name in (*GRIDS, "attention_mask")},
         )
         positions = text_positions.expand(4, -1, -1).clone()  # text positions come first, for the attention mask
         if new_positions is not None:
@@ -486,6 +517,54 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-Qwen2AudioVLForConditionalGeneration.register_for_auto_class("AutoModel")
+@contextlib.contextmanager
+def call_ids(input_ids: torch.Tensor | None):
+    """Keeps ids for [`AudioBackbone.get_placeholder_mask`] while a backbone runs."""
+    token = CALL_IDS.set(input_ids)
+    try:
+        yield
+    finally:
+        CALL_IDS.reset(token)
 
-__all__ = ["Qwen2AudioVLForConditionalGeneration", "Qwen2AudioVLModel"]
+
+class Qwen2AudioVLModel(AudioBackbone, Qwen2VLModel):
+    config: Qwen2AudioVLConfig
+
+
+class Qwen2_5AudioVLModel(AudioBackbone, Qwen2_5_VLModel):
+    config: Qwen2_5AudioVLConfig
+
+
+class Qwen3AudioVLModel(AudioBackbone, Qwen3VLModel):
+    config: Qwen3AudioVLConfig
+    takes_ids_beside_embeddings = False
+
+
+# Without GenerationMixin among its own bases, transformers makes a new class of remote code at every loading.
+class Qwen2AudioVLForConditionalGeneration(AudioHead, Qwen2VLForConditionalGeneration, GenerationMixin):
+    config: Qwen2AudioVLConfig
+    backbone_class = Qwen2AudioVLModel
+
+
+class Qwen2_5AudioVLForConditionalGeneration(AudioHead, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
+    config: Qwen2_5AudioVLConfig
+    backbone_class = Qwen2_5AudioVLModel
+
+
+class Qwen3AudioVLForConditionalGeneration(AudioHead, Qwen3VLForConditionalGeneration, GenerationMixin):
+    config: Qwen3AudioVLConfig
+    backbone_class = Qwen3AudioVLModel
+
+
+Qwen2AudioVLForConditionalGeneration.register_for_auto_class("AutoModel")
+Qwen2_5AudioVLForConditionalGeneration.register_for_auto_class("AutoModel")
+Qwen3AudioVLForConditionalGeneration.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "Qwen2AudioVLForConditionalGeneration",
+    "Qwen2AudioVLModel",
+    "Qwen2_5AudioVLForConditionalGeneration",
+    "Qwen2_5AudioVLModel",
+    "Qwen3AudioVLForConditionalGeneration",
+    "Qwen3AudioVLModel",
+]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 
+GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")  # what the positions of pictures depend on
 AUDIO_TOKEN_TYPE = 3  # in `mm_token_type_ids`, beside 0 text, 1 image, 2 video
 
 
@@ -21,11 +22,11 @@ class CachedPositions(NamedTuple):
 
 
 class MRopePositions:
-    """Computes the positions of a Qwen2-VL backbone, and keeps no state between calls."""
+    """Computes the positions of a backbone with M-RoPE, and keeps no state between calls."""
 
     def get_rope_index(self, input_ids, mm_token_type_ids, *args, **kwargs):
         """
-        Computes positions as Qwen2-VL does. Audio counts as text: each audio token advances all three axes by one.
+        Computes positions as the base does. Audio counts as text: each audio token advances all three axes by one.
 
         Raises:
             ValueError: if the images and videos of the tokens do not fit the grids.
@@ -50,11 +51,12 @@ class MRopePositions:
         past_key_values: Cache | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """
         Returns M-RoPE positions `(3, batch, sequence)` of the new tokens, which follow those in the cache, or None if
         counting from 0 is right. After a cache the attention mask counts the tokens, because a batch has padding
-        between its turns. Qwen2-VL keeps the distance between places and positions (`rope_deltas`) on the model, where
+        between its turns. Upstream keeps the distance between places and positions (`rope_deltas`) on the model, where
         another call or thread would read it; here the cache keeps the positions of its own tokens.
         """
         cache = past_key_values if cache is None else cache
@@ -68,8 +70,9 @@ class MRopePositions:
             if mm_token_type_ids is None:
                 is_image, is_video = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
                 mm_token_type_ids = is_image + 2 * is_video
+            more = {} if second_per_grid_ts is None else {"second_per_grid_ts": second_per_grid_ts}
             positions, _ = self.get_rope_index(
-                input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, attention_mask=mask[:, -length:]
+                input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, attention_mask=mask[:, -length:], **more
             )
         else:
             positions = (mask[:, -length:].cumsum(1) - 1).expand(3, batch, length)

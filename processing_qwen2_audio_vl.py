@@ -1,4 +1,4 @@
-"""Messages -> model inputs: Qwen2-VL's processor with audio beside images and video."""
+"""Messages -> model inputs: the processor of a vision-language model with audio beside images and video."""
 
 from transformers.utils.versions import require_version
 
@@ -18,7 +18,9 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.processing_utils import AudioKwargs
 from transformers.utils import logging
 from transformers.video_utils import load_video, make_batched_videos
@@ -57,17 +59,24 @@ AUDIO_KWARGS = ("sampling_rate", "device", "audio_tokens", *OWN_KWARGS)
 ANSWER_START = "<|im_start|>assistant\n"
 
 
-class Qwen2AudioVLAudioKwargs(AudioKwargs, total=False):
+class OwnAudioKwargs(AudioKwargs, total=False):
     audio_tokens: str
 
 
-class Qwen2AudioVLProcessorKwargs(Qwen2VLProcessor.valid_processor_kwargs, total=False):
-    audio_kwargs: Qwen2AudioVLAudioKwargs
-    _defaults = getattr(Qwen2VLProcessor.valid_processor_kwargs, "_defaults", {})  # releases before 5.24 need it
+def with_audio(base: type[ProcessorMixin]) -> type:
+    """Returns the arguments that a base's processor takes, with those of audio."""
+
+    class OwnProcessorKwargs(base.valid_processor_kwargs, total=False):
+        audio_kwargs: OwnAudioKwargs
+        _defaults = getattr(base.valid_processor_kwargs, "_defaults", {})  # releases before 5.24 need it
+
+    return OwnProcessorKwargs
 
 
-class Qwen2AudioVLProcessor(Qwen2VLProcessor):
+class AudioProcessing:
     """
+    Adds audio to the processor of a vision-language model, which follows it among the bases.
+
     Image processor, video processor, tokenizer and [`WhisperFeatureExtractor`] in one.
 
     One `<|audio_pad|>` in the text stands for one clip. It becomes `<|audio_bos|>`, as many `<|audio_pad|>` as
@@ -85,8 +94,6 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     Raises:
         ValueError: if the tokenizer lacks a token, or if one of the last four arguments has another value.
     """
-
-    valid_processor_kwargs = Qwen2AudioVLProcessorKwargs
 
     def __init__(
         self,
@@ -109,15 +116,15 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         if trained_tasks is not None:
             check_tasks(trained_tasks)
         self.piece_seconds, self.trained_tasks = piece_seconds, trained_tasks
-        # Qwen2VLProcessor's `__init__` is skipped: it passes three parts by position and has no place for the fourth.
+        # The base's `__init__` is skipped: it passes three parts by position and has no place for the fourth.
         ProcessorMixin.__init__(
             self, image_processor, tokenizer, video_processor, feature_extractor, chat_template=chat_template
         )
-        for name in ("image", "video", "audio", "audio_bos", "audio_eos"):
+        for name in ("image", "video", "vision_start", "vision_end", "audio", "audio_bos", "audio_eos"):
             token = f"<|{name}|>" if "_" in name else f"<|{name}_pad|>"
             token_id = tokenizer.convert_tokens_to_ids(token)
             if token_id is None or token_id == tokenizer.unk_token_id:
-                raise ValueError(f"The tokenizer has no {token} token. It has to be Qwen2-VL's, with the audio tokens.")
+                raise ValueError(f"The tokenizer has no {token} token. It has to be Qwen-VL's, with the audio tokens.")
             setattr(self, f"{name}_token", token)
             setattr(self, f"{name}_token_id", token_id)
 
@@ -156,7 +163,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
     def __call__(self, images=None, text=None, videos=None, audio=None, chat_audio=None, **kwargs) -> BatchFeature:
         """
         Args:
-            images, text, videos: As in [`Qwen2VLProcessor`]; one `<|image_pad|>` or `<|video_pad|>` each in the text.
+            images, text, videos: As in the base's processor; one `<|image_pad|>` or `<|video_pad|>` each in the text.
             audio: One clip, or a list of clips in reading order, or one list of clips per text; each is anything that
                 `audio_utils.fetch_audio` takes.
             chat_audio: The same; `apply_chat_template` passes the clips of the messages here.
@@ -296,7 +303,7 @@ class Qwen2AudioVLProcessor(Qwen2VLProcessor):
         return self.audio_bos_token + self.audio_token * num_tokens + self.audio_eos_token
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, audio_lengths=None, **kwargs):
-        """As in [`Qwen2VLProcessor`]; `audio_lengths` are samples at 16 kHz, and their tokens do not count markers."""
+        """As in the base; `audio_lengths` are samples at 16 kHz, and their tokens do not count markers."""
         counted = super()._get_num_multimodal_tokens(image_sizes=image_sizes, video_sizes=video_sizes, **kwargs)
         if audio_lengths is not None:
             counted.num_audio_tokens = [self._count(n, kwargs.get("audio_tokens")).tokens for n in audio_lengths]
@@ -517,6 +524,20 @@ def refuse_timestamps(kwargs: dict):
         )
 
 
-Qwen2AudioVLProcessor.register_for_auto_class()
+class Qwen2AudioVLProcessor(AudioProcessing, Qwen2VLProcessor):
+    valid_processor_kwargs = with_audio(Qwen2VLProcessor)
 
-__all__ = ["Qwen2AudioVLProcessor"]
+
+class Qwen2_5AudioVLProcessor(AudioProcessing, Qwen2_5_VLProcessor):
+    valid_processor_kwargs = with_audio(Qwen2_5_VLProcessor)
+
+
+class Qwen3AudioVLProcessor(AudioProcessing, Qwen3VLProcessor):
+    valid_processor_kwargs = with_audio(Qwen3VLProcessor)
+
+
+Qwen2AudioVLProcessor.register_for_auto_class()
+Qwen2_5AudioVLProcessor.register_for_auto_class()
+Qwen3AudioVLProcessor.register_for_auto_class()
+
+__all__ = ["Qwen2AudioVLProcessor", "Qwen2_5AudioVLProcessor", "Qwen3AudioVLProcessor"]

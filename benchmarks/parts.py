@@ -1,9 +1,9 @@
 """Models to measure: this model with random weights, the parts that it is made of on the same weights."""
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
-from configuration_qwen2_audio_vl import AUDIO_TOKEN_IDS, ENCODER_STRIDE, VISION_TOKEN_IDS
+from configuration_qwen2_audio_vl import AUDIO_TOKEN_IDS, ENCODER_STRIDE, FAMILIES, VISION_TOKEN_IDS
 from publishing.paths import ROOT
 
 
@@ -54,13 +54,14 @@ def prefill(model: PreTrainedModel, **inputs):
 
 
 class Parts:
-    """Stock Qwen2-VL, a stock Whisper encoder and a matrix, which hold the tensors of a model of ours."""
+    """A stock base, a stock Whisper encoder and a matrix, which hold the tensors of a model of ours."""
 
     def __init__(self, model: PreTrainedModel):
         text, vision = model.config.text_config.to_dict(), model.config.vision_config.to_dict()
-        config = Qwen2VLConfig(text_config=text, vision_config=vision)
+        base_type = FAMILIES[model.config.model_type].base_type
+        config = AutoConfig.for_model(base_type, text_config=text, vision_config=vision)
         with torch.device("meta"):
-            self.qwen = Qwen2VLForConditionalGeneration._from_config(config, dtype=model.dtype).eval()
+            self.qwen = AutoModelForImageTextToText.from_config(config, dtype=model.dtype).eval()
         self.qwen.model.visual, self.qwen.model.language_model = model.model.visual, model.model.language_model
         self.qwen.lm_head = model.lm_head
         self.encoder, self.projector = model.model.audio_encoder, model.model.audio_projector
@@ -71,13 +72,13 @@ class Parts:
 
     @torch.no_grad()
     def prefill(self, input_features: torch.Tensor, **text_inputs):
-        """Encodes the audio, and prefills stock Qwen2-VL with a prompt of text."""
+        """Encodes the audio, and prefills the stock base with a prompt of text."""
         self.embed_audio(input_features)
         return prefill(self.qwen, **text_inputs)
 
     @torch.no_grad()
     def generate(self, input_features: torch.Tensor, **text_inputs) -> torch.Tensor:
-        """Encodes the audio, and answers a prompt of text by stock Qwen2-VL."""
+        """Encodes the audio, and answers a prompt of text by the stock base."""
         self.embed_audio(input_features)
         return self.qwen.generate(**text_inputs)
 

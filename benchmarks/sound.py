@@ -21,7 +21,7 @@ from transformers.audio_utils import load_audio
 from audio_utils import SAMPLING_RATE, fetch_audio, log_mel, resample, split_windows
 from benchmarks.measure import in_turns, where
 from benchmarks.report import report, table
-from demo.bases import ASSETS, make_qwen2_vl, make_whisper
+from demo.bases import ASSETS, make_base, make_whisper
 from publishing.build import build
 from tests.sounds import encode
 
@@ -82,7 +82,7 @@ def list_resampling(speech: np.ndarray) -> Iterator[tuple]:
 def list_processors(extractor, speech: np.ndarray, clips: list[np.ndarray]) -> Iterator[tuple]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        repo = build(make_qwen2_vl(folder / "base"), make_whisper(folder / "whisper"), folder / "repo")
+        repo = build(make_base(folder / "base"), make_whisper(folder / "whisper"), folder / "repo")
         processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]})

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -21,6 +22,64 @@ from publishing.paths import ROOT, write_json
 ASSETS = ROOT / "assets"
 PICTURE = 112  # pixels a side, which become 16 tokens
 STD = 0.08  # of the first weights; with the usual 0.02 so small a model hardly starts to learn
+
+
+class Small(NamedTuple):
+    """What a small checkpoint of a base has of its own."""
+
+    vision: dict
+    text: dict | None = None
+    rope: dict | None = None
+    processors: dict[str, dict] | None = None  # files by name
+    more_tokens: tuple[str, ...] = ()  # tokens that the tokenizer of Qwen2-VL lacks, in the order of their ids
+
+
+QWEN2_5_TOKENS = ("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>")
+QWEN2_5_TOKENS += ("<|repo_name|>", "<|file_sep|>")
+QWEN3_PIXELS = {
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
+SMALL = {
+    "qwen2_vl": Small({"embed_dim": 64, "hidden_size": 64}),
+    "qwen2_5_vl": Small(
+        {
+            "hidden_size": 64,
+            "out_hidden_size": 64,
+            "intermediate_size": 128,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+        },
+        more_tokens=QWEN2_5_TOKENS,
+    ),
+    "qwen3_vl": Small(
+        {
+            "depth": 3,
+            "hidden_size": 64,
+            "out_hidden_size": 64,
+            "intermediate_size": 128,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        text={"head_dim": 32},
+        rope={"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        processors={
+            "preprocessor_config.json": {
+                "image_processor_type": "Qwen2VLImageProcessorFast",
+                "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+                **QWEN3_PIXELS,
+            },
+            "video_preprocessor_config.json": {
+                "video_processor_type": "Qwen3VLVideoProcessor",
+                "size": {"shortest_edge": 4096, "longest_edge": 25165824},
+                **QWEN3_PIXELS,
+            },
+        },
+        more_tokens=(*QWEN2_5_TOKENS, "<tool_response>", "</tool_response>", "<think>", "</think>"),
+    ),
+}
 
 
 def sharpen(model: torch.nn.Module, std: float) -> torch.nn.Module:
@@ -45,17 +104,33 @@ def text_config(width: int, ffn: int, layers: int, heads: int, groups: int, posi
     }
 
 
-def make_qwen2_vl(folder: Path, dtype: torch.dtype = torch.float32, tie_word_embeddings: bool = False) -> Path:
-    """Writes a Qwen2-VL checkpoint of 2 layers; its tokenizer and its 152,064 embeddings are of full size."""
+def make_base(
+    folder: Path,
+    base_type: str = "qwen2_vl",
+    dtype: torch.dtype = torch.float32,
+    tie_word_embeddings: bool = False,
+) -> Path:
+    """Writes a checkpoint of a base with few layers; its tokenizer and its embeddings are of full size."""
     torch.manual_seed(0)
-    config = transformers.Qwen2VLConfig(
-        text_config=text_config(64, 128, layers=2, heads=2, groups=1, positions=32768, words=152064, rope_theta=1e6),
-        vision_config={"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64},
+    small = SMALL[base_type]
+    sizes = text_config(64, 128, layers=2, heads=2, groups=1, positions=32768, words=152064, rope_theta=1e6)
+    sizes["rope_parameters"] |= small.rope or {}
+    config = transformers.AutoConfig.for_model(
+        base_type,
+        text_config={**sizes, **(small.text or {})},
+        vision_config={"depth": 2, "num_heads": 2, **small.vision},
         tie_word_embeddings=tie_word_embeddings,
     )
-    sharpen(transformers.Qwen2VLForConditionalGeneration(config), std=0.1).to(dtype).save_pretrained(folder)
+    model = sharpen(transformers.AutoModelForImageTextToText.from_config(config), std=0.1)
+    model.to(dtype).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
         shutil.copyfile(ASSETS / "qwen2-vl-7b" / file, folder / file)
+    for file, settings in (small.processors or {}).items():
+        write_json(folder / file, settings)
+    if small.more_tokens:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens([transformers.AddedToken(token, normalized=False) for token in small.more_tokens])
+        tokenizer.save_pretrained(folder)
     return folder
 
 

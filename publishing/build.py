@@ -13,10 +13,13 @@ import torch
 import transformers
 
 from configuration_qwen2_audio_vl import (
+    ASSISTANT,
     AUDIO_TOKEN_IDS,
     EXAMPLES,
+    FAMILIES,
     SHIPPED_FILES,
     VISION_TOKEN_IDS,
+    Family,
     check_audio_tokens,
     require_files,
 )
@@ -28,8 +31,6 @@ from publishing.paths import ROOT, Origin, is_inside, own_class, resolve, silenc
 
 # The advice for a file that a base lacks. transformers has defaults for some files, but they fit no checkpoint.
 COPY = "copy what the published checkpoint has"
-CONFIG_CLASS = "configuration_qwen2_audio_vl.Qwen2AudioVLConfig"
-MODEL_CLASS = "modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration"
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
 AUDIO_TOKENS = ("<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>")  # in the order of `AUDIO_TOKEN_IDS`
 MARKER_INIT = {"<|audio_bos|>": "<|vision_start|>", "<|audio_eos|>": "<|vision_end|>"}  # start from these embeddings
@@ -70,7 +71,8 @@ def build(
     Assembles a repository folder that loads with the Auto classes, in 4 MB of memory beside the libraries.
 
     Args:
-        base: Qwen2-VL checkpoint, a directory, a Hub id or ID@REVISION; tensors named as published or as now.
+        base: A checkpoint of Qwen2-VL, Qwen2.5-VL or Qwen3-VL, a directory, a Hub id or ID@REVISION; its tensors are
+            named as published or as now.
         audio_encoder: Whisper checkpoint, likewise.
         output: The folder to make; it must not exist, or be empty. It appears when it is complete.
         checkpoint: Instead of `base` and `audio_encoder`, a whole model that was trained and saved: weights,
@@ -155,16 +157,27 @@ def remove_abandoned(target: Path):
             continue
 
 
+def read_config(folder: Path) -> transformers.PreTrainedConfig:
+    """Reads the configuration of a model of ours. Raises ValueError if it is of another type."""
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{folder} holds a {model_type} model; expected one of {', '.join(FAMILIES)}.")
+    return own_class(FAMILIES[model_type].auto_map["AutoConfig"]).from_pretrained(folder)
+
+
 def build_config(base: Path, encoder: Path, tokenizer):
     """Joins the two configurations; contradictions between them are errors."""
     for folder in (base, encoder):
         require_files(folder, ("config.json",), COPY)
     base_config = transformers.AutoConfig.from_pretrained(base)
-    if base_config.model_type != "qwen2_vl":
-        raise ValueError(f"{base} holds a {base_config.model_type} model; --base has to be a Qwen2-VL checkpoint.")
+    model_type = next((name for name, family in FAMILIES.items() if family.base_type == base_config.model_type), None)
+    if model_type is None:
+        names = ", ".join(family.base_name for family in FAMILIES.values())
+        raise ValueError(f"{base} holds a {base_config.model_type} model; --base has to be one of {names}.")
+    auto_map = FAMILIES[model_type].auto_map
     whisper = transformers.WhisperConfig.from_pretrained(encoder)
     audio_ids = tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS))
-    return own_class(CONFIG_CLASS)(
+    return own_class(auto_map["AutoConfig"])(
         text_config=base_config.text_config.to_dict(),
         vision_config=base_config.vision_config.to_dict(),
         audio_config={name: getattr(whisper, name) for name in WHISPER_FIELDS},
@@ -173,7 +186,7 @@ def build_config(base: Path, encoder: Path, tokenizer):
         tie_word_embeddings=base_config.tie_word_embeddings,
         vision_is_trained=getattr(base_config, "vision_is_trained", True),
         dtype=base_config.dtype or torch.float32,
-        architectures=["Qwen2AudioVLForConditionalGeneration"],
+        architectures=[auto_map["AutoModel"].partition(".")[2]],
     )
 
 
@@ -181,20 +194,27 @@ def build_processor(base: Path, encoder: Path, tokenizer, config, trained: Path 
     """Joins the two processors. A trained checkpoint decides between fixed and trimmed audio tokens."""
     untrained = {"audio_tokens": "fixed", "trained_audio_tokens": None}
     rules = checkpoints.read_rules(trained / "processor_config.json") if trained else untrained
-    processor = own_class("processing_qwen2_audio_vl.Qwen2AudioVLProcessor")(
+    family = FAMILIES[config.model_type]
+    processor = own_class(family.auto_map["AutoProcessor"])(
         image_processor=transformers.AutoImageProcessor.from_pretrained(base),
         tokenizer=tokenizer,
         video_processor=transformers.AutoVideoProcessor.from_pretrained(base),
         feature_extractor=transformers.WhisperFeatureExtractor.from_pretrained(encoder),
-        chat_template=(ROOT / "chat_template.jinja").read_text(encoding="utf-8"),
+        chat_template=make_chat_template(family),
         **rules,
     )
     processor.check_config(config.to_dict())
     return processor
 
 
+def make_chat_template(family: Family) -> str:
+    """Returns the template of this repository with the default system message of a base."""
+    template = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    return template.replace(f"'{ASSISTANT}'", repr(family.system or ""), 1)
+
+
 def build_tokenizer(base: Path, **kwargs):
-    """Loads the tokenizer of Qwen2-VL and adds the audio tokens."""
+    """Loads the tokenizer of a base and adds the audio tokens."""
     # transformers would make a tokenizer of no words from a folder without these files.
     slow = ("vocab.json", "merges.txt")
     is_slow = not (base / "tokenizer.json").is_file() and all((base / name).is_file() for name in slow)
@@ -204,21 +224,21 @@ def build_tokenizer(base: Path, **kwargs):
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left", **kwargs)
     added = [transformers.AddedToken(token, special=True, normalized=False) for token in AUDIO_TOKENS]
     tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
-    tokenizer.chat_template = None  # Qwen2-VL's own drops audio silently; the processor has the right one
+    tokenizer.chat_template = None  # the base's own drops audio silently; the processor has the right one
     return tokenizer
 
 
 def meta_state_dict(config) -> dict[str, torch.Tensor]:
     """Returns the model's own tensors on the meta device, which have names, shapes and dtypes but no memory."""
     with torch.device("meta"):
-        tensors = own_class(MODEL_CLASS)(config).to(config.dtype).state_dict()
+        tensors = own_class(FAMILIES[config.model_type].auto_map["AutoModel"])(config).to(config.dtype).state_dict()
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     return tensors
 
 
 def join_bases(base: str, audio_encoder: str, adapter: str | None, seed: int) -> BuildParts:
-    """Joins Qwen2-VL, Whisper's encoder, and the projector of a trained checkpoint or a random one."""
+    """Joins a vision-language model, Whisper's encoder, and the projector of a trained checkpoint or a random one."""
     sources = {"base": base, "audio encoder": audio_encoder, "trained checkpoint": adapter}
     origins = {role: resolve(source) for role, source in sources.items() if source is not None}
     folders = [origins[role].folder if role in origins else None for role in sources]
@@ -251,10 +271,7 @@ def read_model(origin: Origin) -> BuildParts:
     """Reads a model that was trained and saved, or built."""
     folder = origin.folder
     require_files(folder, ("config.json",), COPY)
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    if model_type != "qwen2_audio_vl":
-        raise ValueError(f"{folder} holds a {model_type} model; --checkpoint has to be one of type qwen2_audio_vl.")
-    config = own_class(CONFIG_CLASS).from_pretrained(folder)
+    config = read_config(folder)
     tokenizer = build_tokenizer(folder, config=config)  # without it, the folder's own code would be asked for
     processor = build_processor(folder, folder, tokenizer, config, folder)
     plan = {tensor.name: tensor for tensor in checkpoints.stored_tensors(folder)}
@@ -277,7 +294,8 @@ def merge_adapter(origin: Origin) -> BuildParts:
         raise ValueError("An adapter is merged by peft, which is not installed: pip install peft") from error
 
     parts = read_model(resolve(model))
-    whole = own_class(MODEL_CLASS).from_pretrained(parts.origins["trained checkpoint"].folder, dtype="auto")
+    model_class = own_class(FAMILIES[parts.config.model_type].auto_map["AutoModel"])
+    whole = model_class.from_pretrained(parts.origins["trained checkpoint"].folder, dtype="auto")
     parts.plan = PeftModel.from_pretrained(whole, str(origin.folder)).merge_and_unload().state_dict()
     if parts.config.tie_word_embeddings:
         del parts.plan["lm_head.weight"]

@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard, hf_hub_download
 from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from configuration_qwen2_audio_vl import AUDIO_TOKEN_IDS, AUTO_MAP, CODE_FILES, EXAMPLES, KNOWN_FILES
-from publishing.build import AUDIO_TOKENS, CONFIG_CLASS, meta_state_dict
+from configuration_qwen2_audio_vl import AUDIO_TOKEN_IDS, CODE_FILES, EXAMPLES, FAMILIES, KNOWN_FILES
+from publishing.build import AUDIO_TOKENS, meta_state_dict, read_config
 from publishing.card import ENTRIES, EVALUATION, replace_section
 from publishing.checkpoints import find_problems, stored_tensors
-from publishing.paths import CHECKSUMS, ROOT, check_content, files_of, is_inside, own_class, read_checksums
+from publishing.paths import CHECKSUMS, ROOT, check_content, files_of, is_inside, read_checksums
 
 
 # The limit in bytes of files that are read whole, as they may be a stranger's. Files that match one name are summed.
@@ -115,12 +115,12 @@ def check_files(folder: Path, trust_code: bool = False) -> dict[str, str]:
         raise ValueError(f"{shown} shows scores, but there is no {EVALUATION}/ with the predictions they come from")
 
     settings = json.loads((folder / "config.json").read_text())
-    if settings.get("auto_map") != AUTO_MAP:
-        raise ValueError(f"the auto_map of config.json is {settings.get('auto_map')}, expected {AUTO_MAP}")
+    config = read_config(folder)
+    if settings.get("auto_map") != (expected := FAMILIES[config.model_type].auto_map):
+        raise ValueError(f"the auto_map of config.json is {settings.get('auto_map')}, expected {expected}")
     changed = [name for name in CODE_FILES if (folder / name).read_bytes() != (ROOT / name).read_bytes()]
     if changed and not trust_code:
         raise ValueError(f"the code in {', '.join(changed)} is not this checkout's; --trust-code runs it all the same")
-    config = own_class(CONFIG_CLASS).from_pretrained(folder)
     tensors = {tensor.name: tensor for tensor in stored_tensors(folder)}
     if problems := find_problems(tensors, meta_state_dict(config)):
         raise ValueError("the weights are not this model's:\n" + "\n".join(problems))

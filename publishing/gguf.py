@@ -19,7 +19,8 @@ import torch
 from huggingface_hub import ModelCard
 from transformers.utils import logging
 
-from publishing.build import CONFIG_CLASS, meta_state_dict
+from configuration_qwen2_audio_vl import FAMILIES
+from publishing.build import meta_state_dict, read_config
 from publishing.card import replace_section, save_card
 from publishing.checkpoints import EMBEDDINGS, PROJECTOR, StoredTensor, find_problems, read_bytes, stored_tensors
 from publishing.paths import CHECKSUMS, Origin, own_class, resolve, weights_of
@@ -34,10 +35,10 @@ except ImportError as error:
 
 logger = logging.get_logger(__name__)
 
-PROCESSOR_CLASS = "processing_qwen2_audio_vl.Qwen2AudioVLProcessor"
 WEIGHTS = "qwen2_audio_vl.weights"  # the key of a checksum of the weights that a file was made of
 KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
 TOWERS = "mmproj-"  # begins the name of the second file
+PROVED_BASE = "qwen2_vl"
 LARGEST_F16 = 65504
 SECONDS, POSITIONS = 30, 1500  # of a window; llama.cpp has no other
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -145,6 +146,9 @@ def find_pre_tokenizer(backend: dict) -> str:
 
 def find_refusal(config, processor) -> str | None:
     """Why llama.cpp would compute something else than this model, or None."""
+    base = FAMILIES[config.model_type]
+    if base.base_type != PROVED_BASE:
+        return f"its base is {base.base_name}, and only files of Qwen2-VL were proved"
     text, audio, vision = config.text_config, config.audio_config, config.vision_config
     extractor = processor.feature_extractor
     window = f"{extractor.chunk_length} s and {audio.max_source_positions:,} positions"
@@ -352,8 +356,9 @@ def export(source: str | Path, output: str | Path, kind: str = "f16") -> tuple[P
         raise ValueError(f"The type must be one of {', '.join(KINDS)}, got {kind!r}.")
     needed = ("config.json", "processor_config.json", "tokenizer.json", "README.md", CHECKSUMS)
     origin = resolve(source, needed, ("README.md", CHECKSUMS))
-    config = own_class(CONFIG_CLASS).from_pretrained(origin.folder)
-    processor = own_class(PROCESSOR_CLASS).from_pretrained(origin.folder, trust_remote_code=False)
+    config = read_config(origin.folder)
+    processor_class = own_class(FAMILIES[config.model_type].auto_map["AutoProcessor"])
+    processor = processor_class.from_pretrained(origin.folder, trust_remote_code=False)
     if problem := find_refusal(config, processor):
         raise ValueError(f"llama.cpp cannot run {source} as it is: {problem}.")
     tensors = {tensor.name: tensor for tensor in stored_tensors(origin.folder)}

@@ -22,8 +22,12 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from demo.ask import DEMO, read_examples, user
-from demo.bases import ASSETS, make_bases, make_qwen2_vl, make_whisper
+from demo.bases import ASSETS, SMALL, make_base, make_bases, make_whisper
 from publishing.build import build
+
+
+def pytest_addoption(parser):
+    parser.addoption("--base", choices=[*SMALL], default="qwen2_vl", help="the base of the model that is tested")
 
 
 def pytest_unconfigure(config):
@@ -36,11 +40,17 @@ def pytest_ignore_collect(collection_path, config):
 
 
 @pytest.fixture(scope="session")
-def bases(tmp_path_factory) -> dict[str, Path]:
-    """Small checkpoints as published: Qwen2-VL, Whisper with windows of 1 s, Whisper with its own 30 s."""
+def base_type(request) -> str:
+    """The type of the base that the model of the tests has."""
+    return request.config.option.base
+
+
+@pytest.fixture(scope="session")
+def bases(base_type, tmp_path_factory) -> dict[str, Path]:
+    """Small checkpoints as published: a base, Whisper with windows of 1 s, Whisper with its own 30 s."""
     folder = tmp_path_factory.mktemp("bases")
     return {
-        "qwen2_vl": make_qwen2_vl(folder / "qwen2-vl"),
+        "base": make_base(folder / "base", base_type),
         "whisper": make_whisper(folder / "whisper", window_seconds=1),
         "whisper_30s": make_whisper(folder / "whisper-30s"),
     }
@@ -49,13 +59,13 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def repo(bases, tmp_path_factory) -> Path:
     """A built repository folder whose windows are 1 s long, 50 tokens, so that prompts stay short."""
-    return build(bases["qwen2_vl"], bases["whisper"], tmp_path_factory.mktemp("repo"))
+    return build(bases["base"], bases["whisper"], tmp_path_factory.mktemp("repo"))
 
 
 @pytest.fixture(scope="session")
 def repo_30s(bases, tmp_path_factory) -> Path:
     """A built repository folder with Whisper's own windows: 30 s, 1500 tokens."""
-    return build(bases["qwen2_vl"], bases["whisper_30s"], tmp_path_factory.mktemp("repo-30s"))
+    return build(bases["base"], bases["whisper_30s"], tmp_path_factory.mktemp("repo-30s"))
 
 
 @pytest.fixture(scope="session")

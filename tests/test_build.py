@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, Qwen2VLForConditionalGeneration, WhisperForConditionalGeneration
 
 from configuration_qwen2_audio_vl import EXAMPLES, SHIPPED_FILES
-from demo.bases import make_qwen2_vl, make_whisper
+from demo.bases import make_base, make_whisper
 from publishing import check as checking
 from publishing import checkpoints, paths
 from publishing.build import build, build_tokenizer
@@ -43,7 +43,7 @@ def refuse(bases, tmp_path):
 
     def check(message: str, **sources):
         if "checkpoint" not in sources:
-            sources = {"base": bases["qwen2_vl"], "audio_encoder": bases["whisper"], **sources}
+            sources = {"base": bases["base"], "audio_encoder": bases["whisper"], **sources}
         with pytest.raises(ValueError, match=message):
             build(output=tmp_path / "out", **sources)
         assert not (tmp_path / "out").exists()
@@ -74,8 +74,8 @@ def test_folder_holds_all_that_a_user_loads(repo):
 
 
 def test_weights_are_those_of_the_bases(repo, bases):
-    built, base = load(repo), load(bases["qwen2_vl"])
-    stock = Qwen2VLForConditionalGeneration.from_pretrained(bases["qwen2_vl"]).state_dict()
+    built, base = load(repo), load(bases["base"])
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(bases["base"]).state_dict()
     whisper = WhisperForConditionalGeneration.from_pretrained(bases["whisper"]).model.encoder.state_dict()
     assert any(name.startswith("visual.") for name in base)  # the base has the names of published checkpoints
     for marker, teacher in ((151658, 151652), (151659, 151653)):
@@ -96,7 +96,7 @@ def test_tokens(repo):
 
 
 def test_the_left_is_padded_also_if_the_base_names_no_side(bases, tmp_path):
-    base = shutil.copytree(bases["qwen2_vl"], tmp_path / "base")
+    base = shutil.copytree(bases["base"], tmp_path / "base")
     settings = json.loads((base / "tokenizer_config.json").read_text())
     settings.pop("padding_side", None)
     (base / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "TokenizersBackend"}))
@@ -107,15 +107,15 @@ def test_the_left_is_padded_also_if_the_base_names_no_side(bases, tmp_path):
 @pytest.mark.parametrize("part", ["base", "audio_encoder", "checkpoint"])
 def test_missing_files_of_the_bases_are_named(part, names, bases, repo, tmp_path, refuse):
     """transformers would make a tokenizer of no words, or a configuration of its own defaults."""
-    folder = {"base": bases["qwen2_vl"], "audio_encoder": bases["whisper"], "checkpoint": repo}[part]
+    folder = {"base": bases["base"], "audio_encoder": bases["whisper"], "checkpoint": repo}[part]
     if part != "audio_encoder" or names == "config.json":  # an encoder has no tokenizer
         copy = shutil.copytree(folder, tmp_path / part, ignore=shutil.ignore_patterns(*names.split(", ")))
         refuse(f"^{re.escape(str(copy))} lacks {names}; copy what", **{part: copy})
 
 
 def test_current_tensor_names_give_the_same_folder(bases, repo, tmp_path):
-    renamed = {checkpoints.rename(name, checkpoints.BASE_NAMES): t for name, t in load(bases["qwen2_vl"]).items()}
-    base = copy_base(bases["qwen2_vl"], tmp_path / "base", renamed)
+    renamed = {checkpoints.rename(name, checkpoints.BASE_NAMES): t for name, t in load(bases["base"]).items()}
+    base = copy_base(bases["base"], tmp_path / "base", renamed)
     renamed = {name.removeprefix("model."): tensor for name, tensor in load(bases["whisper"]).items()}
     encoder = copy_base(bases["whisper"], tmp_path / "encoder", renamed)
     built = build(base, encoder, tmp_path / "out")
@@ -140,7 +140,7 @@ def test_a_section_is_replaced_between_its_marks():
 
 
 def test_tied_embeddings(bases, tmp_path):
-    base = make_qwen2_vl(tmp_path / "base", tie_word_embeddings=True)
+    base = make_base(tmp_path / "base", tie_word_embeddings=True)
     built = build(base, bases["whisper"], tmp_path / "out")
     assert "lm_head.weight" not in load(built)
     model, info = AutoModel.from_pretrained(built, trust_remote_code=True, output_loading_info=True)
@@ -150,7 +150,7 @@ def test_tied_embeddings(bases, tmp_path):
 
 def test_bf16_and_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "MAX_SHARD_SIZE", "25MB")
-    base = make_qwen2_vl(tmp_path / "base", dtype=torch.bfloat16)
+    base = make_base(tmp_path / "base", dtype=torch.bfloat16)
     encoder = make_whisper(tmp_path / "encoder", window_seconds=1, dtype=torch.float16)
     built = build(base, encoder, tmp_path / "out")
     index = json.loads((built / "model.safetensors.index.json").read_text())
@@ -164,16 +164,16 @@ def test_bf16_and_shards(tmp_path, monkeypatch):
 
 def test_seed_decides_the_projector(bases, repo, tmp_path):
     """That a seed always gives the same one is seen where a folder is built again."""
-    built = build(bases["qwen2_vl"], bases["whisper"], tmp_path / "out", seed=1)
+    built = build(bases["base"], bases["whisper"], tmp_path / "out", seed=1)
     assert not torch.equal(load(built)[checkpoints.PROJECTOR], load(repo)[checkpoints.PROJECTOR])
 
 
 @pytest.mark.parametrize("chunk", [24, 1000, 2**24])
 def test_weights_do_not_depend_on_the_chunks_they_are_copied_in(chunk, bases, tmp_path, monkeypatch):
     """Rows of the markers lie across chunks, and float32 becomes bfloat16."""
-    tensors = load(bases["qwen2_vl"])
+    tensors = load(bases["base"])
     tensors["model.embed_tokens.weight"] = embeddings = tensors["model.embed_tokens.weight"][151_600:151_700].clone()
-    base = copy_base(bases["qwen2_vl"], tmp_path / "base", tensors)
+    base = copy_base(bases["base"], tmp_path / "base", tensors)
     plan = {tensor.name: tensor for tensor in checkpoints.stored_tensors(base)}
     monkeypatch.setattr(checkpoints, "CHUNK", chunk)
     for name in ("model.embed_tokens.weight", NORM, "visual.patch_embed.proj.weight"):
@@ -191,7 +191,7 @@ def test_weights_do_not_depend_on_the_chunks_they_are_copied_in(chunk, bases, tm
 def test_trained_projector(save, file, prefix, bases, tmp_path):
     trained = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
     save({f"{prefix}audio_projector.weight": trained}, tmp_path / file)
-    built = build(bases["qwen2_vl"], bases["whisper"], tmp_path / "out", projector=tmp_path / file)
+    built = build(bases["base"], bases["whisper"], tmp_path / "out", projector=tmp_path / file)
     assert torch.equal(load(built)[checkpoints.PROJECTOR], trained)
     card = (built / "README.md").read_text()
     assert "The projector is trained." in card and "untrained" not in card
@@ -252,7 +252,7 @@ def test_trained_checkpoint_of_the_first_layout(bases, repo, tmp_path, refuse):
     adapter = tmp_path / "first"
     adapter.mkdir()
     save_file(first, adapter / "model.safetensors")
-    built = load(build(bases["qwen2_vl"], bases["whisper"], tmp_path / "built", adapter=adapter))
+    built = load(build(bases["base"], bases["whisper"], tmp_path / "built", adapter=adapter))
     assert built.keys() == trained.keys() and all(torch.equal(built[name], trained[name]) for name in built)
 
     del first["audio_projector.weight"]
@@ -268,7 +268,7 @@ def test_a_full_disk_is_seen_first(refuse, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [0, 5, 1000, 10**6])
 def test_files_that_are_cut_short_are_refused(size, bases, tmp_path, refuse):
-    base = shutil.copytree(bases["qwen2_vl"], tmp_path / "base")
+    base = shutil.copytree(bases["base"], tmp_path / "base")
     os.truncate(base / "model.safetensors", size)
     refuse("cut short", base=base)
 
@@ -315,7 +315,7 @@ KILLED = """
 @pytest.mark.long
 def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path):
     """Eight kills from the first file that is read to the last that is written; then a run gives the same folder."""
-    process = start_python(KILLED, bases["qwen2_vl"], bases["whisper"], tmp_path / "out", cwd=paths.ROOT)
+    process = start_python(KILLED, bases["base"], bases["whisper"], tmp_path / "out", cwd=paths.ROOT)
     assert int(finish(process)) >= 2  # some kills hit builds while they wrote
     assert (tmp_path / "out" / "SHA256SUMS").read_bytes() == (repo / "SHA256SUMS").read_bytes()
 
@@ -323,7 +323,7 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(bases, repo, tmp_path
 @pytest.mark.long
 def test_hostile_headers_are_refused(bases, tmp_path, refuse):
     """Offsets that overlap, are negative, twice the same or beyond the file, and an index that leaves its folder."""
-    base = shutil.copytree(bases["qwen2_vl"], tmp_path / "base")
+    base = shutil.copytree(bases["base"], tmp_path / "base")
     content = (base / "model.safetensors").read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -344,7 +344,7 @@ def test_hostile_headers_are_refused(bases, tmp_path, refuse):
 
 def test_two_builds_into_one_folder(bases, repo, tmp_path):
     """One of them makes it, whole; the other says so."""
-    options = ["--base", bases["qwen2_vl"], "--audio-encoder", bases["whisper"], "--output", tmp_path / "out"]
+    options = ["--base", bases["base"], "--audio-encoder", bases["whisper"], "--output", tmp_path / "out"]
     builds = [start_python("import upload; upload.main()", "build", *options, cwd=paths.ROOT) for _ in range(2)]
     outputs = [build.communicate(timeout=300) for build in builds]
     assert sorted(build.returncode for build in builds) == [0, 1]
@@ -355,7 +355,7 @@ def test_two_builds_into_one_folder(bases, repo, tmp_path):
 
 
 def test_wrong_parts_are_refused_before_anything_is_written(bases, repo, tmp_path, refuse):
-    qwen2_vl, whisper, tensors = bases["qwen2_vl"], bases["whisper"], load(bases["qwen2_vl"])
+    qwen2_vl, whisper, tensors = bases["base"], bases["whisper"], load(bases["base"])
     integers = copy_base(qwen2_vl, tmp_path / "integers", tensors | {NORM: tensors[NORM].to(torch.int8)})
     refuse("of dtype I8: model.language_model.norm.weight; expected one of F32, F16, BF16", base=integers)
     norm = tensors.pop(NORM)

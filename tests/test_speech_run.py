@@ -19,7 +19,7 @@ from training.train import LANGUAGE_MODEL
 @pytest.fixture
 def parts(bases, tmp_path, monkeypatch):
     """Small checkpoints in the place of the downloaded ones."""
-    for name, source in {"smollm2": "qwen2_vl", "whisper": "whisper"}.items():
+    for name, source in {"smollm2": "base", "whisper": "whisper"}.items():
         shutil.copytree(bases[source], tmp_path / name)
     monkeypatch.setattr(run, "BUILD", tmp_path)
     monkeypatch.setattr(run, "make_parts", lambda folder: None)

@@ -84,7 +84,7 @@ def test_check_refuses_what_must_not_be_published(name, change, with_checksums, 
 def test_a_folder_that_is_not_there_is_named(name, bases, tmp_path, run_main):
     """By every tool that takes a folder or a Hub id; nothing else is read or written before."""
     output, data = ["--output", tmp_path / "out"], ["--data", tmp_path / "rows.jsonl"]  # neither is there
-    base, encoder = ["--base", bases["qwen2_vl"]], ["--audio-encoder", bases["whisper"]]
+    base, encoder = ["--base", bases["base"]], ["--audio-encoder", bases["whisper"]]
     no_folder = f": There is no folder {name}, and it is no Hub id either."
     folder = f"({re.escape(name)}|{re.escape(str(Path(name)))})"
     for message, tool, *arguments in (
