@@ -377,7 +377,16 @@ class AudioHead(FrozenAudioEncoder):
         drafts = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens")
         if drafts and (cached_length(kwargs.get("cache")) or cached_length(kwargs.get("past_key_values"))):
             raise ValueError("Assisted decoding computes cached tokens again. Start it without a filled cache.")
+        if kwargs.get("prompt_lookup_num_tokens"):
+            # Drafts are copied from the prompt, and the copy of a placeholder would need a clip or a picture.
+            suppressed = kwargs.get("suppress_tokens") or self.generation_config.suppress_tokens or ()
+            kwargs["suppress_tokens"] = [*suppressed, *self.placeholders]
         return super().generate(*args, **kwargs)
+
+    @property
+    def placeholders(self) -> tuple[int, int, int]:
+        """The ids of the tokens that stand for audio, images and video."""
+        return self.config.audio_token_id, self.config.image_token_id, self.config.video_token_id
 
     def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
         """
@@ -388,7 +397,7 @@ class AudioHead(FrozenAudioEncoder):
             ImportError: before transformers 5.24, the first release whose engine runs Qwen2-VL.
         """
         require_version("transformers>=5.24", "generate_batch needs it.")
-        placeholders = {self.config.audio_token_id, self.config.image_token_id, self.config.video_token_id}
+        placeholders = set(self.placeholders)
         if refused := [index for index, ids in enumerate(inputs) if not placeholders.isdisjoint(ids)]:
             raise ValueError(
                 f"generate_batch takes text alone, but prompts {refused[:10]} have tokens of audio, images or video. "

@@ -68,7 +68,7 @@ SMALL = {
         processors={
             "preprocessor_config.json": {
                 "image_processor_type": "Qwen2VLImageProcessorFast",
-                "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+                "size": {"shortest_edge": 3136, "longest_edge": 16777216},
                 **QWEN3_PIXELS,
             },
             "video_preprocessor_config.json": {

@@ -21,6 +21,7 @@ from helpers import KINDS, audio, image, text, video
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+from configuration_qwen2_audio_vl import FAMILIES
 from demo.ask import DEMO, read_examples, user
 from demo.bases import ASSETS, SMALL, make_base, make_bases, make_whisper
 from publishing.build import build
@@ -43,6 +44,12 @@ def pytest_ignore_collect(collection_path, config):
 def base_type(request) -> str:
     """The type of the base that the model of the tests has."""
     return request.config.option.base
+
+
+@pytest.fixture(scope="session")
+def model_type(base_type) -> str:
+    """The type of that model."""
+    return next(name for name, family in FAMILIES.items() if family.base_type == base_type)
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,7 @@ def answer(process: subprocess.Popen) -> str:
 
 
 class SumOfParts(Parts):
-    """Stock Qwen2-VL, stock Whisper encoder and a matrix product, put together by hand; no cache, one row at a time."""
+    """A stock base, stock Whisper encoder and a matrix product, put together by hand; no cache, one row at a time."""
 
     def __init__(self, model, whisper_folder):
         super().__init__(copy.deepcopy(model))  # whatever a test does to the model, these weights stay
@@ -142,13 +142,19 @@ class SumOfParts(Parts):
         windows = iter(self.embed_audio(inputs["input_features"])) if "input_features" in inputs else iter(())
         vision_names = {
             config.image_token_id: ("image_grid_thw", "pixel_values"),
-            config.video_token_id: ("video_grid_thw", "pixel_values_videos"),
+            config.video_token_id: ("video_grid_thw", "pixel_values_videos", "second_per_grid_ts"),
         }
-        vision = {}  # the grid and the patches of one picture after another, by the names of the inputs
-        for grids, patches in vision_names.values():
+        # The grid and the patches of one picture after another, by the names of the inputs. Qwen3-VL has a run of
+        # tokens for each grid in time.
+        vision, splits = {}, self.config.vision_config.to_dict().get("deepstack_visual_indexes") is not None
+        for grids, patches, *seconds in vision_names.values():
             if grids in inputs:
-                vision[grids] = iter(inputs[grids].split(1))
-                vision[patches] = iter(inputs[patches].split(inputs[grids].prod(1).tolist()))
+                grid = inputs[grids]
+                if splits:
+                    grid = grid.repeat_interleave(grid[:, 0], dim=0).index_fill(1, torch.tensor(0), 1)
+                vision[grids] = iter(grid.split(1))
+                vision[patches] = iter(inputs[patches].split(grid.prod(1).tolist()))
+                vision |= {name: iter(inputs[name].split(1)) for name in seconds if name in inputs}
         rows = []
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
             ids = ids[mask.bool()]
@@ -159,15 +165,15 @@ class SumOfParts(Parts):
                     length = len(list(run))
                     clips.append(torch.cat([next(windows) for _ in range(-(-length // per_window))])[:length])
                 elif token_id in vision_names:
-                    pictures.append({name: next(vision[name]) for name in vision_names[token_id]})
+                    pictures.append({name: next(vision[name]) for name in vision_names[token_id] if name in vision})
             embeds[is_audio] = torch.cat(clips)
-            inputs_of_qwen = {
-                "input_ids": ids.masked_fill(is_audio, 0)[None],
-                "inputs_embeds": embeds[None],
-                "mm_token_type_ids": ((ids == config.image_token_id) + 2 * (ids == config.video_token_id))[None],
-                **join(vision, *pictures),
-            }
-            states = self.qwen.model(**inputs_of_qwen, use_cache=False).last_hidden_state
+            pictures, stock = join(vision, *pictures), self.qwen.model
+            types = (ids == config.image_token_id) + 2 * (ids == config.video_token_id)
+            where = {name: value for name, value in pictures.items() if not name.startswith("pixel")}
+            positions, _ = stock.get_rope_index(ids.masked_fill(is_audio, 0)[None], types[None], **where)
+            # Without ids stock finds the pictures by the embeddings of their tokens, which nothing else here equals.
+            embedded = {"inputs_embeds": embeds[None], "position_ids": positions, **pictures}
+            states = stock(**embedded, use_cache=False).last_hidden_state
             rows.append(self.qwen.lm_head(states[0, -last:]))
         return torch.stack(rows)
 

@@ -370,7 +370,7 @@ def test_wrong_parts_are_refused_before_anything_is_written(bases, repo, tmp_pat
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(qwen2_vl / name, no_vision / name)
     refuse("holds a whisper model; --base has to be a Qwen2-VL checkpoint", base=no_vision)
-    refuse("holds a qwen2_vl model; --checkpoint has to be one", checkpoint=qwen2_vl)
+    refuse("holds a qwen2_vl model; expected one of qwen2_audio_vl", checkpoint=qwen2_vl)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match=f"{tmp_path / 'full'} is not empty; name a new folder for --output."):

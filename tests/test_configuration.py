@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
+from configuration_qwen2_audio_vl import FAMILIES
 from demo.ask import DEMO
 from demo.bases import ASSETS
 from publishing import build as building
@@ -67,14 +68,14 @@ def test_defaults_are_the_full_size(config_class):
                 assert getattr(full, part).to_dict()[name] == value, (part, name)
 
 
-def test_every_auto_class_is_mapped(repo):
+def test_every_auto_class_is_mapped(repo, model_type):
     for folder in (paths.ROOT, repo):
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
         names = "Config Processor Model ModelForMultimodalLM ModelForImageTextToText ModelForCausalLM"
         assert auto_map.keys() == {f"Auto{name}" for name in names.split()}
     for auto_class in (AutoModel, AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM):
         model = auto_class.from_pretrained(repo, trust_remote_code=True)
-        assert type(model).__name__ == "Qwen2AudioVLForConditionalGeneration"
+        assert type(model).__name__ == f"{FAMILIES[model_type].prefix}ForConditionalGeneration"
         assert model.can_generate()
 
 

@@ -210,7 +210,7 @@ def test_files_for_llama_cpp_go_to_the_hub_and_come_from_it(hub, repo_of_few_wor
 @local
 def test_build_from_the_hub_names_its_commits(hub, bases, repo, upload_py, tmp_path):
     hf, environment = Path(sys.executable).with_name("hf"), hub.environment(tmp_path, hub.token)
-    names = ["someone/qwen2_vl", "someone/whisper"]
+    names = ["someone/base", "someone/whisper"]
     for name in names:
         subprocess.run([hf, "upload", name, bases[Path(name).name]], env=environment, check=True)
     base, encoder = (hub.repositories[name].refs["main"] for name in names)

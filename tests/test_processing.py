@@ -16,15 +16,27 @@ from helpers import CHAT, TOKENS, audio, image, text, video
 from PIL import Image
 from serving import serve_by_path
 from sounds import encode
-from transformers import AutoProcessor, AutoTokenizer, Qwen2VLProcessor, WhisperFeatureExtractor
+from transformers import CONFIG_MAPPING, AutoProcessor, AutoTokenizer, WhisperFeatureExtractor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.video_utils import VideoMetadata
 
 from audio_utils import AudioError, process_audio_info
 from collator import ChatCollator
+from configuration_qwen2_audio_vl import ASSISTANT, FAMILIES
 from demo.bases import ASSETS
 
 
-PAD, BOS, EOS = 151657, 151658, 151659
-IMAGE, VIDEO = 151655, 151656
+PAD, BOS, EOS = "<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>"
+IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
+
+
+SYSTEM = f"<|im_start|>system\n{ASSISTANT}<|im_end|>\n"
+
+
+@pytest.fixture
+def system(model_type) -> str:
+    """What the template puts before a conversation that has no system message."""
+    return SYSTEM if FAMILIES[model_type].system else ""
 
 
 @pytest.fixture(scope="session")
@@ -43,20 +55,27 @@ def render(processor):
     return make
 
 
-def runs(ids) -> list[tuple[int, int]]:
-    """Ids with their run lengths, of audio and vision tokens only."""
-    tokens = [token for token in np.asarray(ids).tolist() if token in (PAD, BOS, EOS, IMAGE, VIDEO)]
-    return [(token, len(list(run))) for token, run in itertools.groupby(tokens)]
+@pytest.fixture
+def runs(processor):
+    """`runs(ids)`: tokens with their run lengths, of audio and vision only."""
+
+    def find(ids) -> list[tuple[str, int]]:
+        tokens = processor.tokenizer.convert_ids_to_tokens(np.asarray(ids).tolist())
+        tokens = [token for token in tokens if token in (PAD, BOS, EOS, IMAGE, VIDEO)]
+        return [(token, len(list(run))) for token, run in itertools.groupby(tokens)]
+
+    return find
 
 
-def clip_runs(windows: int = 1) -> list[tuple[int, int]]:
+def clip_runs(windows: int = 1) -> list[tuple[str, int]]:
     return [(BOS, 1), (PAD, windows * TOKENS), (EOS, 1)]
 
 
 def test_one_window_of_whisper_is_1500_tokens(processor_30s, speech):
     inputs = processor_30s(text="<|audio_pad|>What is said?", audio=str(speech), return_tensors="pt")
     ids = inputs["input_ids"][0].tolist()
-    assert ids[0] == BOS and ids[1:1501] == [PAD] * 1500 and ids[1501] == EOS
+    tokens = processor_30s.tokenizer.convert_ids_to_tokens(ids[:1502])
+    assert tokens[0] == BOS and tokens[1:1501] == [PAD] * 1500 and tokens[1501] == EOS
     assert processor_30s.tokenizer.decode(ids[1502:]) == "What is said?"
     assert inputs["mm_token_type_ids"][0].tolist() == [0] + [3] * 1500 + [0] * (len(ids) - 1501)
 
@@ -64,7 +83,7 @@ def test_one_window_of_whisper_is_1500_tokens(processor_30s, speech):
 @pytest.mark.parametrize(
     "samples, windows", [(1, 1), (479_999, 1), (480_000, 1), (480_001, 2), (560_000, 2), (960_000, 2), (960_001, 3)]
 )
-def test_long_clips_become_windows_in_one_pair_of_markers(samples, windows, processor_30s):
+def test_long_clips_become_windows_in_one_pair_of_markers(samples, windows, processor_30s, runs):
     clip = np.linspace(-0.5, 0.5, samples, dtype=np.float32)
     inputs = processor_30s(text="<|audio_pad|>", audio=clip, return_tensors="pt")
     assert runs(inputs["input_ids"][0]) == [(BOS, 1), (PAD, windows * 1500), (EOS, 1)]
@@ -85,7 +104,7 @@ def test_prompt_longer_than_the_model_is_an_error(processor_30s):
 
 @pytest.mark.parametrize("before", ["", "<|audio_bos|>"])
 @pytest.mark.parametrize("after", ["", "<|audio_eos|>"])
-def test_markers_are_not_doubled(before, after, processor, sound):
+def test_markers_are_not_doubled(before, after, processor, sound, runs):
     written = f"{before}<|audio_pad|>{after}"
     ids = processor(text=f"a{written}b", audio=sound(0.5))["input_ids"][0]
     assert runs(ids) == clip_runs() and processor.decode(ids, skip_special_tokens=True) == "ab"
@@ -93,12 +112,13 @@ def test_markers_are_not_doubled(before, after, processor, sound):
     assert runs(twice) == clip_runs() + clip_runs(2)
 
 
-def test_reading_order(ask, photo, sound):
+def test_reading_order(processor, ask, photo, sound, runs):
     picture = Image.open(photo).resize((56, 56))
     frames = np.zeros((4, 56, 56, 3), np.uint8)
     inputs = ask(image(picture), audio(sound(1.5, 1)), video(frames), audio(sound(0.5, 2)), image(picture), text("?"))
     assert runs(inputs["input_ids"][0]) == [(IMAGE, 4), *clip_runs(2), (VIDEO, 8), *clip_runs(), (IMAGE, 4)]
     for token_type, token in ((1, IMAGE), (2, VIDEO), (3, PAD)):
+        token = processor.tokenizer.convert_tokens_to_ids(token)
         assert torch.equal(inputs["mm_token_type_ids"] == token_type, inputs["input_ids"] == token)
 
 
@@ -141,7 +161,7 @@ def test_counts_must_agree(texts, clips, message, processor):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_truncation_never_cuts_a_clip(side, processor, sound, monkeypatch):
+def test_truncation_never_cuts_a_clip(side, processor, sound, monkeypatch, runs):
     monkeypatch.setattr(processor.tokenizer, "truncation_side", side)
     clip, words = sound(0.5), {"left": "one two three<|audio_pad|>", "right": "<|audio_pad|>one two three"}[side]
     for max_length in (20, 50, 51):  # the clip takes 52 tokens, two of which are its markers
@@ -211,7 +231,7 @@ def test_limits_reach_fetch_audio(processor, render, speech):
         render([audio(str(speech))], processor_kwargs={"audio_kwargs": {"public_only": True}})
 
 
-def test_sound_stays_on_the_device_asked_for(processor, render):
+def test_sound_stays_on_the_device_asked_for(processor, render, runs):
     """Tensors on the meta device hold no data, so any copy to the host raises an error."""
     clip = str(ASSETS / "audio" / "english.wav")  # 44.1 kHz, resampled there
     content = [audio(clip), audio(clip), text("?")]
@@ -224,7 +244,7 @@ def test_sound_stays_on_the_device_asked_for(processor, render):
         assert runs(inputs["input_ids"][0]) == 2 * clip_runs(3)
 
 
-def test_apply_chat_template_takes_sound_from_anywhere(processor, render):
+def test_apply_chat_template_takes_sound_from_anywhere(processor, render, runs):
     path = ASSETS / "audio" / "english.wav"  # 44.1 kHz
     encoded = base64.b64encode(path.read_bytes()).decode()
     with serve_by_path() as address:
@@ -287,14 +307,14 @@ def test_content_that_cannot_be_taken_is_an_error(item, message, render):
         render([{"role": "user", "content": [item]}])
 
 
-def test_template_alone_drops_nothing(processor, sound):
+def test_template_alone_drops_nothing(processor, system, sound):
     """What other servers render without our code: one placeholder per item, in order, and errors in words, where
     Qwen2-VL's own template drops audio silently."""
     tokenizer = processor.tokenizer
     render = functools.partial(tokenizer.apply_chat_template, chat_template=processor.chat_template, tokenize=False)
     content = [{"type": "image"}, {"type": "input_audio"}, {"type": "video_url"}, {"type": "audio_url"}, text("Hm?")]
     expected = (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"{system}<|im_start|>user\n"
         "<|vision_start|><|image_pad|><|vision_end|><|audio_pad|><|vision_start|><|video_pad|><|vision_end|>"
         "<|audio_pad|>Hm?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -308,7 +328,7 @@ def test_template_alone_drops_nothing(processor, sound):
 
 
 @pytest.mark.parametrize("first", [[], [{"role": "system", "content": "Be brief."}]])
-def test_template_equals_qwen2_vl_without_audio(first, processor):
+def test_template_equals_qwen2_vl_without_audio(first, processor, system):
     published = json.loads((ASSETS / "qwen2-vl-7b" / "chat_template.json").read_text())["chat_template"]
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
     messages = [
@@ -319,23 +339,30 @@ def test_template_equals_qwen2_vl_without_audio(first, processor):
     ]
     for options in ({}, {"add_generation_prompt": True}, {"add_vision_id": True}):
         ours = processor.apply_chat_template(messages, **options)
-        assert ours == tokenizer.apply_chat_template(messages, chat_template=published, tokenize=False, **options)
+        theirs = tokenizer.apply_chat_template(messages, chat_template=published, tokenize=False, **options)
+        assert ours == (theirs if first else system + theirs.removeprefix(SYSTEM))
 
 
-def test_without_audio_equals_qwen2_vl_processor(processor, photo):
-    stock = Qwen2VLProcessor(processor.image_processor, processor.tokenizer, processor.video_processor)
-    arguments = {"text": "<|image_pad|>What?", "images": Image.open(photo), "return_tensors": "pt"}
+def test_without_audio_equals_the_processor_of_the_base(processor, base_type, photo):
+    stock_class = PROCESSOR_MAPPING[CONFIG_MAPPING[base_type]]
+    stock = stock_class(processor.image_processor, processor.tokenizer, processor.video_processor)
+    frames = np.stack([np.asarray(Image.open(photo).resize((84, 56)))] * 6)
+    film = {"videos": [frames], "video_metadata": [VideoMetadata(6, fps=2.0, frames_indices=list(range(6)))]}
+    arguments = {"text": "<|vision_start|><|image_pad|><|vision_end|>What?<|vision_start|><|video_pad|><|vision_end|>"}
+    arguments |= {"images": Image.open(photo), "return_tensors": "pt", **film}
     ours, theirs = processor(**arguments), stock(**arguments)
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for name in theirs:
+        assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name]))
 
 
 @pytest.mark.parametrize("sampling", [{}, {"fps": 2, "do_sample_frames": True}])
-def test_sound_track_of_a_video(sampling, processor, render, sound, tmp_path):
+def test_sound_track_of_a_video(sampling, processor, render, sound, tmp_path, runs):
     """Frames and sound of one file, without torchcodec or where it finds no FFmpeg (as here)."""
     path = tmp_path / "clip.mp4"
     path.write_bytes(encode(sound(1.9), "aac.m4a", video=True))
-    film, grid = {"type": "video", "path": str(path)}, 2 if sampling else 8  # in time, two frames each: 4, or 16 frames
+    samples = sampling or processor.video_processor.do_sample_frames  # as Qwen3-VL does by itself, and others do not
+    film, grid = {"type": "video", "path": str(path)}, 2 if samples else 8  # in time, two frames each: 4, or 16 frames
     for slot in ([], [{"type": "audio"}]):
         messages = [{"role": "user", "content": [film, *slot, text("?")]}]
         assert "<|vision_end|><|audio_pad|>?" in processor.apply_chat_template(messages, load_audio_from_video=True)
@@ -368,7 +395,7 @@ def test_sounds_and_pictures_of_messages_beside_qwen_vl_utils(processor, render,
         {"role": "assistant", "content": [text("!")]},
         {"role": "user", "content": [{"audio_url": {"url": (ASSETS / "audio" / "jfk.wav").as_uri()}}, text("?")]},
     ]
-    images, _ = qwen_vl_utils.process_vision_info(messages)
+    images, _ = qwen_vl_utils.process_vision_info(messages, image_patch_size=processor.image_processor.patch_size)
     sounds = process_audio_info(messages)
     prompt = processor.apply_chat_template(messages)
     inputs = processor(text=[prompt], images=images, audio=sounds, return_tensors="pt")
@@ -386,7 +413,7 @@ def test_sounds_and_pictures_of_messages_beside_qwen_vl_utils(processor, render,
         process_audio_info(messages, max_seconds=5)
 
 
-def test_other_arguments_of_the_template_pass_through(processor, sound):
+def test_other_arguments_of_the_template_pass_through(processor, sound, runs):
     question = {"role": "user", "content": [audio(sound(0.5)), text("Say hi.")]}
     messages = [question, {"role": "assistant", "content": "Hi."}]
     prompt = processor.apply_chat_template(messages)
