@@ -8,12 +8,13 @@ TRL_VERSION := 1.16.0
 TRL := $(VENV)/trl-$(TRL_VERSION)
 LLAMA_CPP := $(VENV)/llama-cpp
 SOURCE := $(VENV)/transformers-source
+BASES := $(foreach suite,modeling trimmed processing configuration remote_code hub,tests/test_$(suite).py)
 
 # No target asks the Hub, and the checkout has a cache of remote code of its own.
 export HF_HOME := $(CURDIR)/build/huggingface
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo speech transcribe app eval test test-long test-common test-releases test-endurance test-app test-vllm test-trl \
+.PHONY: help demo speech transcribe app eval test test-long test-bases test-common test-releases test-endurance test-app test-vllm test-trl \
 	test-speech test-gguf releases bench held-out lint format clean
 
 help:  ## list the targets
@@ -55,6 +56,11 @@ test: $(READY)  ## the test suite, or a part of it: make test ONLY=tests/test_hu
 
 test-long: $(READY)  ## what takes longer: whole trainings, pushes, kills, compilers and fuzzers
 	$(PYTHON) -m pytest -m long --numprocesses auto --maxprocesses 8 --dist loadfile
+
+test-bases: $(READY)  ## the suites of model, processor, remote code and Hub with Qwen2.5-VL and Qwen3-VL
+	for base in qwen2_5_vl qwen3_vl; do \
+		$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --base $$base $(BASES) || exit 1; \
+	done
 
 test-common: $(READY) $(SOURCE)/.ready  ## transformers' own tests of models and processors, on ours and on stock Qwen2-VL
 	$(PYTHON) -m pytest -m common -rfEx --numprocesses auto --maxprocesses 8 --dist load tests/test_common.py

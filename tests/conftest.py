@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import KINDS, audio, image, text, video
+from helpers import KINDS, WITHOUT_AUDIO, audio, image, text, video
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
@@ -40,10 +40,18 @@ def pytest_ignore_collect(collection_path, config):
     return (collection_path.name == "test_common.py" and config.option.markexpr != "common") or None
 
 
+def pytest_generate_tests(metafunc):
+    """A test with the marker `bases` is run with each base, others with the one that `--base` names."""
+    if metafunc.definition.get_closest_marker("bases"):
+        asked = metafunc.config.option.base
+        bases = [*SMALL] if asked == "qwen2_vl" else [asked]
+        metafunc.parametrize("base_type", bases, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
 def base_type(request) -> str:
     """The type of the base that the model of the tests has."""
-    return request.config.option.base
+    return getattr(request, "param", request.config.option.base)
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +157,7 @@ def kinds(ask, speech, picture, sound):
         seconds, is_sound, seed = name.partition("/")
         return items.get(name) or (audio(sound(float(seconds), int(seed))) if is_sound else text(name))
 
-    return lambda kind: ask(*([item(name) for name in row] for row in KINDS[kind]))
+    return lambda kind: ask(*([item(name) for name in row] for row in {**KINDS, **WITHOUT_AUDIO}[kind]))
 
 
 @pytest.fixture(scope="module")

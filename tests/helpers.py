@@ -38,6 +38,12 @@ KINDS = {
     "audio alone": [["clip"]],
     "interleaved": [["picture", "0.7/1", "film", "1.1/2", "picture", "What is this?"]],
 }
+# Those that the base takes as well.
+WITHOUT_AUDIO = {
+    "picture": [["picture", "What is this?"]],
+    "film": [["picture", "film", "What is this?"]],
+    "batch without audio": [["What is this?"], ["picture", "Why?", "picture"], ["film", "And this, which is longer?"]],
+}
 
 
 def text(words: str) -> dict:

@@ -11,6 +11,7 @@ from helpers import (
     KINDS,
     TOKENS,
     VISION,
+    WITHOUT_AUDIO,
     SumOfParts,
     assert_close,
     assert_refused,
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoConfig, AutoModel, DynamicCache
 
+from benchmarks.parts import Parts
 from configuration_qwen2_audio_vl import FAMILIES
 
 
@@ -51,8 +53,17 @@ def parts(shared_model, bases):
 @BOTH
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_sum_of_parts(kind, kinds, model, parts):
-    """The logits of the last four tokens of a prompt, and those of the next four, each computed with the cache."""
-    inputs = kinds(kind)
+    assert_equals_parts(kinds(kind), model, parts)
+
+
+@pytest.mark.bases
+@pytest.mark.parametrize("kind", ["interleaved", "mixed batch of two audios"])
+def test_each_base_equals_the_sum_of_its_parts(kind, kinds, model, parts):
+    assert_equals_parts(kinds(kind), model, parts)
+
+
+def assert_equals_parts(inputs, model, parts):
+    """Compares the logits of the last four tokens of a prompt, and those of the next four, computed with the cache."""
     prompt, output = model(**inputs, logits_to_keep=4).logits, greedy_output(model, inputs, steps=4)
     mask = F.pad(inputs["attention_mask"], (0, 4), value=1)
     expected = parts.logits({**inputs, "input_ids": output.sequences, "attention_mask": mask}, last=8)
@@ -67,11 +78,31 @@ def test_token_types_are_found_where_they_are_not_given(kind, kinds, model):
     assert torch.equal(model(**{**inputs, "mm_token_type_ids": None}, logits_to_keep=2).logits, expected)
 
 
-@pytest.mark.parametrize("kind", ["text", "image"])
-def test_without_audio_equals_stock_to_the_bit(kind, kinds, model, parts):
-    inputs = kinds(kind)
-    assert torch.equal(model(**inputs).logits, parts.qwen(**inputs).logits)
-    assert torch.equal(greedy(model, inputs), greedy(parts.qwen, inputs))
+@pytest.fixture
+def stock(model):
+    """The base with the very tensors of the model: kernels round copies that lie otherwise in memory in another way."""
+    return Parts(model).qwen
+
+
+@pytest.mark.bases
+def test_without_audio_equals_stock_to_the_bit(kinds, model, stock):
+    for kind in ("text", *WITHOUT_AUDIO):
+        inputs = kinds(kind)
+        assert torch.equal(model(**inputs).logits, stock(**inputs).logits), kind
+        for more in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+            ours, theirs = (greedy_output(each, inputs, 4, **more) for each in (model, stock))
+            assert torch.equal(ours.sequences, theirs.sequences), (kind, more)
+            assert all(map(torch.equal, ours.logits, theirs.logits)), (kind, more)
+
+
+@pytest.mark.bases
+def test_second_turn_without_audio_equals_stock_to_the_bit(processor, model, stock, picture):
+    turns = [image(picture), text("What is this?")], [text("And why?")]
+    results = []
+    for each in (model, stock):
+        _, _, whole, cache = two_turns(processor, each, *turns)
+        results.append(step_logits(each, whole, past_key_values=cache))
+    assert torch.equal(*results)
 
 
 def test_audio_features_are_encoder_then_projector(kinds, model, parts):
@@ -140,7 +171,7 @@ def test_decode_step_does_not_wait_for_the_device(kinds, model, parts):
             return function(*args, **(kwargs or {}))
 
     inputs, counts = kinds("text"), []
-    for each in (model, parts.qwen):
+    for each in (model, stock):
         cache = each(**inputs, use_cache=True).past_key_values
         with Waits() as waits:
             each(input_ids=torch.tensor([[5]]), past_key_values=cache, position_ids=torch.full((3, 1, 1), 40))
