@@ -26,7 +26,8 @@ from transformers.utils import logging
 
 import handler
 from audio_streaming import find_duration
-from configuration_qwen2_audio_vl import ENCODER_STRIDE, TRANSCRIBE, WHOLE_MODEL, find_folder
+from configuration_qwen2_audio_vl import ENCODER_STRIDE, TRANSCRIBE
+from shipped_files import WHOLE_MODEL, find_folder
 from transcribe import BATCH_SIZE, join_batches, make_transcriber
 from transcripts import FORMATS, Segment
 

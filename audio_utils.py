@@ -1,4 +1,4 @@
-"""Content items -> samples at 16 kHz, mono -> windows -> log-mel, without the model and the tokenizer."""
+"""Content items -> samples at 16 kHz, mono -> windows -> log-mel, and pictures, without the model and the tokenizer."""
 
 import functools
 import itertools
@@ -12,6 +12,7 @@ from numbers import Real
 import av
 import numpy as np
 import torch
+from PIL import Image
 from transformers.utils import logging
 
 
@@ -37,6 +38,7 @@ MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; beyond these a file's header is broke
 SILENCE = (math.log10(1e-10) + 4.0) / 4.0  # log-mel of no power
 BLOCK = 1000  # frames transformed at a time, so that the intermediate tensors stay in a core's cache
 WINDOWS_AT_ONCE = {"cpu": 1}  # windows transformed together; an accelerator takes 32, because padding is cheap there
+READ_LIMITS = ("max_bytes", "timeout", "public_only")  # limits of any file, see `fetch_audio`
 MAX_THREADS = 8  # that decode files at a time
 MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
@@ -122,6 +124,40 @@ def check_peak(samples: torch.Tensor, name: str) -> float:
             "divided by their own full scale first (32768 for 16 bit)."
         )
     return peak
+
+
+def open_item(
+    item: dict, sampling_rate: int = SAMPLING_RATE, *, formats: tuple[str, ...] | None = None, **limits
+) -> dict:
+    """
+    Opens a content item that `content_items.normalize_conversations` returned.
+
+    Args:
+        formats: Pillow's names of the formats that a picture may have. The default is all.
+        limits: As in [`fetch_audio`]; those of a file hold for a picture as well.
+
+    Returns:
+        The item with float32 `[samples]` at the sampling rate under `audio`, or with a PIL image, of
+        which only the header was read, under `image`. Other items are returned as they are.
+
+    Raises:
+        ValueError: if the source is missing, unreadable or past a limit.
+    """
+    if item["type"] == "audio":
+        return {"type": "audio", "audio": fetch_audio(item, sampling_rate, **limits)}
+    source = item.get("image")
+    if item["type"] != "image" or isinstance(source, Image.Image):
+        return item
+    if not isinstance(source, (str, bytes)):
+        description = "nothing" if source is None else f"a {type(source).__name__}"
+        raise ValueError(f"A picture must be an address, base64 or bytes, got {description}.")
+    file = read(source, **{name: limits[name] for name in READ_LIMITS if name in limits})
+    try:
+        return {"type": "image", "image": Image.open(file, formats=formats)}
+    except Exception as error:  # Pillow's parsers raise many types on broken files
+        if formats is None:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        raise ValueError(f"A picture must be one of {', '.join(formats)}; this content is not.") from error
 
 
 def process_audio_info(

@@ -1,4 +1,4 @@
-"""The configurations of the bases with a Whisper encoder and three audio tokens, and the names of the shipped files."""
+"""The configurations of the bases with a Whisper encoder and three audio tokens, and what all files agree on."""
 
 from transformers.utils.versions import require_version
 
@@ -12,9 +12,7 @@ import shutil
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from packaging.version import Version
 from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig, WhisperConfig
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
@@ -68,21 +66,6 @@ CODE_FILES = (
     "audio_download.py",
     "audio_decoding.py",
 )
-# The name of each example in a built folder, and its path in this repository.
-EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png": "assets/images/chelsea.png"}
-BESIDE_CODE = ("LICENSE", "requirements.txt", ".gitattributes", "handler.py", "app.py", "serve.py", "collator.py")
-BESIDE_CODE += ("transcribe.py", "transcripts.py", "audio_streaming.py", "word_times.py")
-SHIPPED_FILES = {name: name for name in (*CODE_FILES, *BESIDE_CODE)} | EXAMPLES
-# Names and patterns of all files that a folder can have: the shipped ones, and what a build or an evaluation writes.
-KNOWN_FILES = (
-    *SHIPPED_FILES,
-    *("README.md", "SHA256SUMS", "config.json", "generation_config.json", "processor_config.json"),
-    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "model*.safetensors", "model*.index.json"),
-    *("evaluation/manifest.json", "evaluation/scores.json", "evaluation/predictions*.jsonl"),
-    *(".eval_results/open_asr_leaderboard.yaml", "*.gguf"),
-)
-
-WHOLE_MODEL = ("config.json", "processor_config.json", "tokenizer.json", "*.safetensors")  # the files of a whole model
 
 KINDS_OF_ANSWERS = ("text", "classes", "json")  # that a model was trained to give
 TRANSCRIBE = "Transcribe the audio."  # the instruction for a clip that comes without one
@@ -115,12 +98,7 @@ QWEN3_VL_8B = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "max_position_embeddings": 262144,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 5e6,
-        "mrope_section": [24, 20, 20],
-        "mrope_interleaved": True,
-    },
+    "rope_parameters": {"rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
 }
 WHISPER_LARGE_V3_TURBO = {
     "d_model": 1280,
@@ -189,32 +167,6 @@ def count_audio(num_samples: int, window_tokens: int, audio_tokens: str = "fixed
     num_tokens = max(1, -(-num_samples // (HOP_LENGTH * ENCODER_STRIDE)))  # rounded up
     num_windows = -(-num_tokens // window_tokens)
     return AudioCount(num_windows, num_tokens if audio_tokens == "trimmed" else num_windows * window_tokens)
-
-
-def require_files(folder: Path, names: tuple[str, ...], advice: str):
-    """Raises ValueError with the names, or patterns of names, that match no file of the folder, and the advice."""
-    if missing := [name for name in names if not any(path.is_file() for path in folder.glob(name))]:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}; {advice}.")
-
-
-def find_folder(repo: str | Path, revision: str | None = None, needed: tuple[str, ...] = (), **patterns) -> Path:
-    """
-    Returns the folder `repo`, or downloads the Hub id `repo`. `revision` and `patterns` are those of
-    [`huggingface_hub.snapshot_download`].
-
-    Raises:
-        ValueError: if there is neither, or no file for one of the names, or patterns of names, that are `needed`.
-    """
-    try:
-        is_local = Path(repo).is_dir()
-        folder = Path(repo if is_local else snapshot_download(str(repo), revision=revision, **patterns))
-        require_files(folder, needed, "`upload.py build` makes a folder that has all files")
-        return folder
-    except HFValidationError as error:
-        raise ValueError(f"There is no folder {repo}, and it is no Hub id either.") from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"There is no folder {repo}, and it cannot be downloaded from the Hub: {reason}") from error
 
 
 @strict
@@ -351,13 +303,3 @@ class Qwen3AudioVLConfig(AudioConfig, Qwen3VLConfig):
 Qwen2AudioVLConfig.register_for_auto_class()
 Qwen2_5AudioVLConfig.register_for_auto_class()
 Qwen3AudioVLConfig.register_for_auto_class()
-
-__all__ = [
-    "CODE_FILES",
-    "FAMILIES",
-    "Qwen2AudioVLConfig",
-    "Qwen2_5AudioVLConfig",
-    "Qwen3AudioVLConfig",
-    "count_audio",
-    "tokens_per_window",
-]

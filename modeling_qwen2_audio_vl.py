@@ -568,12 +568,3 @@ class Qwen3AudioVLForConditionalGeneration(AudioHead, Qwen3VLForConditionalGener
 Qwen2AudioVLForConditionalGeneration.register_for_auto_class("AutoModel")
 Qwen2_5AudioVLForConditionalGeneration.register_for_auto_class("AutoModel")
 Qwen3AudioVLForConditionalGeneration.register_for_auto_class("AutoModel")
-
-__all__ = [
-    "Qwen2AudioVLForConditionalGeneration",
-    "Qwen2AudioVLModel",
-    "Qwen2_5AudioVLForConditionalGeneration",
-    "Qwen2_5AudioVLModel",
-    "Qwen3AudioVLForConditionalGeneration",
-    "Qwen3AudioVLModel",
-]

@@ -15,7 +15,6 @@ import re
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from PIL import Image
 from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -25,8 +24,7 @@ from transformers.processing_utils import AudioKwargs
 from transformers.utils import logging
 from transformers.video_utils import load_video, make_batched_videos
 
-from .audio_download import read
-from .audio_utils import fetch_all, fetch_audio, log_mel, split_windows
+from .audio_utils import READ_LIMITS, fetch_all, log_mel, open_item, split_windows
 from .configuration_qwen2_audio_vl import (
     ENCODER_STRIDE,
     IGNORED_LABEL,
@@ -51,7 +49,6 @@ MODALITIES = {
     "videos_kwargs": "video_processor",
     "audio_kwargs": "feature_extractor",
 }
-READ_LIMITS = ("max_bytes", "timeout", "public_only")  # limits of any file, see `fetch_audio`
 FETCH_LIMITS = (*READ_LIMITS, "max_seconds")
 OWN_KWARGS = (*FETCH_LIMITS, "load_audio_backend")  # not passed on to transformers
 # A clip is never padded, truncated or resized: it becomes whole windows.
@@ -393,36 +390,9 @@ class AudioProcessing:
         """See `content_items.normalize_conversations`."""
         return normalize_conversations(conversation)
 
-    def open_item(self, item: dict, *, formats: tuple[str, ...] | None = None, **limits) -> dict:
-        """
-        Opens a content item that [`normalize_conversations`] returned.
-
-        Args:
-            formats: Pillow's names of the formats that a picture may have. The default is all.
-            limits: As in `audio_utils.fetch_audio`; those of a file hold for a picture as well.
-
-        Returns:
-            The item with float32 `[samples]` at the feature extractor's rate under `audio`, or with a PIL image, of
-            which only the header was read, under `image`. Other items are returned as they are.
-
-        Raises:
-            ValueError: if the source is missing, unreadable or past a limit.
-        """
-        if item["type"] == "audio":
-            return {"type": "audio", "audio": fetch_audio(item, self.feature_extractor.sampling_rate, **limits)}
-        source = item.get("image")
-        if item["type"] != "image" or isinstance(source, Image.Image):
-            return item
-        if not isinstance(source, (str, bytes)):
-            description = "nothing" if source is None else f"a {type(source).__name__}"
-            raise ValueError(f"A picture must be an address, base64 or bytes, got {description}.")
-        file = read(source, **{name: limits[name] for name in READ_LIMITS if name in limits})
-        try:
-            return {"type": "image", "image": Image.open(file, formats=formats)}
-        except Exception as error:  # Pillow's parsers raise many types on broken files
-            if formats is None:
-                raise ValueError(f"{type(error).__name__}: {error}") from error
-            raise ValueError(f"A picture must be one of {', '.join(formats)}; this content is not.") from error
+    def open_item(self, item: dict, **kwargs) -> dict:
+        """See `audio_utils.open_item`; the sampling rate is the feature extractor's."""
+        return open_item(item, self.feature_extractor.sampling_rate, **kwargs)
 
     def apply_transcription_request(self, audio, language=None, prompt=None, tokenize: bool = True, **kwargs):
         """
@@ -539,5 +509,3 @@ class Qwen3AudioVLProcessor(AudioProcessing, Qwen3VLProcessor):
 Qwen2AudioVLProcessor.register_for_auto_class()
 Qwen2_5AudioVLProcessor.register_for_auto_class()
 Qwen3AudioVLProcessor.register_for_auto_class()
-
-__all__ = ["Qwen2AudioVLProcessor", "Qwen2_5AudioVLProcessor", "Qwen3AudioVLProcessor"]

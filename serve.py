@@ -32,7 +32,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import logging
 from transformers.utils.import_utils import is_multipart_available
 
-from configuration_qwen2_audio_vl import PIECE_SECONDS, WHOLE_MODEL, ask_for_words, find_folder
+from configuration_qwen2_audio_vl import PIECE_SECONDS, ask_for_words
+from shipped_files import WHOLE_MODEL, find_folder
 from transcribe import Transcriber, find_aligner, join_batches, longest_piece, make_transcriber
 from transcripts import Segment, Transcript, segment_dict, to_srt, to_vtt
 from word_times import Aligner

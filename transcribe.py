@@ -40,10 +40,9 @@ from configuration_qwen2_audio_vl import (
     PIECE_SECONDS,
     SHORTEST_PIECE,
     TRANSCRIBE,
-    WHOLE_MODEL,
     ask_for_words,
-    find_folder,
 )
+from shipped_files import WHOLE_MODEL, find_folder
 from transcripts import FORMATS, Segment, SubtitleStyle, Transcript, Word, read_segment, rounded, segment_dict
 from word_times import Aligner
 

@@ -45,7 +45,7 @@ def check_folder(folder: Path, trust_code: bool) -> tuple[dict[str, str], dict]:
 
 def check_source(repo: str, revision: str | None, trust_code: bool):
     require_source(repo)
-    from configuration_qwen2_audio_vl import find_folder
+    from shipped_files import find_folder
 
     print_table(check_folder(find_folder(repo, revision), trust_code)[0])
 

@@ -14,13 +14,14 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from collator import ChatCollator
-from configuration_qwen2_audio_vl import TRANSCRIBE, WHOLE_MODEL
+from configuration_qwen2_audio_vl import TRANSCRIBE
 from evaluation.generate import LocalModel, LongForm, Server, load, write_sound
 from evaluation.questions import Question, Questions, check_groups
 from evaluation.rows import describe_data, list_changes, load_rows
 from evaluation.scoring import AS_GIVEN, compare, file_of, read_prediction
 from evaluation.settings import Settings
 from publishing.paths import load_processor, only_run, replace_file, resolve, sha256, write_json
+from shipped_files import WHOLE_MODEL
 from transcribe import longest_piece
 
 

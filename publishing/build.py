@@ -15,18 +15,16 @@ import transformers
 from configuration_qwen2_audio_vl import (
     ASSISTANT,
     AUDIO_TOKEN_IDS,
-    EXAMPLES,
     FAMILIES,
-    SHIPPED_FILES,
     VISION_TOKEN_IDS,
     Family,
     check_audio_tokens,
-    require_files,
 )
 from publishing import checkpoints
 from publishing.arguments import check_build
 from publishing.card import make_card
 from publishing.paths import ROOT, Origin, is_inside, own_class, resolve, silence_peft, write_checksums
+from shipped_files import EXAMPLES, SHIPPED_FILES, require_files
 
 
 # The advice for a file that a base lacks. transformers has defaults for some files, but they fit no checkpoint.

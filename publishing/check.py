@@ -12,11 +12,12 @@ from huggingface_hub import ModelCard, hf_hub_download
 from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from configuration_qwen2_audio_vl import AUDIO_TOKEN_IDS, CODE_FILES, EXAMPLES, FAMILIES, KNOWN_FILES
+from configuration_qwen2_audio_vl import AUDIO_TOKEN_IDS, CODE_FILES, FAMILIES
 from publishing.build import AUDIO_TOKENS, meta_state_dict, read_config
 from publishing.card import ENTRIES, EVALUATION, replace_section
 from publishing.checkpoints import find_problems, stored_tensors
 from publishing.paths import CHECKSUMS, ROOT, check_content, files_of, is_inside, read_checksums
+from shipped_files import EXAMPLES, KNOWN_FILES
 
 
 # The limit in bytes of files that are read whole, as they may be a stranger's. Files that match one name are summed.

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token, hf_hub_download
 
-from configuration_qwen2_audio_vl import KNOWN_FILES
 from publishing.card import name_repo, save_card
 from publishing.check import ask_in_a_fresh_process, check_answers
 from publishing.paths import CHECKSUMS, check_content, read_checksums
+from shipped_files import KNOWN_FILES
 
 
 def push(

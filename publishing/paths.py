@@ -27,7 +27,7 @@ class Origin(NamedTuple):
 
 def resolve(source: str, needed: tuple[str, ...] = (), more: tuple[str, ...] = ()) -> Origin:
     """Finds a directory, or downloads the files of a Hub id or ID@REVISION that `build` reads, and `more`."""
-    from configuration_qwen2_audio_vl import find_folder
+    from shipped_files import find_folder
 
     repo, _, revision = (str(source), "", "") if Path(source).is_dir() else str(source).partition("@")
     patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja", *more], "ignore_patterns": ["*fp32*"]}

@@ -15,12 +15,12 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, Qwen2VLForConditionalGeneration, WhisperForConditionalGeneration
 
-from configuration_qwen2_audio_vl import EXAMPLES, SHIPPED_FILES
 from demo.bases import make_base, make_whisper
 from publishing import check as checking
 from publishing import checkpoints, paths
 from publishing.build import build, build_tokenizer
 from publishing.card import replace_section
+from shipped_files import EXAMPLES, SHIPPED_FILES
 
 
 NORM = "model.norm.weight"

@@ -160,7 +160,7 @@ def test_cache_changes_nothing(audio_tokens, kind, more, kinds, model):
         assert_close(logits, step_logits(model, inputs))
 
 
-def test_decode_step_does_not_wait_for_the_device(kinds, model, parts):
+def test_decode_step_does_not_wait_for_the_device(kinds, model, stock):
     """Looking for audio in every decode step would copy a number to the host each time."""
 
     class Waits(TorchDispatchMode):

@@ -13,7 +13,7 @@ def main(words: list[str] | None = None):
     silence_peft()
     from datasets.exceptions import DatasetsError
 
-    from configuration_qwen2_audio_vl import WHOLE_MODEL
+    from shipped_files import WHOLE_MODEL
     from training.arguments import Arguments
     from training.train import train
 
