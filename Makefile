@@ -59,11 +59,13 @@ test-long: $(READY)  ## what takes longer: whole trainings, pushes, kills, compi
 
 test-bases: $(READY)  ## the suites of model, processor, remote code and Hub with Qwen2.5-VL and Qwen3-VL
 	for base in qwen2_5_vl qwen3_vl; do \
-		$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --base $$base $(BASES) || exit 1; \
+		BASE=$$base $(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(BASES) || exit 1; \
 	done
 
-test-common: $(READY) $(SOURCE)/.ready  ## transformers' own tests of models and processors, on ours and on stock Qwen2-VL
-	$(PYTHON) -m pytest -m common -rfEx --numprocesses auto --maxprocesses 8 --dist load tests/test_common.py
+test-common: $(READY) $(SOURCE)/.ready  ## transformers' own tests of models and processors, on ours and on the stock bases
+	for base in qwen2_vl qwen2_5_vl qwen3_vl; do \
+		BASE=$$base $(PYTHON) -m pytest -m common -rfEx --numprocesses auto --maxprocesses 8 --dist load tests/test_common.py || exit 1; \
+	done
 
 test-releases: $(READY)  ## the core of the suite on the oldest supported transformers and on one in the middle
 	$(VENV)/bin/nox --tags ci

@@ -56,12 +56,16 @@ def register(repo: str):
     name, _, revision = (repo, "", "") if os.path.isdir(repo) else repo.partition("@")
     # An error here says what is missing; `transformers serve` downloads the rest.
     needed = WHOLE_MODEL if os.path.isdir(name) else ("config.json",)
-    find_folder(name, revision or None, needed, allow_patterns=["config.json"])
+    folder = find_folder(name, revision or None, needed, allow_patterns=["config.json"])
+    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+    if not {"AutoConfig", "AutoModel", "AutoProcessor"} <= auto_map.keys():
+        raise ValueError(f"{repo} is no folder of this repository: its config.json names no classes of remote code.")
     load = partial(get_class_from_dynamic_module, pretrained_model_name_or_path=name, revision=revision or None)
-    config_class = load("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
-    model_class = load("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration")
+    config_class, model_class, processor_class = (
+        load(auto_map[f"Auto{part}"].rpartition("--")[2]) for part in ("Config", "Model", "Processor")
+    )
 
-    class Qwen2AudioVLProcessor(load("processing_qwen2_audio_vl.Qwen2AudioVLProcessor")):
+    class CheckedProcessor(processor_class):
         def apply_chat_template(self, *args, **kwargs):
             try:
                 inputs = super().apply_chat_template(*args, **kwargs)
@@ -75,7 +79,7 @@ def register(repo: str):
             return inputs
 
     AutoConfig.register(config_class.model_type, config_class)
-    AutoProcessor.register(config_class, Qwen2AudioVLProcessor)
+    AutoProcessor.register(config_class, CheckedProcessor)
     AutoModelForMultimodalLM.register(config_class, model_class)
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__  # what the server looks up
 

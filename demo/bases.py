@@ -30,19 +30,11 @@ class Small(NamedTuple):
     vision: dict
     text: dict | None = None
     rope: dict | None = None
-    processors: dict[str, dict] | None = None  # files by name
-    more_tokens: tuple[str, ...] = ()  # tokens that the tokenizer of Qwen2-VL lacks, in the order of their ids
+    more_tokens: int = 0  # how many tokens after those of Qwen2-VL its tokenizer has, in the order of Qwen3-VL's
+    processors: str = "qwen2-vl-7b"  # the folder of the settings of its processors
+    min_pixels: dict[str, int] | None = None  # of these settings by file, so that prompts stay short
 
 
-QWEN2_5_TOKENS = ("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>")
-QWEN2_5_TOKENS += ("<|repo_name|>", "<|file_sep|>")
-QWEN3_PIXELS = {
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-}
 SMALL = {
     "qwen2_vl": Small({"embed_dim": 64, "hidden_size": 64}),
     "qwen2_5_vl": Small(
@@ -53,7 +45,7 @@ SMALL = {
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
         },
-        more_tokens=QWEN2_5_TOKENS,
+        more_tokens=8,
     ),
     "qwen3_vl": Small(
         {
@@ -65,19 +57,9 @@ SMALL = {
         },
         text={"head_dim": 32},
         rope={"mrope_section": [6, 5, 5], "mrope_interleaved": True},
-        processors={
-            "preprocessor_config.json": {
-                "image_processor_type": "Qwen2VLImageProcessorFast",
-                "size": {"shortest_edge": 3136, "longest_edge": 16777216},
-                **QWEN3_PIXELS,
-            },
-            "video_preprocessor_config.json": {
-                "video_processor_type": "Qwen3VLVideoProcessor",
-                "size": {"shortest_edge": 4096, "longest_edge": 25165824},
-                **QWEN3_PIXELS,
-            },
-        },
-        more_tokens=(*QWEN2_5_TOKENS, "<tool_response>", "</tool_response>", "<think>", "</think>"),
+        more_tokens=12,
+        processors="qwen3-vl-4b",
+        min_pixels={"preprocessor_config.json": 56**2, "video_preprocessor_config.json": 4096},
     ),
 }
 
@@ -123,13 +105,19 @@ def make_base(
     )
     model = sharpen(transformers.AutoModelForImageTextToText.from_config(config), std=0.1)
     model.to(dtype).save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(ASSETS / "qwen2-vl-7b" / file, folder / file)
-    for file, settings in (small.processors or {}).items():
+    for file in small.min_pixels or ("preprocessor_config.json",):
+        settings = json.loads((ASSETS / small.processors / file).read_text())
+        if small.min_pixels:
+            settings["size"]["shortest_edge"] = small.min_pixels[file]
         write_json(folder / file, settings)
     if small.more_tokens:
+        published = json.loads((ASSETS / "qwen3-vl-4b" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_tokens([transformers.AddedToken(token, normalized=False) for token in small.more_tokens])
+        first = len(tokenizer)
+        for token_id in range(first, first + small.more_tokens):
+            tokenizer.add_tokens([transformers.AddedToken(**published[str(token_id)])])
         tokenizer.save_pretrained(folder)
     return folder
 

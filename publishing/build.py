@@ -222,6 +222,9 @@ def build_tokenizer(base: Path, **kwargs):
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left", **kwargs)
     added = [transformers.AddedToken(token, special=True, normalized=False) for token in AUDIO_TOKENS]
     tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
+    templates = [tokenizer.chat_template or "", *(path.read_text("utf-8") for path in base.glob("chat_template.*"))]
+    if any("<think>" in template.rpartition("add_generation_prompt")[2] for template in templates):
+        raise ValueError(f"{base} begins its answers with <think>; take the Instruct checkpoint of this base instead.")
     tokenizer.chat_template = None  # the base's own drops audio silently; the processor has the right one
     return tokenizer
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import KINDS, WITHOUT_AUDIO, audio, image, text, video
+from helpers import BASE, KINDS, WITHOUT_AUDIO, audio, image, text, video
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
@@ -25,10 +25,6 @@ from configuration_qwen2_audio_vl import FAMILIES
 from demo.ask import DEMO, read_examples, user
 from demo.bases import ASSETS, SMALL, make_base, make_bases, make_whisper
 from publishing.build import build
-
-
-def pytest_addoption(parser):
-    parser.addoption("--base", choices=[*SMALL], default="qwen2_vl", help="the base of the model that is tested")
 
 
 def pytest_unconfigure(config):
@@ -41,17 +37,16 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_generate_tests(metafunc):
-    """A test with the marker `bases` is run with each base, others with the one that `--base` names."""
+    """A test with the marker `bases` is run with each base, others with the one that BASE names."""
     if metafunc.definition.get_closest_marker("bases"):
-        asked = metafunc.config.option.base
-        bases = [*SMALL] if asked == "qwen2_vl" else [asked]
+        bases = [BASE] if "BASE" in os.environ else [*SMALL]
         metafunc.parametrize("base_type", bases, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
 def base_type(request) -> str:
     """The type of the base that the model of the tests has."""
-    return getattr(request, "param", request.config.option.base)
+    return getattr(request, "param", BASE)
 
 
 @pytest.fixture(scope="session")

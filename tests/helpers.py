@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from demo.bases import ASSETS
 
 
 PREFIX = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]  # of Whisper's transcripts
+BASE = os.environ.get("BASE", "qwen2_vl")  # the type of the base of the model that is tested
 TOKENS = 50  # audio tokens per window of 1 s in the small models
 CHAT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}  # what makes a chat template return model inputs
 TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")

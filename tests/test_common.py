@@ -1,7 +1,7 @@
 """
 make test-common: transformers' own tests of models and processors, on this model. They come out of the source
-distribution of the pinned release, which the Makefile fetches; nothing of theirs is copied here. Stock Qwen2-VL runs
-beside ours, without audio, so that what fails or is skipped for ours alone stands out.
+distribution of the pinned release, which the Makefile fetches; nothing of theirs is copied here. The stock base, which
+BASE names, runs beside ours, without audio, so that what fails or is skipped for ours alone stands out.
 
 The source distribution leaves `tests/generation` out. `GenerationTesterMixin` runs where `TRANSFORMERS_SOURCE` names a
 checkout of the release: `TRANSFORMERS_SOURCE=../transformers make test-common`.
@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import BASE
 from sounds import encode
-from transformers import ProcessorMixin, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel, testing_utils
+from transformers import CONFIG_MAPPING, ProcessorMixin, testing_utils
 
+from configuration_qwen2_audio_vl import FAMILIES
 from demo.bases import ASSETS
 from publishing.paths import ROOT, own_class
 
@@ -101,13 +103,20 @@ def import_theirs():
 
 
 modeling, processing = import_theirs()
-Config = own_class("configuration_qwen2_audio_vl.Qwen2AudioVLConfig")
-Model = own_class("modeling_qwen2_audio_vl.Qwen2AudioVLModel")
-ForConditionalGeneration = own_class("modeling_qwen2_audio_vl.Qwen2AudioVLForConditionalGeneration")
+StockConfig = CONFIG_MAPPING[BASE]
+STOCK_CLASSES = (
+    transformers.MODEL_MAPPING[StockConfig],
+    transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[StockConfig],
+)
+TYPE, FAMILY = next((name, family) for name, family in FAMILIES.items() if family.base_type == BASE)
+Config, ForConditionalGeneration, Processor = (
+    own_class(FAMILY.auto_map[name]) for name in ("AutoConfig", "AutoModel", "AutoProcessor")
+)
+Model = ForConditionalGeneration.backbone_class
 # In these tables they look up what a class of the library returns.
 transformers.MODEL_MAPPING.register(Config, Model)
-modeling.MODEL_MAPPING_NAMES["qwen2_audio_vl"] = "Qwen2AudioVLModel"
-modeling.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["qwen2_audio_vl"] = "Qwen2AudioVLForConditionalGeneration"
+modeling.MODEL_MAPPING_NAMES[TYPE] = Model.__name__
+modeling.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[TYPE] = ForConditionalGeneration.__name__
 # Random ids of theirs may not be audio tokens, which need audio.
 ids_tensor = modeling.ids_tensor
 modeling.ids_tensor = lambda *args, **kwargs: ids_tensor(*args, **kwargs).clamp(min=10)
@@ -133,7 +142,15 @@ TEXT_CONFIG = {
     "num_key_value_heads": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]},
 }
-VISION_CONFIG = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "spatial_merge_size": 1}
+VISION_CONFIG = {"depth": 2, "hidden_size": 32, "num_heads": 4, "spatial_merge_size": 1, "patch_size": 14}
+if BASE == "qwen2_vl":
+    VISION_CONFIG["embed_dim"] = 32
+else:
+    VISION_CONFIG |= {"intermediate_size": 32, "out_hidden_size": 32}
+if BASE == "qwen3_vl":
+    TEXT_CONFIG["head_dim"] = 8
+    TEXT_CONFIG["rope_parameters"]["mrope_interleaved"] = True
+    VISION_CONFIG |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
 AUDIO_CONFIG = {
     "d_model": 16,
     "encoder_layers": 2,
@@ -154,7 +171,7 @@ class Inputs:
     def __init__(self, parent):
         self.parent = parent
 
-    def get_config(self, config_class=Qwen2VLConfig, **more):
+    def get_config(self, config_class=StockConfig, **more):
         special = {"vision_start_token_id": 3, "image_token_id": 4, "video_token_id": 5}
         return config_class(text_config=dict(TEXT_CONFIG), vision_config=dict(VISION_CONFIG), **special, **more)
 
@@ -199,7 +216,7 @@ class ModelTests(modeling.ModelTesterMixin, modeling.GenerationTesterMixin):
 
 
 class StockModelTest(ModelTests, unittest.TestCase):
-    all_model_classes = (Qwen2VLModel, Qwen2VLForConditionalGeneration)
+    all_model_classes = STOCK_CLASSES
     inputs = Inputs
 
 
@@ -216,7 +233,7 @@ def built(demo_repo):
 
 @pytest.mark.usefixtures("built")
 class ProcessorTest(processing.ProcessorTesterMixin, unittest.TestCase):
-    processor_class = own_class("processing_qwen2_audio_vl.Qwen2AudioVLProcessor")
+    processor_class = Processor
     audio_unstructured_max_length = 200  # a window is 150 tokens
 
     @staticmethod
