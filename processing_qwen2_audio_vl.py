@@ -494,16 +494,22 @@ def refuse_timestamps(kwargs: dict):
         )
 
 
+# transformers looks for these by the names of the processors.
+Qwen2AudioVLProcessorKwargs = with_audio(Qwen2VLProcessor)
+Qwen2_5AudioVLProcessorKwargs = with_audio(Qwen2_5_VLProcessor)
+Qwen3AudioVLProcessorKwargs = with_audio(Qwen3VLProcessor)
+
+
 class Qwen2AudioVLProcessor(AudioProcessing, Qwen2VLProcessor):
-    valid_processor_kwargs = with_audio(Qwen2VLProcessor)
+    valid_processor_kwargs = Qwen2AudioVLProcessorKwargs
 
 
 class Qwen2_5AudioVLProcessor(AudioProcessing, Qwen2_5_VLProcessor):
-    valid_processor_kwargs = with_audio(Qwen2_5_VLProcessor)
+    valid_processor_kwargs = Qwen2_5AudioVLProcessorKwargs
 
 
 class Qwen3AudioVLProcessor(AudioProcessing, Qwen3VLProcessor):
-    valid_processor_kwargs = with_audio(Qwen3VLProcessor)
+    valid_processor_kwargs = Qwen3AudioVLProcessorKwargs
 
 
 Qwen2AudioVLProcessor.register_for_auto_class()
