@@ -8,7 +8,7 @@ TRL_VERSION := 1.16.0
 TRL := $(VENV)/trl-$(TRL_VERSION)
 LLAMA_CPP := $(VENV)/llama-cpp
 SOURCE := $(VENV)/transformers-source
-BASES := $(foreach suite,modeling trimmed processing configuration remote_code hub,tests/test_$(suite).py)
+BASES := $(foreach suite,modeling trimmed processing configuration build remote_code hub,tests/test_$(suite).py)
 
 # No target asks the Hub, and the checkout has a cache of remote code of its own.
 export HF_HOME := $(CURDIR)/build/huggingface

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 import handler
 from audio_streaming import find_duration
-from configuration_qwen2_audio_vl import ENCODER_STRIDE, TRANSCRIBE
+from configuration_qwen2_audio_vl import ENCODER_STRIDE, FAMILIES, TRANSCRIBE
 from shipped_files import WHOLE_MODEL, find_folder
 from transcribe import BATCH_SIZE, join_batches, make_transcriber
 from transcripts import FORMATS, Segment
@@ -120,6 +120,7 @@ class DemoModel:
         self.folder = folder
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         self.model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto", device_map="auto").eval()
+        self.base_name = FAMILIES[self.model.config.model_type].base_name
         self.executor = ThreadPoolExecutor(1)  # one thread, so that one answer is computed at a time
 
     def answer(self, audio: str | None, picture: str | None, question: str | None):
@@ -359,8 +360,9 @@ def show_time(seconds: float) -> str:
 
 
 def make_page(model: DemoModel) -> gr.Blocks:
-    with gr.Blocks(title="Qwen2-VL with audio") as page:
-        gr.Markdown("# Qwen2-VL with audio")
+    title = f"{model.base_name} with audio"
+    with gr.Blocks(title=title) as page:
+        gr.Markdown(f"# {title}")
         with gr.Tab("Ask"):
             add_questions(model)
         with gr.Tab("Transcribe"):

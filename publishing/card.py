@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from configuration_qwen2_audio_vl import tokens_per_window
+from configuration_qwen2_audio_vl import FAMILIES, tokens_per_window
 from publishing.paths import ROOT, Origin, weights_of, write_checksums
 
 
@@ -13,6 +13,7 @@ EVALUATION = "evaluation"  # the folder of the predictions that the scores in a 
 ENTRIES = (
     ".eval_results/open_asr_leaderboard.yaml"  # those for a leaderboard: https://huggingface.co/docs/hub/eval-results
 )
+MEASURED_BASE = "Qwen2-VL"  # of which the figures in the README are
 NAMES = {"text": "text", "classes": "one of a few words", "json": "JSON"}  # of the kinds of answers
 SECTIONS = {  # what begins and ends a section
     "source": ("<!-- source only -->\n", "<!-- end of source only -->\n"),
@@ -41,6 +42,11 @@ def make_card(origins: dict[str, Origin], is_trained: bool, tensors: dict, confi
     """Makes the card of a new folder. The tensors are the model's own by name; meta tensors suffice."""
     untrained = "**The projector is untrained: answers about audio mean nothing until it is trained.**"
     facts = ["The projector is trained." if is_trained else untrained, ""]
+    family = FAMILIES[config.model_type]
+    if family.base_name != MEASURED_BASE:
+        facts.append(
+            f"- the base is {family.base_name}; figures of speed below are those of {MEASURED_BASE} with audio"
+        )
     for role, (_, name, commit) in origins.items():
         facts.append(f"- {role}: {name}" + (f" at commit `{commit}`" if commit else " (a directory)"))
     parameters, size = sum(tensor.numel() for tensor in tensors.values()), sum(t.nbytes for t in tensors.values())
@@ -52,6 +58,8 @@ def make_card(origins: dict[str, Origin], is_trained: bool, tensors: dict, confi
 
     text = replace_section((ROOT / "README.md").read_text(encoding="utf-8"), "source", "")
     card = ModelCard(name_repo(replace_section(text, "facts", "\n".join(facts) + "\n"), "."))
+    types = {"qwen2_audio_vl": config.model_type, "qwen2_vl": family.base_type}
+    card.data.tags = [types.get(tag, tag) for tag in card.data.tags]
     card.data.base_model = [origin.name for origin in origins.values() if origin.commit] or None
     card.data.base_model_relation = card.data.base_model_relation if card.data.base_model else None
     return card

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import finish, start_python
+from helpers import BASE, finish, start_python
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer, Qwen2VLForConditionalGeneration, WhisperForConditionalGeneration
+from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer, WhisperForConditionalGeneration
 
+from configuration_qwen2_audio_vl import AUDIO_TOKEN_IDS
 from demo.bases import make_base, make_whisper
 from publishing import check as checking
 from publishing import checkpoints, paths
@@ -23,7 +24,9 @@ from publishing.card import replace_section
 from shipped_files import EXAMPLES, SHIPPED_FILES
 
 
-NORM = "model.norm.weight"
+# The names of tensors in published checkpoints: Qwen3-VL's are the present ones.
+HOME, VISION = ("model.language_model", "model.visual") if BASE == "qwen3_vl" else ("model", "visual")
+EMBEDDINGS, NORM = f"{HOME}.embed_tokens.weight", f"{HOME}.norm.weight"
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -35,6 +38,11 @@ def copy_base(folder: Path, target: Path, tensors: dict[str, torch.Tensor]) -> P
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+# The tokenizers of the newer bases have other tokens at the ids that Qwen2-VL leaves free.
+AUDIO_IDS = {"qwen2_vl": [151657, 151658, 151659], "qwen2_5_vl": [151665, 151666, 151667]}
+AUDIO_IDS |= {"qwen3_vl": [151669, 151670, 151671]}
 
 
 @pytest.fixture
@@ -55,7 +63,7 @@ def test_folder_holds_all_that_a_user_loads(repo):
     assert set(paths.files_of(repo)) == {
         *(".gitattributes", "LICENSE", "README.md", "SHA256SUMS", "requirements.txt", "model.safetensors"),
         *("app.py", "collator.py", "handler.py", "serve.py", "audio_decoding.py", "audio_download.py"),
-        *("audio_streaming.py", "transcribe.py", "transcripts.py", "word_times.py"),
+        *("shipped_files.py", "audio_streaming.py", "transcribe.py", "transcripts.py", "word_times.py"),
         *("audio_utils.py", "content_items.py", "mrope_positions.py"),
         *(
             "configuration_qwen2_audio_vl.py",
@@ -65,20 +73,25 @@ def test_folder_holds_all_that_a_user_loads(repo):
         *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
         *("examples/photo.png", "examples/speech.mp3"),
     }
-    for name, source in {"chat_template.jinja": "chat_template.jinja", **SHIPPED_FILES}.items():
+    for name, source in SHIPPED_FILES.items():
         assert (repo / name).read_bytes() == (paths.ROOT / source).read_bytes()
+    template = (repo / "chat_template.jinja").read_text()
+    if BASE == "qwen3_vl":
+        template = template.replace("system = ''", "system = 'You are a helpful assistant.'")
+    assert template == (paths.ROOT / "chat_template.jinja").read_text()
     sums = [line.split("  ") for line in (repo / "SHA256SUMS").read_text().splitlines()]
     assert {name for _, name in sums} == set(paths.files_of(repo)) - {"SHA256SUMS"}
     assert all(hashlib.sha256((repo / name).read_bytes()).hexdigest() == checksum for checksum, name in sums)
-    assert checking.check_files(repo)["weights"] == "96 tensors, names and shapes are the model's"
+    tensors = {"qwen2_vl": 96, "qwen2_5_vl": 95, "qwen3_vl": 120}[BASE]
+    assert checking.check_files(repo)["weights"] == f"{tensors} tensors, names and shapes are the model's"
 
 
 def test_weights_are_those_of_the_bases(repo, bases):
     built, base = load(repo), load(bases["base"])
-    stock = Qwen2VLForConditionalGeneration.from_pretrained(bases["base"]).state_dict()
+    stock = AutoModelForImageTextToText.from_pretrained(bases["base"]).state_dict()
     whisper = WhisperForConditionalGeneration.from_pretrained(bases["whisper"]).model.encoder.state_dict()
-    assert any(name.startswith("visual.") for name in base)  # the base has the names of published checkpoints
-    for marker, teacher in ((151658, 151652), (151659, 151653)):
+    assert any(name.startswith(f"{VISION}.") for name in base)  # the base has the names of published checkpoints
+    for marker, teacher in zip(AUDIO_IDS[BASE][1:], (151652, 151653), strict=True):
         stock[checkpoints.EMBEDDINGS][marker] = stock[checkpoints.EMBEDDINGS][teacher]
     projector = built.pop("model.audio_projector.weight")
     expected = stock | {f"model.audio_encoder.{name}": tensor for name, tensor in whisper.items()}
@@ -90,7 +103,9 @@ def test_weights_are_those_of_the_bases(repo, bases):
 def test_tokens(repo):
     tokenizer = AutoTokenizer.from_pretrained(repo)
     tokens = ["<|audio_pad|>", "<|audio_bos|>", "<|audio_eos|>"]
-    assert tokenizer.convert_tokens_to_ids(tokens) == [151657, 151658, 151659]
+    assert tokenizer.convert_tokens_to_ids(tokens) == AUDIO_IDS[BASE]
+    config = json.loads((repo / "config.json").read_text())
+    assert [config[name] for name in AUDIO_TOKEN_IDS] == AUDIO_IDS[BASE]
     assert tokenizer.padding_side == "left" and tokenizer.model_max_length == 32768
     assert set(tokens) <= set(tokenizer.all_special_tokens)
 
@@ -140,7 +155,7 @@ def test_a_section_is_replaced_between_its_marks():
 
 
 def test_tied_embeddings(bases, tmp_path):
-    base = make_base(tmp_path / "base", tie_word_embeddings=True)
+    base = make_base(tmp_path / "base", BASE, tie_word_embeddings=True)
     built = build(base, bases["whisper"], tmp_path / "out")
     assert "lm_head.weight" not in load(built)
     model, info = AutoModel.from_pretrained(built, trust_remote_code=True, output_loading_info=True)
@@ -150,7 +165,7 @@ def test_tied_embeddings(bases, tmp_path):
 
 def test_bf16_and_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "MAX_SHARD_SIZE", "25MB")
-    base = make_base(tmp_path / "base", dtype=torch.bfloat16)
+    base = make_base(tmp_path / "base", BASE, dtype=torch.bfloat16)
     encoder = make_whisper(tmp_path / "encoder", window_seconds=1, dtype=torch.float16)
     built = build(base, encoder, tmp_path / "out")
     index = json.loads((built / "model.safetensors.index.json").read_text())
@@ -172,15 +187,15 @@ def test_seed_decides_the_projector(bases, repo, tmp_path):
 def test_weights_do_not_depend_on_the_chunks_they_are_copied_in(chunk, bases, tmp_path, monkeypatch):
     """Rows of the markers lie across chunks, and float32 becomes bfloat16."""
     tensors = load(bases["base"])
-    tensors["model.embed_tokens.weight"] = embeddings = tensors["model.embed_tokens.weight"][151_600:151_700].clone()
+    tensors[EMBEDDINGS] = embeddings = tensors[EMBEDDINGS][151_600:151_700].clone()
     base = copy_base(bases["base"], tmp_path / "base", tensors)
     plan = {tensor.name: tensor for tensor in checkpoints.stored_tensors(base)}
     monkeypatch.setattr(checkpoints, "CHUNK", chunk)
-    for name in ("model.embed_tokens.weight", NORM, "visual.patch_embed.proj.weight"):
+    for name in (EMBEDDINGS, NORM, f"{VISION}.patch_embed.proj.weight"):
         for dtype in (torch.float32, torch.bfloat16):
             content = b"".join(checkpoints.read_bytes(plan[name], dtype))
             assert content == tensors[name].to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
-    stored = plan["model.embed_tokens.weight"]
+    stored = plan[EMBEDDINGS]
     row = b"".join(checkpoints.read_bytes(stored, torch.float32, slice(3, 4)))
     chunks = checkpoints.replace_rows(checkpoints.read_bytes(stored, torch.float32), {7: row, 9: row})
     embeddings[7] = embeddings[9] = embeddings[3]
@@ -355,12 +370,12 @@ def test_two_builds_into_one_folder(bases, repo, tmp_path):
 
 
 def test_wrong_parts_are_refused_before_anything_is_written(bases, repo, tmp_path, refuse):
-    qwen2_vl, whisper, tensors = bases["base"], bases["whisper"], load(bases["base"])
-    integers = copy_base(qwen2_vl, tmp_path / "integers", tensors | {NORM: tensors[NORM].to(torch.int8)})
+    base, whisper, tensors = bases["base"], bases["whisper"], load(bases["base"])
+    integers = copy_base(base, tmp_path / "integers", tensors | {NORM: tensors[NORM].to(torch.int8)})
     refuse("of dtype I8: model.language_model.norm.weight; expected one of F32, F16, BF16", base=integers)
     norm = tensors.pop(NORM)
-    refuse("missing: model.language_model.norm.weight", base=copy_base(qwen2_vl, tmp_path / "missing", tensors))
-    extra = copy_base(qwen2_vl, tmp_path / "extra", tensors | {"model.other": norm})
+    refuse("missing: model.language_model.norm.weight", base=copy_base(base, tmp_path / "missing", tensors))
+    extra = copy_base(base, tmp_path / "extra", tensors | {"model.other": norm})
     refuse(r"unexpected: model.other \(stored as model.other\)", base=extra)
     extractor = shutil.copytree(whisper, tmp_path / "extractor")
     settings = json.loads((extractor / "preprocessor_config.json").read_text())
@@ -368,9 +383,13 @@ def test_wrong_parts_are_refused_before_anything_is_written(bases, repo, tmp_pat
     refuse("feature_size is 80, but the model's num_mel_bins is 128", audio_encoder=extractor)
     no_vision = shutil.copytree(whisper, tmp_path / "whisper")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(qwen2_vl / name, no_vision / name)
-    refuse("holds a whisper model; --base has to be a Qwen2-VL checkpoint", base=no_vision)
-    refuse("holds a qwen2_vl model; expected one of qwen2_audio_vl", checkpoint=qwen2_vl)
+        shutil.copyfile(base / name, no_vision / name)
+    refuse("holds a whisper model; --base has to be one of Qwen2-VL, Qwen2.5-VL, Qwen3-VL", base=no_vision)
+    refuse(f"holds a {BASE} model; expected one of qwen2_audio_vl, qwen2_5_audio_vl, qwen3_audio_vl", checkpoint=base)
+    thinking = shutil.copytree(base, tmp_path / "thinking")
+    template = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    (thinking / "chat_template.jinja").write_text(template)
+    refuse("begins its answers with <think>; take the Instruct checkpoint", base=thinking)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match=f"{tmp_path / 'full'} is not empty; name a new folder for --output."):
