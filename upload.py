@@ -98,7 +98,9 @@ def make_parser() -> ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="base weights -> repository folder")
     command.set_defaults(run=build_folder)
-    command.add_argument("--base", metavar="DIR_OR_ID", help="Qwen2-VL checkpoint, or ID@REVISION")
+    command.add_argument(
+        "--base", metavar="DIR_OR_ID", help="Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, or ID@REVISION"
+    )
     command.add_argument("--audio-encoder", metavar="DIR_OR_ID", help="Whisper checkpoint")
     command.add_argument("--checkpoint", metavar="DIR_OR_ID", help="instead of these, a trained model or an adapter")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make")

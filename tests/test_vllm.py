@@ -18,6 +18,7 @@ from sounds import encode
 
 from audio_utils import fetch_audio
 from demo.ask import EXAMPLES, load, write_questions
+from demo.bases import make_base
 from demo.world import SKILLS
 from evaluation import __main__ as evaluation
 from evaluation.scoring import read_predictions
@@ -181,3 +182,24 @@ def test_tensor_parallel_on_two_ranks(demo_repo, loaded, examples, tmp_path):
     with serving.serve_vllm(demo_repo, tmp_path, *settings, VLLM_CPU_OMP_THREADS_BIND="0|1") as address:
         for example in examples[: len(SKILLS)]:
             check_ids(address, loaded, serving.openai_form(example))
+
+
+@pytest.mark.parametrize("base_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_newer_bases(base_type, bases, sound, tmp_path):
+    """Random models on them answer as `generate` does. vLLM drops Qwen3-VL's deepstack, so its pictures are refused."""
+    repo = build(make_base(tmp_path / base_type, base_type), bases["whisper"], tmp_path / "repo")
+    loaded = load(repo, torch.float32)
+    has_pictures = base_type == "qwen2_5_vl"
+    if not has_pictures:
+        with pytest.raises(RuntimeError, match="drops the deepstack of this base"):
+            serving.serve_vllm(repo, tmp_path / "refused").__enter__()
+    limits = '{"image":1,"audio":2,"video":1}' if has_pictures else '{"image":0,"audio":2,"video":0}'
+    picture = serving.picture(serving.read_base64("photo.png"))
+    with serving.serve_vllm(repo, tmp_path / "log", "--limit-mm-per-prompt", limits) as address:
+        check_ids(address, loaded, serving.user(text("What is in the photo?")))
+        check_ids(address, loaded, serving.user(wav(sound(0.7, 1)), text("and"), wav(sound(1.9, 2)), text("?")))
+        if has_pictures:
+            check_ids(address, loaded, serving.user(picture, wav(sound(0.7, 1)), text("?")))
+        else:
+            with pytest.raises(openai.BadRequestError, match="image"):
+                serving.complete(address, "demo", serving.user(picture))
