@@ -232,15 +232,6 @@ class AudioBackbone(FrozenAudioEncoder, MRopePositions):
             inputs_embeds = inputs_embeds + embeddings[..., :0].sum().to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds
 
-    def get_image_features(self, *args, **kwargs):
-        outputs = super().get_image_features(*args, **kwargs)
-        if self.config.text_config._attn_implementation == "vllm" and hasattr(outputs, "deepstack_features"):
-            raise NotImplementedError(
-                "vLLM drops the deepstack of this base, and its answers about pictures would be wrong. Serve audio and "
-                """text: --limit-mm-per-prompt '{"image": 0, "video": 0, "audio": 2}'."""
-            )
-        return outputs
-
     def get_placeholder_mask(self, input_ids, inputs_embeds, **kwargs):
         # Without ids upstream finds pictures by their embeddings, which noise and equal rows of the vocabulary break.
         return super().get_placeholder_mask(CALL_IDS.get() if input_ids is None else input_ids, inputs_embeds, **kwargs)
@@ -556,6 +547,14 @@ class Qwen2_5AudioVLModel(AudioBackbone, Qwen2_5_VLModel):
 class Qwen3AudioVLModel(AudioBackbone, Qwen3VLModel):
     config: Qwen3AudioVLConfig
     takes_ids_beside_embeddings = False
+
+    def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):  # `generate` reads these names
+        if self.config.text_config._attn_implementation == "vllm":
+            raise NotImplementedError(
+                "vLLM drops the deepstack of Qwen3-VL, and its answers about pictures would be wrong. Serve audio and "
+                """text: --limit-mm-per-prompt '{"image": 0, "video": 0, "audio": 2}'."""
+            )
+        return super().get_image_features(pixel_values, image_grid_thw, **kwargs)
 
 
 # Without GenerationMixin among its own bases, transformers makes a new class of remote code at every loading.

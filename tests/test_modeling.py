@@ -81,7 +81,9 @@ def test_token_types_are_found_where_they_are_not_given(kind, kinds, model):
 @pytest.fixture
 def stock(model):
     """The base with the very tensors of the model: kernels round copies that lie otherwise in memory in another way."""
-    return Parts(model).qwen
+    qwen = Parts(model).qwen
+    qwen.generation_config = model.generation_config
+    return qwen
 
 
 @pytest.mark.bases
@@ -205,12 +207,32 @@ def test_encoder_runs_once_per_generate(audio_tokens, kinds, model):
 @BOTH
 @pytest.mark.parametrize("drafts", ["prompt lookup", "assistant model"])
 def test_assisted_decoding(audio_tokens, drafts, kinds, model, repo):
-    if drafts == "prompt lookup":  # without a system message the first drafts are placeholders
+    inputs = kinds("image, audio")
+    if drafts == "prompt lookup":
         more = {"prompt_lookup_num_tokens": 3}
     else:  # an assistant without the audio would raise
         more = {"assistant_model": AutoModel.from_pretrained(repo, trust_remote_code=True)}
+    assert torch.equal(greedy(model, inputs, steps=8, **more), greedy(model, inputs, steps=8))
+
+
+@pytest.mark.bases
+def test_drafts_from_the_prompt_have_no_placeholders(kinds, model):
+    """Without a system message the tokens of the first item follow the first line break, from which drafts begin."""
     for kind in ("image, audio", "audio, image"):
-        assert torch.equal(greedy(model, kinds(kind), steps=8, **more), greedy(model, kinds(kind), steps=8))
+        assert torch.equal(greedy(model, kinds(kind), prompt_lookup_num_tokens=3), greedy(model, kinds(kind)))
+
+
+@pytest.mark.bases
+def test_pictures_are_found_by_their_ids(kinds, fresh_model):
+    """Not by their embeddings, which a word may share, and to which training may add noise."""
+    inputs, embeddings = kinds("image, audio"), fresh_model.get_input_embeddings()
+    word = inputs["input_ids"][0, -6]  # the last one of the question
+    with torch.no_grad():
+        embeddings.weight[word] = embeddings.weight[fresh_model.config.image_token_id]
+        expected = fresh_model(**inputs).logits
+        embeddings.register_forward_hook(lambda module, args, output: output + 1e-6)
+        noisy = fresh_model(**inputs).logits
+    assert_close(noisy, expected, atol=1e-2)
 
 
 @BOTH

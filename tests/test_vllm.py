@@ -191,7 +191,7 @@ def test_newer_bases(base_type, bases, sound, tmp_path):
     loaded = load(repo, torch.float32)
     has_pictures = base_type == "qwen2_5_vl"
     if not has_pictures:
-        with pytest.raises(RuntimeError, match="drops the deepstack of this base"):
+        with pytest.raises(RuntimeError, match="drops the deepstack of Qwen3-VL"):
             serving.serve_vllm(repo, tmp_path / "refused").__enter__()
     limits = '{"image":1,"audio":2,"video":1}' if has_pictures else '{"image":0,"audio":2,"video":0}'
     picture = serving.picture(serving.read_base64("photo.png"))
