@@ -33,13 +33,13 @@ from training.train import train
 
 
 TASK = Path(__file__).with_name("task.json")
-CLIPS, SHORT_CLIPS = {"training": 300, "test": 60}, {"training": 16, "test": 4}
-STEPS, SHORT_STEPS = 75, 2
+CLIPS, SHORT_CLIPS = {"training": 320, "test": 60}, {"training": 16, "test": 4}
+STEPS, SHORT_STEPS = 65, 2
 PROMPTS = {"training": 60, "test": 40}  # telephone prompts: those that the model labels itself, and those of the score
 ANSWER_LENGTH = 40  # tokens
 SETTINGS = {
     "stage": "lora",
-    "weights": [0.55, 0.25, 0.2],  # of commands, of their transcripts and of old recordings
+    "weights": [0.6, 0.2, 0.2],  # of commands, of their transcripts and of old recordings
     "audio_column": "audio_filepath",
     "text_column": "pred_text",
     "learning_rate": 7e-4,
