@@ -259,16 +259,12 @@ class AudioConfig(PreTrainedConfig):
                 shutil.copyfile(origin, target)
 
 
-def with_audio(sub_configs: dict) -> dict:
-    return {**sub_configs, "audio_config": WhisperConfig}
-
-
 @strict
 class Qwen2AudioVLConfig(AudioConfig, Qwen2VLConfig):
     """[`Qwen2VLConfig`] with the arguments of [`AudioConfig`]. The defaults are Qwen2-VL-7B."""
 
     model_type = "qwen2_audio_vl"
-    sub_configs: ClassVar[dict] = with_audio(Qwen2VLConfig.sub_configs)
+    sub_configs: ClassVar[dict] = {**Qwen2VLConfig.sub_configs, "audio_config": WhisperConfig}
     default_text: ClassVar[dict] = QWEN2_VL_7B
 
 
@@ -277,7 +273,7 @@ class Qwen2_5AudioVLConfig(AudioConfig, Qwen2_5_VLConfig):
     """[`Qwen2_5_VLConfig`] with the arguments of [`AudioConfig`]. The defaults are Qwen2.5-VL-7B."""
 
     model_type = "qwen2_5_audio_vl"
-    sub_configs: ClassVar[dict] = with_audio(Qwen2_5_VLConfig.sub_configs)
+    sub_configs: ClassVar[dict] = {**Qwen2_5_VLConfig.sub_configs, "audio_config": WhisperConfig}
     default_text: ClassVar[dict] = {**QWEN2_VL_7B, "max_position_embeddings": 128000}
     default_vision: ClassVar[dict] = {"hidden_size": 1280, "tokens_per_second": 2}
 
@@ -291,7 +287,7 @@ class Qwen3AudioVLConfig(AudioConfig, Qwen3VLConfig):
     """[`Qwen3VLConfig`] with the arguments of [`AudioConfig`]. The defaults are Qwen3-VL-8B."""
 
     model_type = "qwen3_audio_vl"
-    sub_configs: ClassVar[dict] = with_audio(Qwen3VLConfig.sub_configs)
+    sub_configs: ClassVar[dict] = {**Qwen3VLConfig.sub_configs, "audio_config": WhisperConfig}
     default_text: ClassVar[dict] = QWEN3_VL_8B
     default_vision: ClassVar[dict] = {"out_hidden_size": 4096}
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import (
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
@@ -54,6 +53,8 @@ class AudioInputs(NamedTuple):
 class FrozenAudioEncoder:
     """Keeps the audio encoder frozen until its user calls `audio_encoder.requires_grad_(True)`."""
 
+    input_modalities = ("image", "video", "audio", "text")
+
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
@@ -66,10 +67,9 @@ class FrozenAudioEncoder:
 class AudioBackbone(FrozenAudioEncoder, MRopePositions):
     """Adds audio to a vision-language model without its head, which follows it among the bases. It keeps no state."""
 
-    input_modalities = ("image", "video", "audio", "text")
     takes_ids_beside_embeddings = True  # whether the `forward` of the base does
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config):
         super().__init__(config)
         self.audio_encoder = WhisperEncoder._from_config(config.audio_config).requires_grad_(False)
         self.audio_projector = nn.Linear(config.audio_config.d_model, config.text_config.hidden_size, bias=False)
@@ -281,10 +281,9 @@ class AudioBackbone(FrozenAudioEncoder, MRopePositions):
 class AudioHead(FrozenAudioEncoder):
     """Adds audio to a vision-language model with its head, which follows it among the bases."""
 
-    input_modalities = ("image", "video", "audio", "text")
     backbone_class: type[AudioBackbone]
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config):
         PreTrainedModel.__init__(self, config)  # not that of the base, which would build its backbone first
         self.model = self.backbone_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -547,14 +546,6 @@ class Qwen2_5AudioVLModel(AudioBackbone, Qwen2_5_VLModel):
 class Qwen3AudioVLModel(AudioBackbone, Qwen3VLModel):
     config: Qwen3AudioVLConfig
     takes_ids_beside_embeddings = False
-
-    def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):  # `generate` reads these names
-        if self.config.text_config._attn_implementation == "vllm":
-            raise NotImplementedError(
-                "vLLM drops the deepstack of Qwen3-VL, and its answers about pictures would be wrong. Serve audio and "
-                """text: --limit-mm-per-prompt '{"image": 0, "video": 0, "audio": 2}'."""
-            )
-        return super().get_image_features(pixel_values, image_grid_thw, **kwargs)
 
 
 # Without GenerationMixin among its own bases, transformers makes a new class of remote code at every loading.

@@ -11,6 +11,8 @@ import difflib
 import functools
 import inspect
 import re
+import sys
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -72,9 +74,8 @@ def with_audio(base: type[ProcessorMixin]) -> type:
 
 class AudioProcessing:
     """
-    Adds audio to the processor of a vision-language model, which follows it among the bases.
-
-    Image processor, video processor, tokenizer and [`WhisperFeatureExtractor`] in one.
+    Adds [`WhisperFeatureExtractor`] to the image processor, video processor and tokenizer of the processor of a base,
+    which follows it among the bases of a class.
 
     One `<|audio_pad|>` in the text stands for one clip. It becomes `<|audio_bos|>`, as many `<|audio_pad|>` as
     `count_audio` returns (1500 for each window of 30 s in Whisper's own sizes), and `<|audio_eos|>`.
@@ -91,6 +92,8 @@ class AudioProcessing:
     Raises:
         ValueError: if the tokenizer lacks a token, or if one of the last four arguments has another value.
     """
+
+    dropped_by_vllm: ClassVar[dict[str, str]] = {}  # what the answers need, by argument
 
     def __init__(
         self,
@@ -184,6 +187,13 @@ class AudioProcessing:
                 the model's positions, or, as its subclass [`AudioError`], if a clip cannot be opened.
         """
         self._refuse_unknown(kwargs)
+        is_vllm = "vllm" in sys.modules and kwargs.get("return_text_replacement_offsets")
+        for name, value in (("images", images), ("videos", videos)):
+            if is_vllm and value is not None and name in self.dropped_by_vllm:
+                reason = f"vLLM drops {self.dropped_by_vllm[name]}, so its answers about {name} would be wrong. "
+                reason += "Serve them with serve.py."
+                logger.error(reason)  # vLLM answers with HTTP 400 alone
+                raise ValueError(reason)
         audio_kwargs, kwargs = self._split_kwargs(kwargs)
         audio = chat_audio if audio is None else audio
         clips = audio if isinstance(audio, list) else [] if audio is None else [audio]
@@ -506,10 +516,12 @@ class Qwen2AudioVLProcessor(AudioProcessing, Qwen2VLProcessor):
 
 class Qwen2_5AudioVLProcessor(AudioProcessing, Qwen2_5_VLProcessor):
     valid_processor_kwargs = Qwen2_5AudioVLProcessorKwargs
+    dropped_by_vllm: ClassVar = {"videos": "the times of frames"}
 
 
 class Qwen3AudioVLProcessor(AudioProcessing, Qwen3VLProcessor):
     valid_processor_kwargs = Qwen3AudioVLProcessorKwargs
+    dropped_by_vllm: ClassVar = dict.fromkeys(("images", "videos"), "the deepstack")
 
 
 Qwen2AudioVLProcessor.register_for_auto_class()
