@@ -78,6 +78,7 @@ def register(repo: str):
                 )
             return inputs
 
+    CheckedProcessor.__name__ = processor_class.__name__  # which stands in processor_config.json
     AutoConfig.register(config_class.model_type, config_class)
     AutoProcessor.register(config_class, CheckedProcessor)
     AutoModelForMultimodalLM.register(config_class, model_class)
