@@ -17,6 +17,7 @@ import torch
 from benchmarks.measure import added_memory, count_operations, decode_step, in_turns, where
 from benchmarks.parts import TEXT, Parts, count_parameters, full_config, make_model, make_prompt, prefill, small_config
 from benchmarks.report import report, table
+from configuration_qwen2_audio_vl import FAMILIES
 
 
 STEPS = 32  # tokens of an answer
@@ -84,6 +85,18 @@ def compare_costs(model, parts: Parts, seconds: float) -> tuple[str, str]:
     return table(("what", "here", "sum of the parts", "ratio"), rows), note
 
 
+def compare_bases(seconds: float, device) -> str:
+    """Returns the ratios of times of small models on the newer bases to their parts."""
+    rows = []
+    for model_type in list(FAMILIES)[1:]:
+        model = make_model(small_config(WINDOW, model_type=model_type), torch.float32, device)
+        parts = Parts(model)
+        times = in_turns(*make_prefills(model, parts)[:2], seconds=seconds, take=list), time_decoding(model, parts)
+        ratios = [statistics.median(map(operator.truediv, *pair)) for pair in times]
+        rows.append((FAMILIES[model_type].base_name, *(f"{ratio:.3f}" for ratio in ratios)))
+    return table(("base", "prefill, ratio to the parts", "decode, ratio to the parts"), rows)
+
+
 def compare_operations() -> str:
     rows = []
     for size, config in (("at this size", small_config(WINDOW)), ("at full size", full_config())):
@@ -113,7 +126,7 @@ def main(seconds: float = 90) -> list[str]:
     costs, rounds = compare_costs(model, parts, seconds)
     size = f"{count_parameters(model) / 1e6:.0f} million parameters in float32"
     note = f"{where()}; {size}; a clip of 5 s and {TEXT} tokens of text, {rounds}, the ratio of those of each round."
-    return [costs, compare_operations(), measure_growth(model, parts), note]
+    return [costs, compare_bases(seconds, device), compare_operations(), measure_growth(model, parts), note]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Models to measure: this model with random weights, the parts that it is made of on the same weights."""
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_IDS, ENCODER_STRIDE, FAMILIES, VISION_TOKEN_IDS
-from publishing.paths import ROOT
+from publishing.paths import ROOT, own_class
 
 
 TEXT = 64  # tokens beside a clip
@@ -12,26 +12,38 @@ PICTURE = 28  # patches a side of a picture of 384 x 384, which are 14 x 14 toke
 DROPPED = 146_000  # words of the vocabulary that a small model does without
 
 
-def full_config():
-    """Returns the configuration of this repository: Qwen2-VL-7B-Instruct with the encoder of whisper-large-v3-turbo."""
-    return AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+def full_config(model_type: str = "qwen2_audio_vl"):
+    """
+    Returns a configuration with the encoder of whisper-large-v3-turbo: that of this repository, with
+    Qwen2-VL-7B-Instruct, or the defaults of another type.
+    """
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    return config if config.model_type == model_type else own_class(FAMILIES[model_type].auto_map["AutoConfig"])()
 
 
-def small_config(window_tokens: int = 1500, layers: int = 8):
+def small_config(window_tokens: int = 1500, layers: int = 8, model_type: str = "qwen2_audio_vl"):
     """
     Returns a small model at the proportions of the full size: encoder and head have a tenth of the parameters of the
     language model, and the encoder has about half of its `layers`. A window has 50 audio tokens for each second.
     """
-    config = full_config()
+    config = full_config(model_type)
     text = {"hidden_size": 512, "intermediate_size": 2688, "num_attention_heads": 4, "num_key_value_heads": 1}
-    text |= {"num_hidden_layers": layers, "layer_types": config.text_config.layer_types[:layers]}
+    text |= {"num_hidden_layers": layers}
+    if layer_types := getattr(config.text_config, "layer_types", None):
+        text["layer_types"] = layer_types[:layers]
     audio = {"d_model": 256, "encoder_attention_heads": 4, "encoder_ffn_dim": 1024}
     audio |= {"encoder_layers": 1 + layers // 2, "max_source_positions": window_tokens}
     config.text_config.update(text)
     config.audio_config.update(audio)
-    config.vision_config.update({"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 512})
+    vision = {"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 512}
+    if hasattr(config.vision_config, "out_hidden_size"):
+        vision = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 512}
+        layers = {"fullatt_block_indexes", "deepstack_visual_indexes"} & config.vision_config.to_dict().keys()
+        vision |= {name: [0] for name in layers}
+    config.vision_config.update(vision)
     for name in ("vocab_size", "bos_token_id", "eos_token_id"):
-        setattr(config.text_config, name, getattr(config.text_config, name) - DROPPED)
+        if (value := getattr(config.text_config, name, None)) is not None:
+            setattr(config.text_config, name, value - DROPPED)
     for name in (*AUDIO_TOKEN_IDS, *VISION_TOKEN_IDS):
         setattr(config, name, getattr(config, name) - DROPPED)
     return config
@@ -40,7 +52,8 @@ def small_config(window_tokens: int = 1500, layers: int = 8):
 def make_model(config, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModel.from_config(config, trust_remote_code=True, dtype=dtype).eval()
+        model_class = own_class(FAMILIES[config.model_type].auto_map["AutoModel"])
+        return model_class._from_config(config, dtype=dtype).eval()
 
 
 def count_parameters(module: torch.nn.Module) -> int:
