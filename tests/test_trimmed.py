@@ -61,7 +61,7 @@ def test_where_the_choice_is_made(repo, processor, sound, tmp_path):
     assert not (tmp_path / "half").exists()
 
 
-def test_a_model_is_asked_as_it_was_trained_or_warns(repo, sound, tmp_path, monkeypatch):
+def test_a_model_is_asked_as_it_was_trained_or_warns(demo_repo, sound, tmp_path, monkeypatch):
     messages, path = user([audio(sound(0.7))]), tmp_path / "processor_config.json"
     for trained, asked, warns in (
         (None, "trimmed", False),
@@ -70,7 +70,7 @@ def test_a_model_is_asked_as_it_was_trained_or_warns(repo, sound, tmp_path, monk
         ("trimmed", "fixed", True),
         ("fixed", "trimmed", True),
     ):
-        processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True, trained_audio_tokens=trained)
+        processor = AutoProcessor.from_pretrained(demo_repo, trust_remote_code=True, trained_audio_tokens=trained)
         processor.save_pretrained(tmp_path)
         assert json.loads(path.read_text()).get("trained_audio_tokens") == trained
         processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
