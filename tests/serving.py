@@ -39,7 +39,7 @@ LLAMA_CPP = ROOT / ".venv" / "llama-cpp" / "bin" / "python"  # an environment of
 VLLM = ROOT / ".venv" / "vllm" / ".ready"  # vLLM has an environment of its own, because it pins another torch
 SETTINGS = (
     *("--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
-    *("--limit-mm-per-prompt", '{"image":2,"audio":2,"video":0}', "--host", "127.0.0.1", "--served-model-name", "demo"),
+    *("--limit-mm-per-prompt", '{"image":2,"audio":2,"video":1}', "--host", "127.0.0.1", "--served-model-name", "demo"),
 )
 VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
 # huggingface-inference-toolkit at 833b5a2 takes these, and pictures; it refuses all others.
