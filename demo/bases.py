@@ -27,41 +27,38 @@ STD = 0.08  # of the first weights; with the usual 0.02 so small a model hardly 
 class Small(NamedTuple):
     """What a small checkpoint of a base has of its own."""
 
-    vision: dict
+    vision: dict  # settings of the vision tower that other bases lack
     text: dict | None = None
     rope: dict | None = None
     more_tokens: int = 0  # how many tokens after those of Qwen2-VL its tokenizer has, in the order of Qwen3-VL's
     processors: str = "qwen2-vl-7b"  # the folder of the settings of its processors
-    min_pixels: dict[str, int] | None = None  # of these settings by file, so that prompts stay short
+    files: tuple[str, ...] = ("preprocessor_config.json",)  # of these settings
 
 
 SMALL = {
-    "qwen2_vl": Small({"embed_dim": 64, "hidden_size": 64}),
-    "qwen2_5_vl": Small(
-        {
-            "hidden_size": 64,
-            "out_hidden_size": 64,
-            "intermediate_size": 128,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
-        },
-        more_tokens=8,
-    ),
+    "qwen2_vl": Small({}),
+    "qwen2_5_vl": Small({"fullatt_block_indexes": [1], "tokens_per_second": 2}, more_tokens=8),
     "qwen3_vl": Small(
-        {
-            "depth": 3,
-            "hidden_size": 64,
-            "out_hidden_size": 64,
-            "intermediate_size": 128,
-            "deepstack_visual_indexes": [0, 1],
-        },
+        {"deepstack_visual_indexes": [0, 1]},
         text={"head_dim": 32},
         rope={"mrope_section": [6, 5, 5], "mrope_interleaved": True},
         more_tokens=12,
         processors="qwen3-vl-4b",
-        min_pixels={"preprocessor_config.json": 56**2, "video_preprocessor_config.json": 4096},
+        files=("preprocessor_config.json", "video_preprocessor_config.json"),
     ),
 }
+
+
+def small_config(base_type: str, text: dict, width: int, ffn: int, layers: int, heads: int, **settings):
+    """Returns the configuration of a small base; the sizes are those of the vision tower, whose output is as wide."""
+    small, vision = SMALL[base_type], {"depth": layers, "num_heads": heads, "hidden_size": width}
+    if base_type == "qwen2_vl":
+        vision |= {"embed_dim": width, "mlp_ratio": ffn // width}
+    else:
+        vision |= {"out_hidden_size": width, "intermediate_size": ffn}
+    text = {**text, **(small.text or {}), "rope_parameters": {**text["rope_parameters"], **(small.rope or {})}}
+    vision |= small.vision
+    return transformers.AutoConfig.for_model(base_type, text_config=text, vision_config=vision, **settings)
 
 
 def sharpen(model: torch.nn.Module, std: float) -> torch.nn.Module:
@@ -94,29 +91,20 @@ def make_base(
 ) -> Path:
     """Writes a checkpoint of a base with few layers; its tokenizer and its embeddings are of full size."""
     torch.manual_seed(0)
-    small = SMALL[base_type]
-    sizes = text_config(64, 128, layers=2, heads=2, groups=1, positions=32768, words=152064, rope_theta=1e6)
-    sizes["rope_parameters"] |= small.rope or {}
-    config = transformers.AutoConfig.for_model(
-        base_type,
-        text_config={**sizes, **(small.text or {})},
-        vision_config={"depth": 2, "num_heads": 2, **small.vision},
-        tie_word_embeddings=tie_word_embeddings,
+    text = text_config(64, 128, layers=2, heads=2, groups=1, positions=32768, words=152064, rope_theta=1e6)
+    config = small_config(
+        base_type, text, width=64, ffn=256, layers=3, heads=2, tie_word_embeddings=tie_word_embeddings
     )
     model = sharpen(transformers.AutoModelForImageTextToText.from_config(config), std=0.1)
     model.to(dtype).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(ASSETS / "qwen2-vl-7b" / file, folder / file)
-    for file in small.min_pixels or ("preprocessor_config.json",):
-        settings = json.loads((ASSETS / small.processors / file).read_text())
-        if small.min_pixels:
-            settings["size"]["shortest_edge"] = small.min_pixels[file]
-        write_json(folder / file, settings)
-    if small.more_tokens:
+    write_image_processors(folder, base_type)
+    if SMALL[base_type].more_tokens:
         published = json.loads((ASSETS / "qwen3-vl-4b" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         first = len(tokenizer)
-        for token_id in range(first, first + small.more_tokens):
+        for token_id in range(first, first + SMALL[base_type].more_tokens):
             tokenizer.add_tokens([transformers.AddedToken(**published[str(token_id)])])
         tokenizer.save_pretrained(folder)
     return folder
@@ -145,20 +133,26 @@ def write_feature_extractor(folder: Path, window_seconds: int):
     transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=window_seconds).save_pretrained(folder)
 
 
-def write_image_processor(folder: Path, min_pixels: int, max_pixels: int):
-    """Writes Qwen2-VL's own, with pictures of another size."""
-    settings = json.loads((ASSETS / "qwen2-vl-7b" / "preprocessor_config.json").read_text())
-    write_json(folder / "preprocessor_config.json", {**settings, "min_pixels": min_pixels, "max_pixels": max_pixels})
+def write_image_processors(folder: Path, base_type: str, pixels: int | None = None):
+    """Writes the base's own, with pictures of so many pixels; Qwen3-VL's would make long prompts of small ones."""
+    small = SMALL[base_type]
+    for file in small.files:
+        settings = json.loads((ASSETS / small.processors / file).read_text())
+        if "size" not in settings:
+            settings |= {"min_pixels": pixels, "max_pixels": pixels} if pixels else {}
+        elif file == "preprocessor_config.json":  # that of video bounds the pixels of all frames together
+            settings["size"] = {"shortest_edge": pixels or 56**2, "longest_edge": pixels or 4096**2}
+        write_json(folder / file, settings)
 
 
-def make_bases(folder: Path) -> tuple[Path, Path]:
-    """Writes a Qwen2-VL and a Whisper checkpoint of the demo's size."""
+def make_bases(folder: Path, base_type: str = "qwen2_vl") -> tuple[Path, Path]:
+    """Writes checkpoints of a base and of Whisper of the demo's size."""
     corpus = [skill["instruction"] for skill in SKILLS.values()] + PHRASES + QUESTIONS
     corpus += [word for words in WORLD["words"].values() for word in words] + ["yes", "no"]
     corpus += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
     full = transformers.AutoTokenizer.from_pretrained(ASSETS / "qwen2-vl-7b")
     tokenizer = full.train_new_from_iterator(corpus * 10, vocab_size=440)
-    base, encoder = folder / "qwen2-vl", folder / "whisper"
+    base, encoder = folder / "base", folder / "whisper"
     tokenizer.save_pretrained(base)
 
     def token_id(name: str) -> int:
@@ -168,19 +162,20 @@ def make_bases(folder: Path) -> tuple[Path, Path]:
     words = 64 * math.ceil((len(tokenizer) + 3) / 64)
     sizes = text_config(128, 384, layers=4, heads=4, groups=2, positions=4096, words=words, rope_theta=10_000.0)
     ends = {"bos_token_id": token_id("endoftext"), "eos_token_id": token_id("im_end")}
-    config = transformers.Qwen2VLConfig(
-        text_config={**sizes, **ends, "initializer_range": STD},
-        vision_config={"depth": 4, "embed_dim": 128, "num_heads": 4, "hidden_size": 128, "mlp_ratio": 2},
+    config = small_config(
+        base_type,
+        {**sizes, **ends, "initializer_range": STD},
+        **{"width": 128, "ffn": 256, "layers": 4, "heads": 4},
         tie_word_embeddings=False,
         initializer_range=STD,
         **{f"{name}_token_id": token_id(f"{name}_pad") for name in ("image", "video")},
         **{f"vision_{name}_token_id": token_id(f"vision_{name}") for name in ("start", "end")},
     )
-    transformers.Qwen2VLForConditionalGeneration(config).save_pretrained(base)
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(base)
     end, pad = ends["eos_token_id"], ends["bos_token_id"]
     generation = {"eos_token_id": [end, pad], "pad_token_id": pad, "do_sample": False}
     write_json(base / "generation_config.json", generation)
-    write_image_processor(base, PICTURE**2, PICTURE**2)
+    write_image_processors(base, base_type, PICTURE**2)
 
     whisper = small_whisper(WINDOW, width=128, heads=4, ffn=512, layers={"encoder": 3, "decoder": 1}, init_std=STD)
     whisper.save_pretrained(encoder)

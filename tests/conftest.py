@@ -81,7 +81,7 @@ def repo_30s(bases, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def repo_of_few_words(bases, tmp_path_factory) -> Path:
     """The same with the 448 words of the demo, because files for llama.cpp with 152,064 take long to read."""
-    base, _ = make_bases(tmp_path_factory.mktemp("few"))
+    base, _ = make_bases(tmp_path_factory.mktemp("few"), BASE)
     return build(base, bases["whisper_30s"], tmp_path_factory.mktemp("repo-few") / "few")
 
 

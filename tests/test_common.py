@@ -23,7 +23,8 @@ from sounds import encode
 from transformers import CONFIG_MAPPING, ProcessorMixin, testing_utils
 
 from configuration_qwen2_audio_vl import FAMILIES
-from demo.bases import ASSETS
+from demo.bases import ASSETS, make_bases
+from publishing.build import build
 from publishing.paths import ROOT, own_class
 
 
@@ -228,7 +229,11 @@ class ModelTest(ModelTests, unittest.TestCase):
 @pytest.fixture(scope="module")
 def built(request):
     """The demo's vocabulary of 377 makes for quick tests; `setUpClass` of theirs reads the folder."""
-    ProcessorTest.model_id = str(request.getfixturevalue("demo_repo" if BASE == "qwen2_vl" else "repo"))
+    if BASE == "qwen2_vl":
+        ProcessorTest.model_id = str(request.getfixturevalue("demo_repo"))
+    else:
+        folder = request.getfixturevalue("tmp_path_factory").mktemp("few")
+        ProcessorTest.model_id = str(build(*make_bases(folder, BASE), folder / "repo"))
 
 
 @pytest.mark.usefixtures("built")
@@ -242,8 +247,8 @@ class ProcessorTest(processing.ProcessorTesterMixin, unittest.TestCase):
 
     @property
     def video_sampling_expectations(self):
-        """Every two of the 8 frames in a second of video are 64 patches with the demo's pixels, 16 with others."""
-        grid = 64 if BASE == "qwen2_vl" else 16
+        """Every two of the 8 frames in a second are 64 patches with the demo's pixels, 16 in Qwen3-VL's bounds."""
+        grid = 16 if BASE == "qwen3_vl" else 64
         cases = (({"num_frames": 3, "fps": None}, 2), ({"fps": 4}, 2), ({"do_sample_frames": False}, 4))
         cases = [(sampling, grids * grid) for sampling, grids in cases]
         return [{**sampling, "expected_dim": 0, "output_length": patches} for sampling, patches in cases]

@@ -12,6 +12,8 @@ from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from demo.bases import make_bases
+from publishing.build import build
 from publishing.check import check_files
 from publishing.gguf import add_files, export, find_pre_tokenizer
 from publishing.paths import load_processor
@@ -197,3 +199,10 @@ def test_files_join_a_folder_of_the_same_weights(repo_of_few_words, repo, export
     (source / exported[1].name).unlink()
     with pytest.raises(ValueError, match=re.escape(f"{source} has {exported[0].name}; expected what")):
         add_files(folder, source, "someone/model")
+
+
+def test_bases_that_were_not_proved_are_refused(tmp_path):
+    repo = build(*make_bases(tmp_path, "qwen3_vl"), tmp_path / "repo")
+    with pytest.raises(ValueError, match="its base is Qwen3-VL, and only files of Qwen2-VL were proved"):
+        export(repo, tmp_path / "files")
+    assert not (tmp_path / "files").exists()

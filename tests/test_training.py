@@ -86,7 +86,7 @@ def test_adapter_becomes_a_folder(run, start, tones, tmp_path):
     described = json.loads((adapter / "adapter_config.json").read_text())
     for change, message in (
         ({"base_model_name_or_path": None}, "adapter_config.json names no base_model_name_or_path"),
-        ({"base_model_name_or_path": str(start.parent / "qwen2-vl")}, "holds a qwen2_vl model"),
+        ({"base_model_name_or_path": str(start.parent / "base")}, "holds a qwen2_vl model"),
     ):
         (adapter / "adapter_config.json").write_text(json.dumps({**described, **change}))
         with pytest.raises(ValueError, match=message):
