@@ -41,12 +41,10 @@ class Family(NamedTuple):
     @property
     def auto_map(self) -> dict[str, str]:
         """The classes by Auto class. By the convention of remote code `AutoModel` loads the one that can `generate`."""
-        model = f"modeling_qwen2_audio_vl.{self.prefix}ForConditionalGeneration"
-        config = f"configuration_qwen2_audio_vl.{self.prefix}Config"
-        auto_map = {"AutoConfig": config, "AutoProcessor": f"processing_qwen2_audio_vl.{self.prefix}Processor"}
-        for name in ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM"):
-            auto_map[name] = model
-        return auto_map
+        auto_map = {"AutoConfig": f"configuration_qwen2_audio_vl.{self.prefix}Config"}
+        auto_map["AutoProcessor"] = f"processing_qwen2_audio_vl.{self.prefix}Processor"
+        names = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM")
+        return auto_map | dict.fromkeys(names, f"modeling_qwen2_audio_vl.{self.prefix}ForConditionalGeneration")
 
 
 ASSISTANT = "You are a helpful assistant."
@@ -128,8 +126,7 @@ def check_audio_tokens(audio_tokens: str, known: tuple = AUDIO_TOKEN_COUNTS):
 def check_piece_seconds(seconds: float):
     """Raises ValueError if `seconds` is no length of a piece."""
     if not isinstance(seconds, (int, float)) or not SHORTEST_PIECE <= seconds <= LONGEST_PIECE:
-        bounds = f"from {SHORTEST_PIECE:g} to {LONGEST_PIECE:g}"
-        raise ValueError(f"piece_seconds must be a number of seconds {bounds}, got {seconds!r}.")
+        raise ValueError(f"piece_seconds must be from {SHORTEST_PIECE:g} to {LONGEST_PIECE:g} s, got {seconds!r}.")
 
 
 def check_tasks(tasks: list[dict]):

@@ -72,6 +72,7 @@ class AudioBackbone(FrozenAudioEncoder, MRopePositions):
     def __init__(self, config):
         super().__init__(config)
         self.audio_encoder = WhisperEncoder._from_config(config.audio_config).requires_grad_(False)
+        self.audio_encoder._no_split_modules = {"WhisperEncoderLayer"}  # FSDP fails on the decoder's, which is not here
         self.audio_projector = nn.Linear(config.audio_config.d_model, config.text_config.hidden_size, bias=False)
         self.post_init()
 
@@ -282,6 +283,7 @@ class AudioHead(FrozenAudioEncoder):
     """Adds audio to a vision-language model with its head, which follows it among the bases."""
 
     backbone_class: type[AudioBackbone]
+    accepts_loss_kwargs = True  # so that accumulated parts of a batch count by their tokens
 
     def __init__(self, config):
         PreTrainedModel.__init__(self, config)  # not that of the base, which would build its backbone first
@@ -373,12 +375,14 @@ class AudioHead(FrozenAudioEncoder):
         """[`GenerationMixin.generate`], which takes `cache` and `past_key_values` on all releases."""
         if CACHE != "cache" and "cache" in kwargs:
             kwargs[CACHE] = kwargs.pop("cache")
-        drafts = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens")
+        config = kwargs.get("generation_config") or self.generation_config
+        lookup = kwargs.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
+        drafts = kwargs.get("assistant_model") is not None or lookup
         if drafts and (cached_length(kwargs.get("cache")) or cached_length(kwargs.get("past_key_values"))):
             raise ValueError("Assisted decoding computes cached tokens again. Start it without a filled cache.")
-        if kwargs.get("prompt_lookup_num_tokens"):
+        if lookup:
             # Drafts are copied from the prompt, and the copy of a placeholder would need a clip or a picture.
-            suppressed = kwargs.get("suppress_tokens") or self.generation_config.suppress_tokens or ()
+            suppressed = kwargs.get("suppress_tokens", config.suppress_tokens) or ()
             kwargs["suppress_tokens"] = [*suppressed, *self.placeholders]
         return super().generate(*args, **kwargs)
 

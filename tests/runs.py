@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 from data_rows import chat, write_lines
-from helpers import audio, text
+from helpers import BASE, audio, text
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
@@ -49,7 +49,7 @@ def changed(*folders: Path) -> set[str]:
 def start(tmp_path_factory) -> Path:
     """A built folder of a small model with a small vocabulary, windows of 3 s, untrained; its parts lie beside it."""
     folder = tmp_path_factory.mktemp("start")
-    return build(*make_bases(folder), folder / "repo")
+    return build(*make_bases(folder, BASE), folder / "repo")
 
 
 @pytest.fixture(scope="session")
