@@ -133,15 +133,16 @@ def write_feature_extractor(folder: Path, window_seconds: int):
     transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=window_seconds).save_pretrained(folder)
 
 
-def write_image_processors(folder: Path, base_type: str, pixels: int | None = None):
-    """Writes the base's own, with pictures of so many pixels; Qwen3-VL's would make long prompts of small ones."""
+def write_image_processors(folder: Path, base_type: str = "qwen2_vl", pixels: tuple[int, int] | None = None):
+    """Writes the base's own, with other bounds of pixels; Qwen3-VL's own would make long prompts of small pictures."""
     small = SMALL[base_type]
     for file in small.files:
         settings = json.loads((ASSETS / small.processors / file).read_text())
         if "size" not in settings:
-            settings |= {"min_pixels": pixels, "max_pixels": pixels} if pixels else {}
+            settings |= {"min_pixels": pixels[0], "max_pixels": pixels[1]} if pixels else {}
         elif file == "preprocessor_config.json":  # that of video bounds the pixels of all frames together
-            settings["size"] = {"shortest_edge": pixels or 56**2, "longest_edge": pixels or 4096**2}
+            shortest, longest = pixels or (56**2, 4096**2)
+            settings["size"] = {"shortest_edge": shortest, "longest_edge": longest}
         write_json(folder / file, settings)
 
 
@@ -175,7 +176,7 @@ def make_bases(folder: Path, base_type: str = "qwen2_vl") -> tuple[Path, Path]:
     end, pad = ends["eos_token_id"], ends["bos_token_id"]
     generation = {"eos_token_id": [end, pad], "pad_token_id": pad, "do_sample": False}
     write_json(base / "generation_config.json", generation)
-    write_image_processors(base, base_type, PICTURE**2)
+    write_image_processors(base, base_type, (PICTURE**2, PICTURE**2))
 
     whisper = small_whisper(WINDOW, width=128, heads=4, ffn=512, layers={"encoder": 3, "decoder": 1}, init_std=STD)
     whisper.save_pretrained(encoder)

@@ -38,7 +38,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from demo.bases import write_image_processor
+from demo.bases import write_image_processors
 from publishing.build import AUDIO_TOKENS
 from publishing.paths import ROOT
 from speech.ctranslate2 import read_ctranslate2, whisper_weights
@@ -208,7 +208,7 @@ def write_smollm2(llama: LlamaForCausalLM, tokenizer, folder: Path):
     with unfinished(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        write_image_processor(new, 4 * 28**2, 64 * 28**2)  # 4 to 64 tokens
+        write_image_processors(new, pixels=(4 * 28**2, 64 * 28**2))  # 4 to 64 tokens
 
 
 def make_parts(output: Path, from_hub: bool = False):
