@@ -93,7 +93,7 @@ def make_base(
     torch.manual_seed(0)
     text = text_config(64, 128, layers=2, heads=2, groups=1, positions=32768, words=152064, rope_theta=1e6)
     config = small_config(
-        base_type, text, width=64, ffn=256, layers=3, heads=2, tie_word_embeddings=tie_word_embeddings
+        base_type, text, width=64, ffn=256, layers=2, heads=2, tie_word_embeddings=tie_word_embeddings
     )
     model = sharpen(transformers.AutoModelForImageTextToText.from_config(config), std=0.1)
     model.to(dtype).save_pretrained(folder)

@@ -277,6 +277,9 @@ def test_command_line(demo_repo, recording, tmp_path):
         ([], "name the recordings to transcribe"),
     ],
 )
-def test_command_line_refuses(demo_repo, tmp_path, arguments, reason):
-    done = command(demo_repo, tmp_path / "output", *arguments)
-    assert done.returncode == 2 and reason in done.stderr
+def test_command_line_refuses(demo_repo, tmp_path, monkeypatch, capsys, arguments, reason):
+    line = ["transcribe.py", str(demo_repo), "--output-dir", str(tmp_path / "output"), *arguments]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as end:
+        transcribe.main()
+    assert end.value.code == 2 and reason in capsys.readouterr().err
