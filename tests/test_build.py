@@ -357,6 +357,7 @@ def test_hostile_headers_are_refused(bases, tmp_path, refuse):
         refuse("expected the name of a file beside it", base=base)
 
 
+@pytest.mark.long
 def test_two_builds_into_one_folder(bases, repo, tmp_path):
     """One of them makes it, whole; the other says so."""
     options = ["--base", bases["base"], "--audio-encoder", bases["whisper"], "--output", tmp_path / "out"]

@@ -90,6 +90,7 @@ def test_loads_and_answers_where_other_audio_libraries_are_absent(start, plain_a
     assert answer(start(HIDE, USE, "assert 'torchaudio' not in sys.modules")) == plain_answer
 
 
+@pytest.mark.long
 def test_two_processes_load_into_one_empty_cache_at_once(start):
     assert len({answer(process) for process in [start(USE), start(USE)]}) == 1
 

@@ -292,6 +292,7 @@ def test_cheaper_settings_learn_the_same(run, plain, tmp_path, cheaper, toleranc
     assert losses(tmp_path) == pytest.approx(plain, abs=tolerance)
 
 
+@pytest.mark.long
 def test_bfloat16_trains_on_a_cpu_that_is_not_named(settings, tmp_path):
     """Where there is no GPU; where there is one, this trains on it. Either says nothing that a user cannot act on."""
     more = {"bf16": True, "gradient_checkpointing": True, "max_steps": 1, "use_cpu": False}
