@@ -4,7 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_IDS, ENCODER_STRIDE, FAMILIES, VISION_TOKEN_IDS
-from publishing.paths import ROOT, own_class
+from publishing.paths import ROOT, family_class
 
 
 TEXT = 64  # tokens beside a clip
@@ -18,7 +18,7 @@ def full_config(model_type: str = "qwen2_audio_vl"):
     Qwen2-VL-7B-Instruct, or the defaults of another type.
     """
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
-    return config if config.model_type == model_type else own_class(FAMILIES[model_type].auto_map["AutoConfig"])()
+    return config if config.model_type == model_type else family_class(model_type, "AutoConfig")()
 
 
 def small_config(window_tokens: int = 1500, layers: int = 8, model_type: str = "qwen2_audio_vl"):
@@ -38,8 +38,8 @@ def small_config(window_tokens: int = 1500, layers: int = 8, model_type: str = "
     vision = {"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 512}
     if hasattr(config.vision_config, "out_hidden_size"):
         vision = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 512}
-        layers = {"fullatt_block_indexes", "deepstack_visual_indexes"} & config.vision_config.to_dict().keys()
-        vision |= {name: [0] for name in layers}
+        indexes = {"fullatt_block_indexes", "deepstack_visual_indexes"} & config.vision_config.to_dict().keys()
+        vision |= {name: [0] for name in indexes}
     config.vision_config.update(vision)
     for name in ("vocab_size", "bos_token_id", "eos_token_id"):
         if (value := getattr(config.text_config, name, None)) is not None:
@@ -52,7 +52,7 @@ def small_config(window_tokens: int = 1500, layers: int = 8, model_type: str = "
 def make_model(config, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     torch.manual_seed(0)
     with torch.device(device):
-        model_class = own_class(FAMILIES[config.model_type].auto_map["AutoModel"])
+        model_class = family_class(config.model_type, "AutoModel")
         return model_class._from_config(config, dtype=dtype).eval()
 
 

@@ -23,7 +23,7 @@ from configuration_qwen2_audio_vl import (
 from publishing import checkpoints
 from publishing.arguments import check_build
 from publishing.card import make_card
-from publishing.paths import ROOT, Origin, is_inside, own_class, resolve, silence_peft, write_checksums
+from publishing.paths import ROOT, Origin, family_class, is_inside, resolve, silence_peft, write_checksums
 from shipped_files import EXAMPLES, SHIPPED_FILES, require_files
 
 
@@ -160,7 +160,7 @@ def read_config(folder: Path) -> transformers.PreTrainedConfig:
     model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(f"{folder} holds a {model_type} model; expected one of {', '.join(FAMILIES)}.")
-    return own_class(FAMILIES[model_type].auto_map["AutoConfig"]).from_pretrained(folder)
+    return family_class(model_type, "AutoConfig").from_pretrained(folder)
 
 
 def build_config(base: Path, encoder: Path, tokenizer):
@@ -172,10 +172,9 @@ def build_config(base: Path, encoder: Path, tokenizer):
     if model_type is None:
         names = ", ".join(family.base_name for family in FAMILIES.values())
         raise ValueError(f"{base} holds a {base_config.model_type} model; --base has to be one of {names}.")
-    auto_map = FAMILIES[model_type].auto_map
     whisper = transformers.WhisperConfig.from_pretrained(encoder)
     audio_ids = tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS))
-    return own_class(auto_map["AutoConfig"])(
+    return family_class(model_type, "AutoConfig")(
         text_config=base_config.text_config.to_dict(),
         vision_config=base_config.vision_config.to_dict(),
         audio_config={name: getattr(whisper, name) for name in WHISPER_FIELDS},
@@ -184,7 +183,7 @@ def build_config(base: Path, encoder: Path, tokenizer):
         tie_word_embeddings=base_config.tie_word_embeddings,
         vision_is_trained=getattr(base_config, "vision_is_trained", True),
         dtype=base_config.dtype or torch.float32,
-        architectures=[auto_map["AutoModel"].partition(".")[2]],
+        architectures=[family_class(model_type, "AutoModel").__name__],
     )
 
 
@@ -192,13 +191,12 @@ def build_processor(base: Path, encoder: Path, tokenizer, config, trained: Path 
     """Joins the two processors. A trained checkpoint decides between fixed and trimmed audio tokens."""
     untrained = {"audio_tokens": "fixed", "trained_audio_tokens": None}
     rules = checkpoints.read_rules(trained / "processor_config.json") if trained else untrained
-    family = FAMILIES[config.model_type]
-    processor = own_class(family.auto_map["AutoProcessor"])(
+    processor = family_class(config.model_type, "AutoProcessor")(
         image_processor=transformers.AutoImageProcessor.from_pretrained(base),
         tokenizer=tokenizer,
         video_processor=transformers.AutoVideoProcessor.from_pretrained(base),
         feature_extractor=transformers.WhisperFeatureExtractor.from_pretrained(encoder),
-        chat_template=make_chat_template(family),
+        chat_template=make_chat_template(FAMILIES[config.model_type]),
         **rules,
     )
     processor.check_config(config.to_dict())
@@ -232,7 +230,7 @@ def build_tokenizer(base: Path, **kwargs):
 def meta_state_dict(config) -> dict[str, torch.Tensor]:
     """Returns the model's own tensors on the meta device, which have names, shapes and dtypes but no memory."""
     with torch.device("meta"):
-        tensors = own_class(FAMILIES[config.model_type].auto_map["AutoModel"])(config).to(config.dtype).state_dict()
+        tensors = family_class(config.model_type, "AutoModel")(config).to(config.dtype).state_dict()
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     return tensors
@@ -295,7 +293,7 @@ def merge_adapter(origin: Origin) -> BuildParts:
         raise ValueError("An adapter is merged by peft, which is not installed: pip install peft") from error
 
     parts = read_model(resolve(model))
-    model_class = own_class(FAMILIES[parts.config.model_type].auto_map["AutoModel"])
+    model_class = family_class(parts.config.model_type, "AutoModel")
     whole = model_class.from_pretrained(parts.origins["trained checkpoint"].folder, dtype="auto")
     parts.plan = PeftModel.from_pretrained(whole, str(origin.folder)).merge_and_unload().state_dict()
     if parts.config.tie_word_embeddings:

@@ -23,7 +23,7 @@ from configuration_qwen2_audio_vl import FAMILIES
 from publishing.build import meta_state_dict, read_config
 from publishing.card import replace_section, save_card
 from publishing.checkpoints import EMBEDDINGS, PROJECTOR, StoredTensor, find_problems, read_bytes, stored_tensors
-from publishing.paths import CHECKSUMS, Origin, own_class, resolve, weights_of
+from publishing.paths import CHECKSUMS, Origin, family_class, resolve, weights_of
 
 
 try:
@@ -357,7 +357,7 @@ def export(source: str | Path, output: str | Path, kind: str = "f16") -> tuple[P
     needed = ("config.json", "processor_config.json", "tokenizer.json", "README.md", CHECKSUMS)
     origin = resolve(source, needed, ("README.md", CHECKSUMS))
     config = read_config(origin.folder)
-    processor_class = own_class(FAMILIES[config.model_type].auto_map["AutoProcessor"])
+    processor_class = family_class(config.model_type, "AutoProcessor")
     processor = processor_class.from_pretrained(origin.folder, trust_remote_code=False)
     if problem := find_refusal(config, processor):
         raise ValueError(f"llama.cpp cannot run {source} as it is: {problem}.")

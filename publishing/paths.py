@@ -44,6 +44,13 @@ def own_class(reference: str) -> type:
     return get_class_from_dynamic_module(reference, ROOT)
 
 
+def family_class(model_type: str, auto_class: str) -> type:
+    """Returns the class of this checkout that an Auto class loads for a type of model."""
+    from configuration_qwen2_audio_vl import FAMILIES
+
+    return own_class(FAMILIES[model_type].auto_map[auto_class])
+
+
 def load_processor(repo: str | Path, audio_tokens: str | None = None):
     """Loads the processor of a folder or a Hub id. Raises a ValueError if its code is of an earlier release."""
     from transformers import AutoProcessor
