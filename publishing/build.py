@@ -23,7 +23,7 @@ from configuration_qwen2_audio_vl import (
 from publishing import checkpoints
 from publishing.arguments import check_build
 from publishing.card import make_card
-from publishing.paths import ROOT, Origin, family_class, is_inside, resolve, silence_peft, write_checksums
+from publishing.paths import ROOT, Origin, family_class, is_inside, resolve, silence_peft, type_on, write_checksums
 from shipped_files import EXAMPLES, SHIPPED_FILES, require_files
 
 
@@ -168,7 +168,7 @@ def build_config(base: Path, encoder: Path, tokenizer):
     for folder in (base, encoder):
         require_files(folder, ("config.json",), COPY)
     base_config = transformers.AutoConfig.from_pretrained(base)
-    model_type = next((name for name, family in FAMILIES.items() if family.base_type == base_config.model_type), None)
+    model_type = type_on(base_config.model_type)
     if model_type is None:
         names = ", ".join(family.base_name for family in FAMILIES.values())
         raise ValueError(f"{base} holds a {base_config.model_type} model; --base has to be one of {names}.")

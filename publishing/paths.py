@@ -44,6 +44,13 @@ def own_class(reference: str) -> type:
     return get_class_from_dynamic_module(reference, ROOT)
 
 
+def type_on(base_type: str) -> str | None:
+    """Returns the type of the models on a base, None if there are none."""
+    from configuration_qwen2_audio_vl import FAMILIES
+
+    return next((name for name, family in FAMILIES.items() if family.base_type == base_type), None)
+
+
 def family_class(model_type: str, auto_class: str) -> type:
     """Returns the class of this checkout that an Auto class loads for a type of model."""
     from configuration_qwen2_audio_vl import FAMILIES

@@ -21,10 +21,10 @@ from helpers import BASE, KINDS, WITHOUT_AUDIO, audio, image, text, video
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from configuration_qwen2_audio_vl import FAMILIES
 from demo.ask import DEMO, read_examples, user
 from demo.bases import ASSETS, SMALL, make_base, make_bases, make_whisper
 from publishing.build import build
+from publishing.paths import type_on
 
 
 def pytest_unconfigure(config):
@@ -52,7 +52,7 @@ def base_type(request) -> str:
 @pytest.fixture(scope="session")
 def model_type(base_type) -> str:
     """The type of that model."""
-    return next(name for name, family in FAMILIES.items() if family.base_type == base_type)
+    return type_on(base_type)
 
 
 @pytest.fixture(scope="session")

@@ -22,10 +22,9 @@ from helpers import BASE
 from sounds import encode
 from transformers import CONFIG_MAPPING, ProcessorMixin, testing_utils
 
-from configuration_qwen2_audio_vl import FAMILIES
 from demo.bases import ASSETS, make_bases
 from publishing.build import build
-from publishing.paths import ROOT, own_class
+from publishing.paths import ROOT, family_class, type_on
 
 
 SOURCE = Path(os.environ.get("TRANSFORMERS_SOURCE", ROOT / ".venv" / "transformers-source"))
@@ -109,9 +108,9 @@ STOCK_CLASSES = (
     transformers.MODEL_MAPPING[StockConfig],
     transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[StockConfig],
 )
-TYPE, FAMILY = next((name, family) for name, family in FAMILIES.items() if family.base_type == BASE)
+TYPE = type_on(BASE)
 Config, ForConditionalGeneration, Processor = (
-    own_class(FAMILY.auto_map[name]) for name in ("AutoConfig", "AutoModel", "AutoProcessor")
+    family_class(TYPE, name) for name in ("AutoConfig", "AutoModel", "AutoProcessor")
 )
 Model = ForConditionalGeneration.backbone_class
 # In these tables they look up what a class of the library returns.
