@@ -18,7 +18,7 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, Qwen2AudioProcessor, WhisperFeatureExtractor
 from transformers.audio_utils import load_audio
 
-from audio_utils import SAMPLING_RATE, fetch_audio, log_mel, resample, split_windows
+from audio_utils import SAMPLING_RATE, fetch_all, fetch_audio, log_mel, resample, split_windows
 from benchmarks.measure import in_turns, where
 from benchmarks.report import report, table
 from demo.bases import ASSETS, make_base, make_whisper
@@ -69,6 +69,13 @@ def list_decoding(speech: np.ndarray) -> Iterator[tuple]:
         content = encode(speech, name, layout)
         peer = [] if name.endswith(("m4a", "webm")) else [partial(read_by_soundfile, content)]  # it reads neither
         yield f"`fetch_audio`, 30 s of {what}", "soundfile + soxr", partial(fetch_audio, content), *peer
+    files = [encode(speech, "clip.mp3", "stereo")] * 32
+    yield (
+        "32 files of 30 s of mp3, in threads",
+        "one after another",
+        partial(fetch_all, files),
+        lambda: [fetch_audio(file) for file in files],
+    )
 
 
 def list_resampling(speech: np.ndarray) -> Iterator[tuple]:
