@@ -33,6 +33,7 @@ except ImportError:  # Windows, where untrusted files are decoded in the process
 MAX_SECONDS = 3600.0  # limit of decoded audio; the positions of the model end after about ten minutes
 FULL_RATE = 48_000  # Hz; at a higher rate `max_seconds` is proportionally shorter, because it also limits memory
 FULL_SCALE = {"u1": (128, 2**7), "i2": (0, 2**15), "i4": (0, 2**31)}  # zero and full scale of integer samples
+LEAST_GAP = 0.1  # seconds between the end of a frame and the timestamp of the next
 FRAME_BATCH = 2**16  # samples converted at a time
 QUICK_SECONDS = 0.5  # for the first try of an untrusted file, so that short ones do not wait for long ones
 WORKER_SECONDS = 8  # for the second try
@@ -104,7 +105,8 @@ def decode_pieces(file, name: str, max_seconds: float) -> Iterator[tuple[int, np
         with file, av.open(file, metadata_errors="ignore", options=options) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name} has no audio track.")
-            frames = limit_length(container.decode(container.streams.audio[0]), name, max_seconds)
+            frames = fill_gaps(container.decode(container.streams.audio[0]), container)
+            frames = limit_length(frames, name, max_seconds)
             layouts = itertools.groupby(frames, lambda f: (f.sample_rate, f.format.name, f.layout.nb_channels))
             for (rate, format, channels), alike in layouts:
                 if channels > 7:
@@ -119,7 +121,36 @@ def decode_pieces(file, name: str, max_seconds: float) -> Iterator[tuple[int, np
     except AudioError:
         raise
     except Exception as error:  # besides FFmpeg's errors, hostile files cause IndexError and others in PyAV
-        raise AudioError(f"{name} cannot be decoded: {error or type(error).__name__}") from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise AudioError(f"{name} cannot be decoded: {reason}") from error
+
+
+def fill_gaps(frames: Iterator[av.AudioFrame], container) -> Iterator[av.AudioFrame]:
+    """
+    Yields the frames, and silence where their timestamps leave a gap, such as before the audio of a video that begins
+    later: what follows keeps its place in time. Gaps that would end after the file's own duration are not believed.
+    """
+    begin, length = ((value or 0) / av.time_base for value in (container.start_time, container.duration))
+    position = 0.0
+    for frame in frames:
+        place = position if frame.time is None else frame.time - begin
+        if place - position > LEAST_GAP and place <= length:
+            missing = round((place - position) * frame.sample_rate)
+            for start in range(0, missing, frame.sample_rate):  # a second at a time
+                yield make_silence(frame, min(frame.sample_rate, missing - start))
+            position = place
+        yield frame
+        position += frame.samples / frame.sample_rate
+
+
+def make_silence(frame: av.AudioFrame, num_samples: int) -> av.AudioFrame:
+    """Returns a frame of silence of the kind of another frame."""
+    like = frame.to_ndarray()
+    zero, _ = FULL_SCALE.get(like.dtype.str[1:], (0, 1))
+    width = num_samples if frame.format.is_planar else num_samples * frame.layout.nb_channels
+    silence = av.AudioFrame.from_ndarray(np.full((len(like), width), zero, like.dtype), frame.format.name, frame.layout)
+    silence.sample_rate = frame.sample_rate
+    return silence
 
 
 def limit_length(frames: Iterator[av.AudioFrame], name: str, max_seconds: float) -> Iterator[av.AudioFrame]:

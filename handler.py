@@ -487,8 +487,10 @@ def read_parameters(parameters: dict) -> dict:
         number, low, high = (str, value, value) if (name, value) == WORD_TIMES else PARAMETERS[name]
         types = (int, float) if number is float else (number,)
         if type(value) not in types or not low <= value <= high:  # Python counts a bool as an int
-            article = "an" if number is int else "a"
-            raise RequestError(f"{name} must be {article} {number.__name__} from {low} to {high}, got {value!r:.40}.")
+            bounds = f"{'an' if number is int else 'a'} {number.__name__} from {low} to {high}"
+            if number is bool:
+                bounds = 'true, false or "word"' if name == WORD_TIMES[0] else "true or false"
+            raise RequestError(f"{name} must be {bounds}, got {value!r:.40}.")
         settings[name] = number(value)  # `generate` refuses 2 where it takes 2.0
     if settings.get("temperature", 1.0) < 1e-6:  # 0 is the usual way to ask for greedy, and close to 0 logits overflow
         del settings["temperature"]

@@ -101,6 +101,8 @@ def read_fields(form) -> Asked:
     """Reads the fields of a form. Raises a ValueError that says what is wrong with them."""
     if unknown := sorted(set(form) - set(FIELDS)):
         raise ValueError(f"There is no field {', '.join(unknown):.80}; there are {', '.join(FIELDS)}.")
+    if doubled := [name for name in FIELDS if name != GRANULARITIES and len(form.getlist(name)) > 1]:
+        raise ValueError(f"The field {doubled[0]} is given {len(form.getlist(doubled[0]))} times; give it once.")
     if "file" not in form:
         raise ValueError("The request has no file; send a recording as the field file of a multipart form.")
     if isinstance(form["file"], str):

@@ -150,12 +150,18 @@ class ServerAsker:
         words = ask_for_words(self.language, self.prompt)
         sound = {"data": base64.b64encode(write_wav(clip)).decode(), "format": "wav"}
         content = [{"type": "input_audio", "input_audio": sound}, {"type": "text", "text": words}]
-        choice = self.client.chat.completions.create(
-            model=self.model,
-            messages=[{"role": "user", "content": content}],
-            max_tokens=longest_answer(len(clip)),
-            temperature=0.0,
-        ).choices[0]
+        from openai import APIStatusError
+
+        try:
+            completion = self.client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": content}],
+                max_tokens=longest_answer(len(clip)),
+                temperature=0.0,
+            )
+        except APIStatusError as error:  # its message leaves out what some servers say
+            raise ConnectionError(f"HTTP {error.status_code}: {error.response.text:.400}") from error
+        choice = completion.choices[0]
         return Answer(" ".join((choice.message.content or "").split()), choice.finish_reason != "length")
 
 
@@ -343,17 +349,14 @@ def resume(
                 for line in rest:
                     end, segments = json.loads(line)
                     earlier.append((end, [read_segment(fields) for fields in segments]))
-    with unfinished.open("w", encoding="utf-8") as file:
-
-        def write(content):
-            file.write(json.dumps(content, ensure_ascii=False) + "\n")
-            file.flush()
-
-        write(facts)
-        start = earlier[-1][0] if earlier else 0
-        for end, segments in itertools.chain(earlier, transcriber.batches(source, start)):
-            write([end, [segment_dict(segment) for segment in segments]])
-            yield end, segments
+    start, is_new = earlier[-1][0] if earlier else 0, True
+    for end, segments in itertools.chain(earlier, transcriber.batches(source, start)):
+        content = [end, [segment_dict(segment) for segment in segments]]
+        lines = [facts, content] if is_new else [content]  # a file that cannot be opened leaves nothing behind
+        with unfinished.open("w" if is_new else "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        is_new = False
+        yield end, segments
 
 
 def identify(source: str) -> dict:
@@ -376,7 +379,7 @@ def name_outputs(sources: list[str]) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("repo", nargs="?", help="folder or Hub id; left out with --url")
+    parser.add_argument("repo", nargs="?", help="folder or Hub id; with --url a folder, or left out")
     parser.add_argument("files", nargs="*", metavar="FILES", help="recordings: paths or addresses")
     parser.add_argument("--output-dir", type=Path, default=Path("."), help="default: the current folder")
     parser.add_argument("--output-format", choices=[*FORMATS, "all"], default="all", help="default: all")
@@ -393,7 +396,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-line-count", type=int, default=2, help="lines of a subtitle (default: 2)")
     parser.add_argument("--highlight-words", action="store_true", help="underline the spoken word in subtitles")
     parser.add_argument("--stream", action="store_true", help="print segments as they come, instead of a progress bar")
-    parser.add_argument("--dtype", default="auto", help="of the weights (default: auto, as they are stored)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: auto, as stored)")
     parser.add_argument("--url", help="address of a server with OpenAI's chat API, up to and with /v1")
     parser.add_argument("--served-name", help="name of the model at the server (default: the first)")
     return parser
@@ -407,7 +411,10 @@ def load_transcriber(options: argparse.Namespace) -> Transcriber:
             raise ValueError("--word-timestamps with --url needs --aligner, a folder or Hub id of a complete Whisper.")
         aligner = Aligner(find_folder(aligner)) if options.word_timestamps else None
         ask = ServerAsker(options.url, options.served_name, options.language, options.prompt)
-        longest = PIECE_SECONDS if options.max_seconds is None else options.max_seconds
+        longest = options.max_seconds
+        if longest is None:
+            of_model = AutoProcessor.from_pretrained(options.repo, trust_remote_code=True) if options.repo else None
+            longest = longest_piece(of_model)
         return Transcriber(ask, longest, options.batch_size, aligner, options.language, options.pause)
     folder = find_folder(options.repo, needed=WHOLE_MODEL)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -436,11 +443,13 @@ def find_aligner(name: str) -> Path:
     return find_folder(repo, revision or None, ("config.json",), ignore_patterns=["*.bin", "*.h5", "*.msgpack"])
 
 
-def transcribe_file(transcriber: Transcriber, source: str, name: str, style: SubtitleStyle, options) -> None:
+def transcribe_file(
+    transcriber: Transcriber, source: str, name: str, style: SubtitleStyle, options, unfinished: Path
+) -> None:
     """Transcribes one file, and writes the formats that were asked for when it is done."""
-    unfinished = options.output_dir / f"{name}.unfinished.jsonl"
-    asked = ("repo", "url", "max_seconds", "pause", "language", "prompt", "word_timestamps", "aligner")
+    asked = ("repo", "url", "dtype", "max_seconds", "pause", "language", "prompt", "word_timestamps", "aligner")
     settings = {option: getattr(options, option) for option in asked}
+    settings["served_name"] = getattr(transcriber.ask, "model", None) if options.url else None
     start, batches = time.monotonic(), []
     total = find_duration(source)
     bar_format = "{desc}: {n:.0f} of {total:.0f} s |{bar}| {postfix}, {remaining} left"
@@ -458,15 +467,27 @@ def transcribe_file(transcriber: Transcriber, source: str, name: str, style: Sub
     for ending in FORMATS if options.output_format == "all" else (options.output_format,):
         target = options.output_dir / f"{name}.{ending}"
         target.write_text(FORMATS[ending](transcript, style), encoding="utf-8")
-    unfinished.unlink()
+    warn_of_losses(transcript, source, total)
+
+
+def warn_of_losses(transcript: Transcript, source: str, total: float | None):
+    """Warns if a recording is shorter than its header says, or if nothing is said in it."""
+    if total and transcript.duration < total - max(1.0, total / 100):
+        logger.warning(
+            f"{source}: {transcript.duration:.1f} s could be decoded, its header says {total:.1f} s; is it complete?"
+        )
+    if not transcript.segments:
+        logger.warning(f"{source}: no voice was found in {transcript.duration:.1f} s.")
 
 
 def main() -> int:
     parser = make_parser()
     options = parser.parse_intermixed_args()
     sources = options.files
-    if options.url:
-        sources, options.repo = ([options.repo] if options.repo else []) + sources, None
+    if options.url and options.repo and not os.path.isdir(options.repo):
+        sources, options.repo = [options.repo, *sources], None
+    if options.aligner and not options.word_timestamps:
+        parser.error("--aligner needs --word-timestamps")
     if not sources:
         parser.error("name the recordings to transcribe")
     try:
@@ -476,13 +497,20 @@ def main() -> int:
         transcriber = load_transcriber(options)
     except (ValueError, OSError) as error:
         parser.exit(2, f"transcribe.py: {error}\n")
-    failed = 0
+    failed, done = 0, []
     for source, name in zip(sources, names, strict=True):
+        unfinished = options.output_dir / f"{name}.unfinished.jsonl"
         try:
-            transcribe_file(transcriber, source, name, style, options)
+            transcribe_file(transcriber, source, name, style, options, unfinished)
+            done.append(unfinished)
+        except KeyboardInterrupt:
+            sys.stderr.write("transcribe.py: stopped; the same command goes on after the last batch.\n")
+            return 130
         except Exception as error:  # of many types; the other files are transcribed all the same
             failed += 1
             sys.stderr.write(f"transcribe.py: {source} failed: {error or type(error).__name__}\n")
+    for unfinished in done:  # not earlier, so that a run that was stopped does not begin again with its first file
+        unfinished.unlink(missing_ok=True)
     if failed:
         sys.stderr.write(f"transcribe.py: {failed} of {len(sources)} files failed.\n")
     return 1 if failed else 0

@@ -214,8 +214,8 @@ def make_subtitles(transcript: Transcript, style: SubtitleStyle) -> list[Subtitl
         end = best[end][1]
     groups = [words[first:end] for first, end in reversed(bounds)]
     last = max([transcript.duration, *(word.end for word in words[-1:])])
-    following = [*(group[0].start for group in groups[1:]), last][: len(groups)]
-    return [make_subtitle(group, start, style) for group, start in zip(groups, following, strict=True)]
+    following = [*((group[0].start, GAP) for group in groups[1:]), (last, 0.0)][: len(groups)]
+    return [make_subtitle(group, *limit, style) for group, limit in zip(groups, following, strict=True)]
 
 
 def cost_of(words: list[Word], first: int, end: int, characters: int, style: SubtitleStyle) -> float:
@@ -267,13 +267,13 @@ def break_lines(words: list[Word], style: SubtitleStyle) -> list[list[Word]]:
     return list(min(pairs, key=cost))
 
 
-def make_subtitle(words: list[Word], following: float, style: SubtitleStyle) -> Subtitle:
-    """Lets a subtitle stay until it can be read, if the next one leaves the time."""
+def make_subtitle(words: list[Word], following: float, gap: float, style: SubtitleStyle) -> Subtitle:
+    """Lets a subtitle stay until it can be read, if the next one, or the end of the recording, leaves the time."""
     start, end = words[0].start, words[-1].end
     characters = width_of(words)
     needed = start + min(LONGEST, max(SHORTEST, characters / READING_SPEED))
     # A subtitle ends two frames before the next; words that follow at once give up these frames.
-    latest = max(following - GAP, start + FRAME)
+    latest = max(following - gap, min(words[-1].start + FRAME, following))
     return Subtitle(start, min(max(end, needed), latest), break_lines(words, style))
 
 

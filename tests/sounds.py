@@ -2,6 +2,7 @@
 
 import io
 import math
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -39,11 +40,23 @@ ENCODINGS = {
 BIT_RATES = {"libopencore_amrnb": 12_200, "wmav2": 128_000}  # of codecs that have no default
 
 
-def encode(samples: np.ndarray, name: str, layout: str = "mono", video: bool = False, **options: str) -> bytes:
-    """Float32 `[samples]` at 16 kHz as a file of one of `ENCODINGS`, perhaps with pictures that grow brighter."""
+def encode(
+    samples: np.ndarray,
+    name: str,
+    layout: str = "mono",
+    video: bool = False,
+    gap: tuple[float, float] = (0, 0),
+    **options: str,
+) -> bytes:
+    """
+    Float32 `[samples]` at 16 kHz as a file of one of `ENCODINGS`, perhaps with pictures that grow brighter. `gap` has
+    the second at which the timestamps leave a gap, and its seconds.
+    """
     codec, container, rate, format = ENCODINGS[name]
     frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
     frame.sample_rate = 16_000
+    if gap[1]:
+        frame.pts, frame.time_base = 0, Fraction(1, 16_000)
     file = io.BytesIO()
     with av.open(file, "w", format="mp4" if video and container != "webm" else container, options=options) as output:
         if video:
@@ -54,10 +67,13 @@ def encode(samples: np.ndarray, name: str, layout: str = "mono", video: bool = F
             stream.bit_rate = BIT_RATES[codec]
         size = stream.codec_context.frame_size
         resampler = av.AudioResampler(format=format, layout=layout, rate=rate, frame_size=size)
-        for part in (frame, None):
-            for piece in resampler.resample(part):
-                output.mux(stream.encode(piece))
-        output.mux(stream.encode(None))
+        pieces = [piece for part in (frame, None) for piece in resampler.resample(part)]
+        for piece in (*pieces, None):
+            for packet in stream.encode(piece):
+                if gap[1] and packet.pts * packet.time_base >= gap[0]:
+                    packet.pts += round(gap[1] / packet.time_base)
+                    packet.dts += round(gap[1] / packet.time_base)
+                output.mux(packet)
         if video:
             for number in range(8 * math.ceil(len(samples) / 16_000)):
                 pixels = np.full((56, 56, 3), min(10 * number, 255), np.uint8)

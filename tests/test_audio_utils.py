@@ -17,6 +17,7 @@ from sounds import ENCODINGS, RECORDINGS, encode
 from transformers import WhisperFeatureExtractor
 
 import audio_utils
+from audio_streaming import stream_audio
 from audio_utils import AudioError, fetch_all, fetch_audio, log_mel
 from demo.bases import ASSETS
 
@@ -60,6 +61,22 @@ def best_match(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int]:
     ours, theirs = ours[max(shift, 0) :], theirs[max(-shift, 0) :]
     length = min(len(ours), len(theirs))
     return np.corrcoef(ours[:length], theirs[:length])[0, 1], shift
+
+
+@pytest.mark.parametrize("at, seconds", [(0, 3.0), (1, 2.5)])
+@pytest.mark.parametrize("name", ["aac.m4a", "opus.webm"])
+def test_audio_keeps_its_place_in_a_video(name, at, seconds, original):
+    """Audio that begins after the pictures, and a gap between its timestamps."""
+    padded = np.concatenate([original, np.zeros(64_000, np.float32)])  # pictures last as long as the gap and more
+    content = encode(padded, name, video=True, gap=(at, seconds))
+    place, middle = at * 16_000, round((at + seconds / 2) * 16_000)
+    for ours in (fetch_audio(content).numpy(), torch.cat([*stream_audio(content)]).numpy()):
+        # A packet has 20 ms, so the gap is where one begins.
+        assert at == 0 or best_match(ours[:middle], original[: place + 640])[0] > 0.95
+        correlation, delay = best_match(ours[middle:], original[place:])
+        assert correlation > 0.95 and abs(delay - seconds / 2 * 16_000) < 800, (correlation, delay)
+    with pytest.raises(AudioError, match="lasts longer than the limit of 5 s"):
+        fetch_audio(content, max_seconds=5)
 
 
 @pytest.mark.parametrize("layout", ["mono", "stereo"])

@@ -486,7 +486,7 @@ def test_times_are_refused_where_there_are_none(handler):
             handler(ask(inputs, return_timestamps=True))
     with pytest.raises(ValueError, match="needs a model that names its audio_encoder_origin"):
         handler(ask({"audio": speech}, return_timestamps="word"))
-    with pytest.raises(ValueError, match="return_timestamps must be a bool"):
+    with pytest.raises(ValueError, match="return_timestamps must be true, false or \"word\", got 'letter'"):
         handler(ask({"audio": speech}, return_timestamps="letter"))
 
 

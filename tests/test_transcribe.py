@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from sounds import encode
 from transformers import AutoModel, AutoProcessor
 
 import transcribe
@@ -245,7 +246,7 @@ def test_command_line(demo_repo, recording, tmp_path):
     done = command(demo_repo, output, tmp_path / "broken.wav", path)
     assert done.returncode == 1, done.stderr
     assert "broken.wav failed: " in done.stderr and "1 of 2 files failed" in done.stderr
-    assert "times real time" in done.stderr
+    assert "times real time" in done.stderr and not [*output.glob("*.unfinished.jsonl")]
     assert (output / "talk.txt").read_text().splitlines() == said
     assert sorted(p.name for p in output.iterdir() if p.stem == "talk") == [
         f"talk.{e}" for e in ("json", "srt", "txt", "vtt")
@@ -253,7 +254,8 @@ def test_command_line(demo_repo, recording, tmp_path):
 
     # A run that was stopped after the first batch, and in the middle of a line, goes on there.
     unfinished = output / "talk.unfinished.jsonl"
-    facts = dict.fromkeys(("url", "max_seconds", "pause", "language", "prompt", "aligner")) | {"word_timestamps": False}
+    facts = dict.fromkeys(("url", "max_seconds", "pause", "language", "prompt", "aligner", "served_name"))
+    facts |= {"word_timestamps": False, "dtype": "auto"}
     stat = os.stat(path)
     facts = {"repo": str(demo_repo), **facts, "source": str(path), "bytes": stat.st_size, "changed": stat.st_mtime}
     first = json.loads((output / "talk.json").read_text())["segments"][0]
@@ -267,11 +269,23 @@ def test_command_line(demo_repo, recording, tmp_path):
     assert said[-1] in done.stdout and not unfinished.exists()
 
 
+def test_what_is_missing_is_said(demo_repo, recording, tmp_path):
+    path, _ = recording
+    content = encode(np.tile(fetch_audio(path).numpy(), 4), "clip.mp3")
+    (tmp_path / "half.mp3").write_bytes(content[: len(content) // 2])
+    soundfile.write(tmp_path / "silence.wav", np.zeros(SAMPLING_RATE), SAMPLING_RATE)
+    done = command(demo_repo, tmp_path / "output", tmp_path / "half.mp3", tmp_path / "silence.wav")
+    assert done.returncode == 0, done.stderr
+    assert "is it complete?" in done.stderr and "silence.wav: no voice was found in 1.0 s" in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, reason",
     [
         (["talk.wav", "other/talk.mp3"], "Two files are named talk"),
         (["talk.wav", "--word-timestamps"], "give its folder or Hub id as --aligner"),
+        (["talk.wav", "--aligner", "openai/whisper-base"], "--aligner needs --word-timestamps"),
+        (["talk.wav", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["talk.wav", "--max-line-width", "0"], "max_line_width must be 1 or more"),
         (["talk.wav", "--batch-size", "0"], "batch_size must be 1 or more"),
         ([], "name the recordings to transcribe"),

@@ -149,6 +149,8 @@ def form(name: str = SPEECH[0], content: bytes = SPEECH[1], **fields) -> dict:
 BAD = {
     "no file": ({"data": {"model": "x"}}, "no file"),
     "a body that is no form": ({"json": {"file": "x"}}, "no file"),
+    "two files": ({"files": [("file", SPEECH), ("file", SPEECH)]}, "The field file is given 2 times"),
+    "two formats": (form(response_format=["srt", "vtt"]), "The field response_format is given 2 times"),
     "a text for a file": ({"files": {"file": (None, "x")}}, "with a name"),
     "half a form": (
         {"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=y"}},

@@ -108,6 +108,14 @@ def test_the_spoken_word_is_underlined():
     events = read_back(content, "srt")
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(events))
 
+    words = tuple(Word(number / 50, (number + 1) / 50, f"word{number}") for number in range(200))  # without pauses
+    fast = Transcript((Segment(0, 4, "", words),), 4)
+    for style in (SubtitleStyle(highlight_words=True), SubtitleStyle(1, 1), SubtitleStyle(10, 1)):
+        events = read_back(FORMATS["srt"](fast, style), "srt")
+        assert all(start < end for start, end, _ in events)
+        assert all(first[1] <= second[0] for first, second in itertools.pairwise(events))
+    assert make_subtitles(fast, SubtitleStyle())[-1].end == 4  # no subtitle follows
+
 
 def test_json_holds_the_whole_transcript():
     plain, doubtful = Segment(0.5, 1.0, "Uno."), Segment(2.0, 3.0, "", doubt="the answer did not end")
