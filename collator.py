@@ -96,6 +96,9 @@ class ChatCollator:
     def locate(self, item: dict, folder: Path) -> dict:
         """Returns a normalized item with an absolute path, or with a picture instead of the bytes of its file."""
         source = item.get(item["type"])
+        if source is None:
+            keys = ", ".join(map(str, item))
+            raise ValueError(f"an item of type {item['type']} has no source as `{item['type']}`; its keys are {keys}")
         if item["type"] == "image" and isinstance(source, bytes):
             with refuse_unreadable():
                 return self.processor.open_item(item)

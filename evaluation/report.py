@@ -54,11 +54,14 @@ def score_folder(folder: str | Path, metric: str | None = None, needs_json: bool
 
 
 def refuse_texts(comparisons: list[Comparison]):
-    """Raises a ValueError if a reference is no JSON object."""
-    for row in comparisons:
-        if row.fields is None:
-            text, place = row.prediction["text"], row.prediction["place"]
-            raise ValueError(f"--json needs references that are JSON objects; that of {place} is {text!r:.200}.")
+    """Raises a ValueError if a reference is no JSON object. Rows that could not be asked have none."""
+    asked = [row for row in comparisons if "error" not in row.prediction]
+    if wrong := [row for row in asked if row.fields is None]:
+        text, place = wrong[0].prediction["text"], wrong[0].prediction["place"]
+        raise ValueError(
+            f"--json needs references that are JSON objects; {len(wrong)} of {len(asked)} are not, that of {place} is "
+            f"{text!r:.200}."
+        )
 
 
 def write_page(folder: Path, arms: dict[str, list[Comparison]], scores: dict, limit: int = 200) -> Path:

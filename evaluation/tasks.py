@@ -144,7 +144,10 @@ class Metric:
         try:
             value = self.function(reference, answer)
         except Exception as error:
-            raise ValueError(f"{self.name} of {self.path} raised {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"{self.name} of {self.path} raised {type(error).__name__}: {error}; it was given the reference "
+                f"{reference!r:.200} and the answer {answer!r:.200}."
+            ) from error
         values = value if isinstance(value, dict) else {self.name: value}
         for name, number in values.items():
             if not isinstance(name, str) or not isinstance(number, Real) or not math.isfinite(number):

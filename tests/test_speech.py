@@ -213,7 +213,19 @@ def test_a_task_is_taught_and_scored(speech, tmp_path):
     if not REPO.is_dir():
         build_repo()
     task = json.loads(commands.TASK.read_text())
+    phrases, voices = task["phrases"]["training"], task["voices"]["training"]
+    for change, reason in (
+        ({"instruction": ""}, "The task has no instruction"),
+        ({"phrases": {**task["phrases"], "test": []}}, "needs phrases and voices for the part 'test'"),
+        ({"phrases": {**task["phrases"], "training": [*phrases, "Turn it {stat}."]}}, r"names \['stat'\]"),
+        ({"voices": {**task["voices"], "training": {**voices, "flite": ["kall"]}}}, "flite has no voice kall"),
+        ({"voices": {**task["voices"], "training": {"espeak-ng": ["en-us+q7"]}}}, "espeak-ng has no voice en-us"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            commands.run({**task, **change}, tmp_path, is_short=True)
     results = commands.run(task, tmp_path, is_short=True)
+    with pytest.raises(ValueError, match="another number of clips"):
+        commands.run(task, tmp_path, is_short=False)
     whole = results["scores"]["arms"]["as given"]["all"]
     assert whole["kind"] == "json" and whole["rows"] == 4 and set(whole["fields"]) >= set(task["words"])
     assert results["training"]["kept"]["metric"] == "word error rate"

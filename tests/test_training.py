@@ -206,6 +206,14 @@ def test_old_skills_are_measured(run, settings, demo_repo, tones, tmp_path, caps
     assert kept["metric"] == "word error rate" and kept["before"] < 0.1 < kept["after"]
     assert json.loads((tmp_path / "output" / "summary.json").read_text())["kept"] == kept
     assert json.loads((tmp_path / "output" / "kept.json").read_text())["value"] == kept["before"]
+
+    # The same command again trains no further; the score before training is that of the rows that are given.
+    adapter = tmp_path / "output" / "adapter" / "adapter_model.safetensors"
+    content, few = adapter.read_bytes(), write_lines(tmp_path / "few.jsonl", rows[:2])
+    again = run(tmp_path / "output", **more | {"keep": [few]})
+    assert again["steps"] == 3 and adapter.read_bytes() == content and again["loss"] == summary["loss"]
+    assert json.loads((tmp_path / "output" / "kept.json").read_text())["asked"]["data"][0]["name"] == "few.jsonl"
+    assert run(tmp_path / "output", **more)["kept"] == kept
     folder = build(checkpoint=tmp_path / "output" / "adapter", output=tmp_path / "built")
     tasks = {
         task["instruction"]: task

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 
 from collator import ChatCollator, answer_text
-from evaluation.rows import load_rows
+from evaluation.rows import describe_data, load_rows
 from evaluation.scoring import compare, headline, kind_of, score
 from publishing.paths import write_json
 from training.arguments import Arguments
@@ -42,6 +42,7 @@ class KeptSkill:
     def __init__(self, args: Arguments, processor):
         self.path, self.collator = Path(args.output_dir) / KEPT_FILE, ChatCollator(processor)
         self.rows = select_rows(load_rows(args.keep, columns=args.columns), self.collator, args)
+        self.asked = {"data": describe_data(args.keep, args.columns), "max_new_tokens": args.max_new_tokens}
 
     def score(self, trainer) -> dict:
         """Asks all rows. Returns `metric`, the name of the figure that tells the most of them, and `value`."""
@@ -49,10 +50,12 @@ class KeptSkill:
         return {"metric": name, "value": rate["value"]}
 
     def score_before(self, trainer, is_resumed: bool) -> dict:
-        """Scores the untrained model, or reads what an interrupted run wrote then."""
+        """Scores the untrained model, or reads what an interrupted run wrote then, if it asked the same rows."""
         if is_resumed and self.path.is_file():
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        before = self.score(trainer)
+            before = json.loads(self.path.read_text(encoding="utf-8"))
+            if before.get("asked") == self.asked:
+                return before
+        before = {**self.score(trainer), "asked": self.asked}
         if trainer.args.should_save:
             write_json(self.path, before)
         return before

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file
-from transformers import AutoModel, BitsAndBytesConfig, Trainer, set_seed
+from transformers import AutoModel, BitsAndBytesConfig, Trainer, TrainerState, set_seed
 from transformers.utils import logging
 
 from collator import ChatCollator, answer_text
@@ -194,11 +194,26 @@ def load_data(args: Arguments, collator: ChatCollator) -> list:
     return [None if rows is None else select_rows(rows, collator, args) for rows in (dataset, eval_dataset)]
 
 
+def is_complete(trainer: AnswerTrainer, checkpoint: str | None) -> bool:
+    """
+    Whether a checkpoint is of the last step, which the Trainer would exceed by one. If so, its adapter is loaded. Parts
+    of a model on several machines are left to the Trainer.
+    """
+    if checkpoint is None or trainer.is_fsdp_enabled:
+        return False
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if state.global_step < (trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps):
+        return False
+    trainer.state = state
+    trainer.model.load_adapter(checkpoint, trainer.model.active_adapter)
+    return True
+
+
 def run(trainer: AnswerTrainer, checkpoint: str | None, earlier: float) -> dict:
     """Goes on from a checkpoint, which took `earlier` seconds, and evaluates. Returns the summary of the whole run."""
     args, start = trainer.args, time.time()
     learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    runtime = 0.0 if is_complete(trainer, checkpoint) else trainer.train(checkpoint).metrics["train_runtime"]
     steps, size = trainer.state.global_step, None if args.streaming else len(trainer.train_dataset)
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     num_rows = steps * rows_per_step if args.streaming else trainer.state.epoch * size

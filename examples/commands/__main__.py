@@ -12,6 +12,8 @@ import argparse
 import json
 import random
 import shutil
+import string
+import subprocess
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from transformers.utils import logging
 
 from configuration_qwen2_audio_vl import TRANSCRIBE
 from demo.ask import user, write_rows
-from demo.world import Speech, say
+from demo.world import Speech, espeak_variants, say
 from evaluation.generate import write_sound
 from evaluation.predict import predict
 from evaluation.report import score_folder
@@ -63,6 +65,35 @@ def has_fast_bfloat16() -> bool:
 def make_row(audio: str, instruction: str, answer: str) -> dict:
     asked = user([{"type": "audio", "audio": audio}, {"type": "text", "text": instruction}])
     return {"messages": [*asked, {"role": "assistant", "content": answer}]}
+
+
+def list_voices(engine: str) -> set[str]:
+    """Lists the voices of an installed synthesizer; for espeak-ng languages, alone and with each variant."""
+    if engine == "flite":
+        told = subprocess.run(["flite", "-lv"], check=True, capture_output=True, text=True).stdout
+        return set(told.partition(":")[2].split())
+    told = subprocess.run(["espeak-ng", "--voices"], check=True, capture_output=True, text=True).stdout
+    languages = [line.split()[1] for line in told.splitlines()[1:]]
+    variants = espeak_variants(held_out=True) + espeak_variants(held_out=False)
+    return {*languages, *(f"{language}+{variant}" for language in languages for variant in variants)}
+
+
+def check_task(task: dict):
+    """Raises a ValueError that names what a task lacks. A synthesizer would say an unknown voice with another one."""
+    if missing := [name for name in ("instruction", "words", "phrases", "voices") if not task.get(name)]:
+        raise ValueError(f"The task has no {', '.join(missing)}; examples/commands/task.json shows what is needed.")
+    for part in CLIPS:
+        if not task["phrases"].get(part) or not task["voices"].get(part):
+            raise ValueError(f"The task needs phrases and voices for the part {part!r}.")
+        for phrase in task["phrases"][part]:
+            named = {name for _, name, _, _ in string.Formatter().parse(phrase) if name is not None}
+            if unknown := sorted(named - set(task["words"])):
+                raise ValueError(f"The phrase {phrase!r} names {unknown}; the task has words for {[*task['words']]}.")
+        for engine, names in task["voices"][part].items():
+            if engine not in ("espeak-ng", "flite"):
+                raise ValueError(f"The voices must be of espeak-ng or flite, got {engine!r}.")
+            if unknown := sorted(set(names) - list_voices(engine)):
+                raise ValueError(f"{engine} has no voice {', '.join(unknown)} here.")
 
 
 def make_clips(task: dict, part: str, count: int, folder: Path) -> tuple[Path, Path]:
@@ -113,10 +144,15 @@ def ask(model: Path, rows: Path, output: Path, **options) -> Path:
 
 def run(task: dict, output: Path, is_short: bool) -> dict:
     """Does all of it; a training that was interrupted goes on. Returns the scores of the test clips and the summary."""
+    check_task(task)
     if not REPO.is_dir():
         raise FileNotFoundError(f"There is no {REPO}; `make speech` makes it.")
     counts, steps = (SHORT_CLIPS, SHORT_STEPS) if is_short else (CLIPS, STEPS)
     output.mkdir(parents=True, exist_ok=True)
+    facts, written = {"task": task, "clips": counts}, output / "task.json"
+    if written.is_file() and json.loads(written.read_text(encoding="utf-8")) != facts:
+        raise ValueError(f"{output} has another task, or another number of clips; name another folder as --output.")
+    write_json(written, facts)
     own, transcripts = make_clips(task, "training", counts["training"], output)
     test, old = make_clips(task, "test", counts["test"], output)
     known, old = (choose_prompts(output) if not is_short else None) or (transcripts, old)
@@ -143,7 +179,11 @@ def main():
     parser.add_argument("--short", action="store_true", help="a few clips and steps")
     options = parser.parse_args()
     logging.set_verbosity_error()
-    results = run(json.loads(options.task.read_text(encoding="utf-8")), options.output, options.short)
+    try:
+        task = json.loads(options.task.read_text(encoding="utf-8"))
+        results = run(task, options.output, options.short)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     scores, kept = results["scores"], results["training"]["kept"]
     print(f"{table(scores)}\n{summary(scores)}")
     exact = scores["arms"][AS_GIVEN][ALL]["exact"]["value"]
