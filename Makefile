@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY)  ## build the small trained model and ask it about recordings and pictures
+demo: $(READY)  ## build the two small trained models and ask them about recordings and pictures
 	$(PYTHON) -m demo.run
 
 speech: $(READY)  ## download a speech model's parts, join them with what was trained, and transcribe people

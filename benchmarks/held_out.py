@@ -1,6 +1,6 @@
 """
-Asks the demo checkpoint about phrases that training never said or drew, by voices and at paces that it never used, and
-again with the audio taken away; with fixed and with trimmed audio tokens. Needs the synthesizers of `demo/make.py`.
+Asks the demo checkpoints about phrases that training never said or drew, by voices and at paces that it never used,
+and again with the audio taken away; with fixed and with trimmed audio tokens. Needs the synthesizers of `demo/make.py`.
 
     python -m benchmarks.held_out [--questions N_OF_EACH_SKILL] [--readme]
 """
@@ -12,13 +12,14 @@ import torch
 
 from benchmarks.report import report, table
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
-from demo.ask import ask, load_demo
+from demo.ask import DEMO, DEMO_NEWER, ask, load_demo
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SKILLS, Examples, cast, content, draw, say
 
 
 # The share that the best constant answer gets: one in ten clips to transcribe is a question.
 CHANCE = {"transcribe": 0.9 / len(HELD_OUT), "picture": 1 / len(HELD_OUT), "agree": 1 / 2, "question": 1 / 3}
 CHANCE["compare"] = 1 / 2
+CHECKPOINTS = {"Qwen2-VL": DEMO, "Qwen3-VL": DEMO_NEWER}
 CONDITIONS = ("right", "clip silenced", "another clip")
 
 
@@ -48,15 +49,16 @@ def evaluate(processor, model, questions: int, seed: int = 0) -> Iterator[tuple[
 
 
 def main(questions: int = 500) -> list[str]:
-    processor, model = load_demo()
-    model.float()  # many CPUs have no products of bfloat16
     columns = [(audio_tokens, name) for audio_tokens in AUDIO_TOKEN_COUNTS for name in CONDITIONS]
     rows = []
-    for skill, shares in evaluate(processor, model, questions):
-        cells = [f"{shares[column]:.1%}" if column in shares else "" for column in columns]
-        rows.append((skill, SKILLS[skill]["instruction"], *cells, f"{CHANCE[skill]:.0%}"))
+    for base, checkpoint in CHECKPOINTS.items():
+        processor, model = load_demo(checkpoint)
+        model.float()  # many CPUs have no products of bfloat16
+        for skill, shares in evaluate(processor, model, questions):
+            cells = [f"{shares[column]:.1%}" if column in shares else "" for column in columns]
+            rows.append((base, skill, *cells, f"{CHANCE[skill]:.0%}"))
     head = [f"{name}, {audio_tokens}" for audio_tokens, name in columns]
-    return [table(("skill", "instruction", *head, "chance"), rows)]
+    return [table(("base", "skill", *head, "chance"), rows)]
 
 
 if __name__ == "__main__":

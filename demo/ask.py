@@ -18,21 +18,22 @@ from publishing.build import build
 from publishing.paths import ROOT, replace_file
 
 
-DEMO = ROOT / "demo"
+DEMO = ROOT / "demo"  # the checkpoint on Qwen2-VL
+DEMO_NEWER = DEMO / "qwen3-vl"  # that on Qwen3-VL
 EXAMPLES = DEMO / "examples"
 MAX_NEW_TOKENS = 12  # of the longest answer
 
 
 @contextlib.contextmanager
-def built_demo(**options) -> Iterator[Path]:
-    """Yields a temporary folder with the demo checkpoint; `options` are those of `build`."""
+def built_demo(checkpoint: Path = DEMO, **options) -> Iterator[Path]:
+    """Yields a temporary folder with a demo checkpoint; `options` are those of `build`."""
     with tempfile.TemporaryDirectory() as folder:
-        yield build(checkpoint=DEMO, output=Path(folder) / "demo", **options)
+        yield build(checkpoint=checkpoint, output=Path(folder) / "demo", **options)
 
 
-def load_demo() -> tuple:
-    """Loads `(processor, model)` of the checkpoint in `demo/`."""
-    with built_demo() as repo:
+def load_demo(checkpoint: Path = DEMO) -> tuple:
+    """Loads `(processor, model)` of a demo checkpoint."""
+    with built_demo(checkpoint) as repo:
         return load(repo)
 
 

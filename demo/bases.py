@@ -20,7 +20,7 @@ from publishing.paths import ROOT, write_json
 
 
 ASSETS = ROOT / "assets"
-PICTURE = 112  # pixels a side, which become 16 tokens
+PICTURE_TOKENS = 16
 STD = 0.08  # of the first weights; with the usual 0.02 so small a model hardly starts to learn
 
 
@@ -33,6 +33,8 @@ class Small(NamedTuple):
     more_tokens: int = 0  # how many tokens after those of Qwen2-VL its tokenizer has, in the order of Qwen3-VL's
     processors: str = "qwen2-vl-7b"  # the folder of the settings of its processors
     files: tuple[str, ...] = ("preprocessor_config.json",)  # of these settings
+    picture: int = 112  # pixels a side, which become PICTURE_TOKENS
+    demo: dict | None = None  # settings of the vision tower with which a demo checkpoint has at most 6 MB
 
 
 SMALL = {
@@ -45,6 +47,8 @@ SMALL = {
         more_tokens=12,
         processors="qwen3-vl-4b",
         files=("preprocessor_config.json", "video_preprocessor_config.json"),
+        picture=128,
+        demo={"depth": 3, "deepstack_visual_indexes": [1], "num_position_embeddings": 64},
     ),
 }
 
@@ -172,11 +176,13 @@ def make_bases(folder: Path, base_type: str = "qwen2_vl") -> tuple[Path, Path]:
         **{f"{name}_token_id": token_id(f"{name}_pad") for name in ("image", "video")},
         **{f"vision_{name}_token_id": token_id(f"vision_{name}") for name in ("start", "end")},
     )
+    for name, value in (SMALL[base_type].demo or {}).items():
+        setattr(config.vision_config, name, value)
     transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(base)
     end, pad = ends["eos_token_id"], ends["bos_token_id"]
     generation = {"eos_token_id": [end, pad], "pad_token_id": pad, "do_sample": False}
     write_json(base / "generation_config.json", generation)
-    write_image_processors(base, base_type, (PICTURE**2, PICTURE**2))
+    write_image_processors(base, base_type, (SMALL[base_type].picture ** 2,) * 2)
 
     whisper = small_whisper(WINDOW, width=128, heads=4, ffn=512, layers={"encoder": 3, "decoder": 1}, init_std=STD)
     whisper.save_pretrained(encoder)
@@ -184,9 +190,9 @@ def make_bases(folder: Path, base_type: str = "qwen2_vl") -> tuple[Path, Path]:
     return base, encoder
 
 
-def load_untrained():
+def load_untrained(base_type: str = "qwen2_vl"):
     """Loads `(processor, model)` in float32; builds the folder at the first call."""
-    repo = BUILD / "untrained"
+    repo = BUILD / base_type / "untrained"
     if not repo.exists():
-        build(*make_bases(BUILD), repo)
+        build(*make_bases(BUILD / base_type, base_type), repo)
     return load(repo, torch.float32)

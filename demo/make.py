@@ -6,6 +6,8 @@ Trains the demo checkpoint from scratch, on speech and pictures that `demo/world
    model learns all skills, with written words among silence in the place of audio, which is some ten times shorter.
 3. `joint`: all are put together and learn all skills from audio, the encoder with the rest.
 4. `both`: the model, which has learned fixed audio tokens alone, learns trimmed ones as well.
+5. `tower`: the vision tower of Qwen3-VL learns from that of the trained model. `newer`: then the model on Qwen3-VL,
+   which takes its other weights from the trained model, learns all skills.
 
 Intermediate files are in `build/world`. It takes about four hours on two CPU cores, Debian's espeak-ng, flite,
 festival, festvox-kallpc16k, festvox-kdlpc16k and festvox-us-slt-hts, and `demo/requirements.txt`.
@@ -22,10 +24,10 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from demo.ask import DEMO, EXAMPLES, ask_example, load_demo
+from demo.ask import DEMO, DEMO_NEWER, EXAMPLES, ask_example, load_demo
 from demo.bases import load_untrained
 from demo.clips import BUILD, held_out_clips, training_clips
-from demo.train import PARTS
+from demo.train import NEWER, PARTS
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SKILLS, Examples, cast, draw, say, write_speech
 from evaluation.generate import write_sound
 from publishing.paths import write_json
@@ -34,25 +36,32 @@ from publishing.paths import write_json
 logger = logging.get_logger(__name__)
 THREADS = 2
 # Part, steps, seed. The parts of two lists run at the same time in a process of one thread each. The checkpoint in this
-# folder went through these rounds; only the last five had the voices of pico and piper, and changed speakers.
+# folder went through these rounds; only its last five had the voices of pico and piper, and changed speakers. README.md
+# says how that on Qwen3-VL came about, which the last list has in short.
 RECIPE = (
     [[("encoder", 1800, 1), ("encoder", 1400, 2)], [("vision", 1200, 5), ("language", 1000, 2)]],
     [[("encoder", 1000, 3), ("joint", 800, 3), ("encoder", 1600, 11), ("encoder", 1500, 12), ("joint", 700, 21)]],
     [[("both", 300, 31), ("both", 250, 32)]],
+    [[("tower", 600, 41), ("newer", 500, 42), ("newer", 400, 43)]],
 )
 
 
-def ship():
-    """Puts the trained checkpoint into `demo/`."""
-    processor, model = load_untrained()
-    model.load_state_dict(load_file(BUILD / "both.safetensors"))
+# The parts whose weights ship: on which base, and where to.
+SHIPPED = {"both": ("qwen2_vl", DEMO), "newer": (NEWER, DEMO_NEWER)}
+
+
+def ship(part: str):
+    """Puts the checkpoint that a part has trained into its folder."""
+    base_type, target = SHIPPED[part]
+    processor, model = load_untrained(base_type)
+    model.load_state_dict(load_file(BUILD / f"{part}.safetensors"))
     model.to(torch.bfloat16)
     processor.trained_audio_tokens = "both"
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         # `upload.py build` adds the code and the chat template.
-        shutil.copytree(folder, DEMO, ignore=shutil.ignore_patterns("*.py", "*.jinja"), dirs_exist_ok=True)
+        shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.py", "*.jinja"), dirs_exist_ok=True)
 
 
 def choose_examples(count: int = 4):
@@ -103,21 +112,27 @@ def run_recipe():
     for stage in RECIPE:
         with ProcessPoolExecutor(len(stage), get_context("spawn")) as pool:
             list(pool.map(run_parts, stage, [THREADS // len(stage)] * len(stage)))
-    ship()
+        if (last := stage[-1][-1][0]) in SHIPPED:
+            ship(last)
     choose_examples()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=[*PARTS, "ship", "examples"], help="one alone (default: all)")
+    choices = [*PARTS, *(f"ship-{part}" for part in SHIPPED), "examples"]
+    parser.add_argument("part", nargs="?", choices=choices, help="one alone (default: all)")
     parser.add_argument("--steps", type=int, help="of that part")
     parser.add_argument("--seed", type=int, help="of that part")
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     if options.part in PARTS:
         run_parts([(options.part, options.steps, options.seed)], THREADS)
+    elif options.part is None:
+        run_recipe()
+    elif options.part == "examples":
+        choose_examples()
     else:
-        {"ship": ship, "examples": choose_examples, None: run_recipe}[options.part]()
+        ship(options.part.removeprefix("ship-"))
 
 
 if __name__ == "__main__":

@@ -16,14 +16,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from audio_utils import SAMPLING_RATE, log_mel
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS, IGNORED_LABEL, count_audio
-from demo.ask import load_demo
-from demo.bases import PICTURE, STD, load_untrained
+from demo.ask import DEMO, load_demo
+from demo.bases import PICTURE_TOKENS, STD, load_untrained
 from demo.clips import BUILD, WINDOW, augment_features, held_out_clips, training_clips
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SEEN, SKILLS, WORLD, Examples, draw
 
 
 WORDS = sorted({word for text in PHRASES + QUESTIONS for word in text.split()})
 SHARES = {"transcribe": 10, "picture": 8, "agree": 14, "question": 10, "compare": 14}  # rows of a step, by skill
+NEWER = "qwen3_vl"  # the base of the second checkpoint
 WINDOW_SAMPLES = SAMPLING_RATE * WINDOW
 
 
@@ -154,7 +155,7 @@ def make_prompts(processor, model, skill: str, slots: list, pictures: list, answ
     prompt = []
     for token in tokenizer(text)["input_ids"]:
         if token == config.image_token_id:
-            prompt += [token] * (PICTURE // 28) ** 2
+            prompt += [token] * PICTURE_TOKENS
         elif token == config.audio_token_id:
             prompt += [config.audio_bos_token_id, None, config.audio_eos_token_id]
         else:
@@ -204,7 +205,7 @@ def learn(name: str, model, steps: int, seed: int, lr: float, make_batch, token_
             scores[f"{skill}, {audio_tokens}"] = right.float().mean().item()
         return scores
 
-    fit(name, model.parameters(), steps, lr, backward, evaluate, every=50 if name == "both" else 100)
+    fit(name, model.parameters(), steps, lr, backward, evaluate, every=50 if len(token_counts) > 1 else 100)
     save(model, BUILD / f"{name}.safetensors")
 
 
@@ -261,6 +262,53 @@ def train_both(steps: int, seed: int):
     train_with_audio("both", processor, model, steps, seed, 4e-4, AUDIO_TOKEN_COUNTS)
 
 
+def train_tower(steps: int, seed: int, batch: int = 64):
+    """Part 5: the vision tower of Qwen3-VL learns to give the tokens that that of the checkpoint in `demo/` gives."""
+    torch.manual_seed(seed)
+    (processor, teacher), (newer, model) = load_demo(), load_untrained(NEWER)
+    teacher, tower, rng = teacher.model.visual.float(), model.model.visual, random.Random(seed)
+
+    def loss(texts) -> torch.Tensor:
+        """Returns the squared error as a share of the energy of the tokens."""
+        pictures = [draw(text, rng) for text in texts]
+        with torch.no_grad():
+            expected = see(teacher, processor, pictures)
+        return F.mse_loss(see(tower, newer, pictures), expected) / expected.square().mean()
+
+    def see(tower, processor, pictures) -> torch.Tensor:
+        pixels = processor.image_processor(pictures, return_tensors="pt")
+        return tower(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"]).pooler_output
+
+    def backward(_) -> float:
+        share = loss(rng.choices(SEEN, k=batch))
+        share.backward()
+        return share.item()
+
+    def evaluate() -> dict[str, float]:
+        return {"held_out": loss(rng.choices(HELD_OUT, k=200)).item()}
+
+    fit("tower", tower.parameters(), steps, 1e-3, backward, evaluate)
+    save(tower, BUILD / "tower.safetensors")
+
+
+def train_newer(steps: int, seed: int):
+    """
+    Part 6: the model on Qwen3-VL, with both kinds of audio tokens. It starts from its own weights, else from the tower
+    of part 5 and what fits of the checkpoint in `demo/`: all but the biases and norms of attention.
+    """
+    processor, model = load_untrained(NEWER)
+    own = BUILD / "newer.safetensors"
+    if again := own.exists():
+        model.load_state_dict(load_file(own))
+    else:
+        weights = {
+            name: tensor for name, tensor in load_file(DEMO / "model.safetensors").items() if "visual" not in name
+        }
+        model.load_state_dict(weights, strict=False)
+        model.model.visual.load_state_dict(load_file(BUILD / "tower.safetensors"))
+    train_with_audio("newer", processor, model, steps, seed, 4e-4 if again else 1e-3, AUDIO_TOKEN_COUNTS)
+
+
 def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: float, token_counts: tuple[str, ...]):
     model.model.audio_encoder.requires_grad_(True)
     model.train()
@@ -293,4 +341,4 @@ def train_with_audio(name: str, processor, model, steps: int, seed: int, lr: flo
 
 
 PARTS = {"encoder": train_encoder, "vision": train_vision, "language": train_language}
-PARTS |= {"joint": train_joint, "both": train_both}
+PARTS |= {"joint": train_joint, "both": train_both, "tower": train_tower, "newer": train_newer}

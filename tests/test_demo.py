@@ -14,7 +14,7 @@ from transformers import AutoConfig, Qwen2VLConfig, WhisperConfig
 
 from audio_utils import SAMPLING_RATE, fetch_audio
 from configuration_qwen2_audio_vl import CODE_FILES
-from demo.ask import EXAMPLES, ask, ask_example, write_transcripts
+from demo.ask import DEMO, DEMO_NEWER, EXAMPLES, ask, ask_example, write_transcripts
 from demo.run import BUILD
 from demo.world import PHRASES, QUESTIONS, SKILLS, WORLD, content
 from evaluation.generate import load
@@ -37,7 +37,8 @@ def clips(examples) -> dict[str, str]:
 def test_folder_is_a_small_checkpoint_without_code(demo_repo):
     tracked = subprocess.run(["git", "ls-files", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
     files = [ROOT / name for name in tracked.stdout.splitlines()]
-    assert sum(file.stat().st_size for file in files) < 10e6
+    assert sum(file.stat().st_size for file in files) < 15e6
+    assert all((folder / "model.safetensors").stat().st_size < 6e6 for folder in (DEMO, DEMO_NEWER))
     assert not {file.name for file in files} & set(CODE_FILES)
     config = AutoConfig.from_pretrained(demo_repo, trust_remote_code=True)
     text, encoder, vision = config.text_config, config.audio_config, config.vision_config
@@ -89,7 +90,8 @@ def test_asking_imports_no_page():
 def test_make_demo_answers_and_draws(examples):
     done = subprocess.run([sys.executable, "-m", "demo.run"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"{len(examples)} of {len(examples)} right" in done.stdout
+    all_right = f"{len(examples)} of {len(examples)}"
+    assert f"{all_right} and {all_right} right" in done.stdout  # on both bases
     for example in examples:
         for name in example["audio"]:
             assert Image.open(BUILD / f"{Path(name).stem}.png").width > 500
