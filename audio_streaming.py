@@ -89,6 +89,9 @@ def find_duration(ele) -> float | None:
     with contextlib.suppress(Exception):  # the header only serves the progress bar; reading the file reports its faults
         if os.path.isfile(source):
             with av.open(os.fspath(source), metadata_errors="ignore") as container:
+                audio, begin = container.streams.audio[0], (container.start_time or 0) / av.time_base
+                if audio.duration:  # pictures may go on for longer
+                    return float(((audio.start_time or 0) + audio.duration) * audio.time_base) - begin
                 return container.duration / av.time_base
     return None
 
