@@ -474,7 +474,7 @@ def warn_of_losses(transcript: Transcript, source: str, total: float | None):
     """Warns if a recording is shorter than its header says, or if nothing is said in it."""
     if total and transcript.duration < total - max(1.0, total / 100):
         logger.warning(
-            f"{source}: its audio ends after {transcript.duration:.1f} s, its header says {total:.1f} s; is it complete?"
+            f"{source}: its audio ends after {transcript.duration:.1f} s, its header says {total:.1f}; is it complete?"
         )
     if not transcript.segments:
         logger.warning(f"{source}: no voice was found in {transcript.duration:.1f} s.")
