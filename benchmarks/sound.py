@@ -69,13 +69,19 @@ def list_decoding(speech: np.ndarray) -> Iterator[tuple]:
         content = encode(speech, name, layout)
         peer = [] if name.endswith(("m4a", "webm")) else [partial(read_by_soundfile, content)]  # it reads neither
         yield f"`fetch_audio`, 30 s of {what}", "soundfile + soxr", partial(fetch_audio, content), *peer
-    files = [encode(speech, "clip.mp3", "stereo")] * 32
-    yield (
-        "32 files of 30 s of mp3, in threads",
-        "one after another",
-        partial(fetch_all, files),
-        lambda: [fetch_audio(file) for file in files],
-    )
+    for name in ("clip.mp3", "s24.flac"):
+        files = [encode(speech, name, "stereo")] * 32
+        one_by_one = partial(fetch_one_by_one, files)
+        yield (
+            f"32 files of 30 s of {Path(name).suffix[1:]}, in threads",
+            "one after another",
+            partial(fetch_all, files),
+            one_by_one,
+        )
+
+
+def fetch_one_by_one(files: list[bytes]) -> list[torch.Tensor]:
+    return [fetch_audio(file) for file in files]
 
 
 def list_resampling(speech: np.ndarray) -> Iterator[tuple]:
