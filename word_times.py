@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers import AutoTokenizer, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.generation_whisper import _dynamic_time_warping, _median_filter
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
@@ -56,7 +56,8 @@ class Aligner:
     """
 
     def __init__(self, folder: str | Path):
-        if (kind := AutoConfig.from_pretrained(folder).model_type) != "whisper":
+        # Not by AutoConfig, which would ask whether to run the code of a folder that has its own.
+        if (kind := WhisperConfig.get_config_dict(folder)[0].get("model_type")) != "whisper":
             raise ValueError(f"{folder} holds a model of type {kind!r}; expected a complete Whisper.")
         settings = {"attn_implementation": "eager", "dtype": torch.float32}  # only eager attention gives its weights
         self.model = WhisperForConditionalGeneration.from_pretrained(folder, **settings).eval()

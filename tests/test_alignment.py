@@ -149,6 +149,11 @@ def test_stage_writes_a_projector_that_build_takes(run, start, whisper, tmp_path
         run(tmp_path / "refused", **settings | {"stage": "projector"})
 
 
+def test_only_a_whisper_aligns(demo_repo):
+    with pytest.raises(ValueError, match="holds a model of type 'qwen2_audio_vl'; expected a complete Whisper"):
+        Aligner(demo_repo)
+
+
 def test_words_move_to_where_they_are_said_and_stay_in_the_clip():
     spans = [Span(0, 4), Span(4, 9), Span(9, 12)]
     assert separate(delay(spans), 13) == [Span(0, 6), Span(6, 11), Span(11, 13)]
