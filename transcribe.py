@@ -443,10 +443,12 @@ def find_aligner(name: str) -> Path:
     return find_folder(repo, revision or None, ("config.json",), ignore_patterns=["*.bin", "*.h5", "*.msgpack"])
 
 
-def transcribe_file(
-    transcriber: Transcriber, source: str, name: str, style: SubtitleStyle, options, unfinished: Path
-) -> None:
-    """Transcribes one file, and writes the formats that were asked for when it is done."""
+def transcribe_file(transcriber: Transcriber, source: str, name: str, style: SubtitleStyle, options) -> Path:
+    """
+    Transcribes one file, and writes the formats that were asked for when it is done. Returns the file of its batches,
+    from which the same command reads them again.
+    """
+    unfinished = options.output_dir / f"{name}.unfinished.jsonl"
     asked = ("repo", "url", "dtype", "max_seconds", "pause", "language", "prompt", "word_timestamps", "aligner")
     settings = {option: getattr(options, option) for option in asked}
     settings["served_name"] = getattr(transcriber.ask, "model", None) if options.url else None
@@ -468,6 +470,7 @@ def transcribe_file(
         target = options.output_dir / f"{name}.{ending}"
         target.write_text(FORMATS[ending](transcript, style), encoding="utf-8")
     warn_of_losses(transcript, source, total)
+    return unfinished
 
 
 def warn_of_losses(transcript: Transcript, source: str, total: float | None):
@@ -499,10 +502,8 @@ def main() -> int:
         parser.exit(2, f"transcribe.py: {error}\n")
     failed, done = 0, []
     for source, name in zip(sources, names, strict=True):
-        unfinished = options.output_dir / f"{name}.unfinished.jsonl"
         try:
-            transcribe_file(transcriber, source, name, style, options, unfinished)
-            done.append(unfinished)
+            done.append(transcribe_file(transcriber, source, name, style, options))
         except KeyboardInterrupt:
             sys.stderr.write("transcribe.py: stopped; the same command goes on after the last batch.\n")
             return 130

@@ -12,14 +12,13 @@ import torch
 
 from benchmarks.report import report, table
 from configuration_qwen2_audio_vl import AUDIO_TOKEN_COUNTS
-from demo.ask import DEMO, DEMO_NEWER, ask, load_demo
+from demo.ask import CHECKPOINTS, ask, load_demo
 from demo.world import HELD_OUT, PHRASES, QUESTIONS, SKILLS, Examples, cast, content, draw, say
 
 
 # The share that the best constant answer gets: one in ten clips to transcribe is a question.
 CHANCE = {"transcribe": 0.9 / len(HELD_OUT), "picture": 1 / len(HELD_OUT), "agree": 1 / 2, "question": 1 / 3}
 CHANCE["compare"] = 1 / 2
-CHECKPOINTS = {"Qwen2-VL": DEMO, "Qwen3-VL": DEMO_NEWER}
 CONDITIONS = ("right", "clip silenced", "another clip")
 
 

@@ -20,6 +20,7 @@ from publishing.paths import ROOT, replace_file
 
 DEMO = ROOT / "demo"  # the checkpoint on Qwen2-VL
 DEMO_NEWER = DEMO / "qwen3-vl"  # that on Qwen3-VL
+CHECKPOINTS = {"Qwen2-VL": DEMO, "Qwen3-VL": DEMO_NEWER}
 EXAMPLES = DEMO / "examples"
 MAX_NEW_TOKENS = 12  # of the longest answer
 

@@ -176,8 +176,7 @@ def make_bases(folder: Path, base_type: str = "qwen2_vl") -> tuple[Path, Path]:
         **{f"{name}_token_id": token_id(f"{name}_pad") for name in ("image", "video")},
         **{f"vision_{name}_token_id": token_id(f"vision_{name}") for name in ("start", "end")},
     )
-    for name, value in (SMALL[base_type].demo or {}).items():
-        setattr(config.vision_config, name, value)
+    config.vision_config.update(SMALL[base_type].demo or {})
     transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(base)
     end, pad = ends["eos_token_id"], ends["bos_token_id"]
     generation = {"eos_token_id": [end, pad], "pad_token_id": pad, "do_sample": False}

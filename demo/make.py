@@ -1,5 +1,5 @@
 """
-Trains the demo checkpoint from scratch, on speech and pictures that `demo/world.py` makes: `python -m demo.make`.
+Trains the demo checkpoints on speech and pictures that `demo/world.py` makes: `python -m demo.make`.
 
 1. `encoder`: the audio encoder learns the words of a clip, in order (CTC, https://doi.org/10.1145/1143844.1143891).
 2. `vision`: at the same time the vision tower alone learns number, colour and shape. `language`: then the language

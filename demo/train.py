@@ -106,6 +106,12 @@ def train_encoder(steps: int, seed: int, batch: int = 40):
         save(module, path)
 
 
+def see(tower, processor, pictures: list) -> torch.Tensor:
+    """Returns the tokens of all pictures, float32 `[tokens, hidden size of the language model]`."""
+    pixels = processor.image_processor(pictures, return_tensors="pt")
+    return tower(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"]).pooler_output
+
+
 def train_vision(steps: int, seed: int, batch: int = 64):
     """Part 2, the vision tower."""
     torch.manual_seed(seed)
@@ -116,8 +122,7 @@ def train_vision(steps: int, seed: int, batch: int = 64):
     heads = torch.nn.ModuleList(torch.nn.Linear(queries.shape[1], len(words)) for words in columns)
 
     def logits(texts):
-        pixels = processor.image_processor([draw(text, rng) for text in texts], return_tensors="pt")
-        tokens = tower(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"]).pooler_output
+        tokens = see(tower, processor, [draw(text, rng) for text in texts])
         tokens = tokens.reshape(len(texts), -1, queries.shape[1])
         pooled = (queries @ tokens.transpose(1, 2)).softmax(-1) @ tokens
         return [head(pooled[:, index]) for index, head in enumerate(heads)]
@@ -274,10 +279,6 @@ def train_tower(steps: int, seed: int, batch: int = 64):
         with torch.no_grad():
             expected = see(teacher, processor, pictures)
         return F.mse_loss(see(tower, newer, pictures), expected) / expected.square().mean()
-
-    def see(tower, processor, pictures) -> torch.Tensor:
-        pixels = processor.image_processor(pictures, return_tensors="pt")
-        return tower(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"]).pooler_output
 
     def backward(_) -> float:
         share = loss(rng.choices(SEEN, k=batch))

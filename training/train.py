@@ -194,10 +194,10 @@ def load_data(args: Arguments, collator: ChatCollator) -> list:
     return [None if rows is None else select_rows(rows, collator, args) for rows in (dataset, eval_dataset)]
 
 
-def is_complete(trainer: AnswerTrainer, checkpoint: str | None) -> bool:
+def load_complete(trainer: AnswerTrainer, checkpoint: str | None) -> bool:
     """
-    Whether a checkpoint is of the last step, which the Trainer would exceed by one. If so, its adapter is loaded. Parts
-    of a model on several machines are left to the Trainer.
+    Loads the adapter of a checkpoint of the last step, which the Trainer would exceed by one, and returns whether there
+    is one. Parts of a model on several machines are left to the Trainer.
     """
     if checkpoint is None or trainer.is_fsdp_enabled:
         return False
@@ -213,7 +213,7 @@ def run(trainer: AnswerTrainer, checkpoint: str | None, earlier: float) -> dict:
     """Goes on from a checkpoint, which took `earlier` seconds, and evaluates. Returns the summary of the whole run."""
     args, start = trainer.args, time.time()
     learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    runtime = 0.0 if is_complete(trainer, checkpoint) else trainer.train(checkpoint).metrics["train_runtime"]
+    runtime = 0.0 if load_complete(trainer, checkpoint) else trainer.train(checkpoint).metrics["train_runtime"]
     steps, size = trainer.state.global_step, None if args.streaming else len(trainer.train_dataset)
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     num_rows = steps * rows_per_step if args.streaming else trainer.state.epoch * size
