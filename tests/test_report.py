@@ -338,6 +338,17 @@ def test_a_text_that_is_too_long_is_shown_by_its_start(folder):
     assert "2 rows too long to be aligned." in page.all("main")[0].text
 
 
+def test_references_that_must_be_json(folder):
+    """A clip that failed has no reference to judge; one that was asked and has a text is named."""
+    right, failed = {"text": '{"a": 1}', "pred_text": '{"a": 1}'}, {"text": "", "error": "there is no file"}
+    write_lines(folder / "predictions.jsonl", [DOCUMENTED | right, DOCUMENTED | failed | {"row": 1}])
+    whole = score_folder(folder, needs_json=True)["arms"]["as given"]["all"]
+    assert whole["exact"]["value"] == 1 and whole["failed"] == 1
+    write_lines(folder / "predictions.jsonl", [DOCUMENTED | right, DOCUMENTED | right | {"text": "one", "row": 1}])
+    with pytest.raises(ValueError, match="JSON objects; 1 of 2 are not, that of data.jsonl:1 is 'one'"):
+        score_folder(folder, needs_json=True)
+
+
 DOCUMENTED = {"row": 0, "place": "data.jsonl:1", "group": None, "audio_filepath": None, "duration": None, "time": None}
 
 
