@@ -422,8 +422,10 @@ def add_recordings(model: DemoModel):
             segments = gr.HTML(css_template=SEGMENTS_STYLE, js_on_load=PLAY, elem_id="segments")
     outputs = [segments, progress, *downloads]
     transcribing = button.click(model.transcribe, [recording], outputs, concurrency_limit=1)
-    # The segments of another recording would play the wrong places of this one.
-    recording.change(lambda: ["", "", *NO_FILES], None, outputs, queue=False, cancels=[transcribing])
+    # The segments of another recording would play the wrong places of this one. Gradio runs the functions of an event
+    # in their order, and `cancels` of a function after it: segments would come after these had been removed.
+    recording.change(None, cancels=[transcribing])
+    recording.change(lambda: ["", "", *NO_FILES], None, outputs, queue=False)
 
 
 def main():
