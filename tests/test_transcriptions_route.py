@@ -124,6 +124,20 @@ def test_language_and_prompt_reach_the_model(client, short_pieces):
         assert ask(client, content, **settings).text == transcribe(model, processor, content, **settings).text
 
 
+def test_the_command_asks_this_server_for_pieces_as_long_as_the_folder_knows(
+    server, short_pieces, recording, expected, tmp_path
+):
+    (tmp_path / "talk.wav").write_bytes(recording)
+    line = [sys.executable, ROOT / "transcribe.py", short_pieces, tmp_path / "talk.wav", "--url", f"{server}/v1"]
+    line += ["--output-dir", tmp_path, "--output-format", "json"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "talk.json").read_text())["segments"]
+    assert [(each["start"], each["text"]) for each in said] == [(each.start, each.text) for each in expected.segments]
+    done = subprocess.run([*line, "--served-name", "another"], capture_output=True, text=True)
+    assert done.returncode == 1 and "talk.wav failed: HTTP 4" in done.stderr and "another" in done.stderr, done.stderr
+
+
 def test_chats_are_answered_between_the_pieces_of_a_recording(server, client, short_pieces, recording, examples):
     """The model computes in one thread, and a long recording must not keep it to its end."""
     model, done, results = str(short_pieces), threading.Event(), []
