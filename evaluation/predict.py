@@ -133,8 +133,8 @@ def write_lines(path: Path, lines: Iterable[dict | None], arm: str, bar: tqdm) -
             comparison = compare(line)
             errors, words = errors + comparison.word_errors, words + comparison.words
             right, answered = right + comparison.is_exact, answered + 1
-            rates = f"exact {right / answered:.1%}, WER {errors / max(words, 1):.1%}"
-            bar.set_postfix_str(rates, refresh=False)
+            rate = f", WER {errors / words:.1%}" if words else ""
+            bar.set_postfix_str(f"exact {right / answered:.1%}{rate}", refresh=False)
     return same
 
 

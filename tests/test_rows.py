@@ -95,6 +95,11 @@ def test_bad_rows_are_counted_and_named_before_training(run, tones, tmp_path):
     assert lines[0] == f"{len(BAD)} of {len(BAD) + 1} rows cannot be used:"
     for number, (line, (_, message)) in enumerate(zip(lines[1:], BAD, strict=True), start=1):
         assert line.startswith(f"{data}:{number}: ") and message in line
+    # Rows that are drawn several times are counted and named once.
+    with pytest.raises(ValueError) as again:
+        run(tmp_path / "out", data=[data, tones / "train.jsonl"], weights=[0.9, 0.1], stage="lora")
+    first, *rest = str(again.value).splitlines()
+    assert first == f"{len(BAD)} of {len(BAD) + 17} rows cannot be used:" and sorted(rest) == sorted(lines[1:])
     with pytest.raises(ValueError, match="jsonl:1: there is no audio, so the projector learns nothing"):
         run(tmp_path / "out", data=[write_lines(tmp_path / "text.jsonl", [chat(text("hi"))])])
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file
+from tqdm import trange
 from transformers import AutoModel, BitsAndBytesConfig, Trainer, TrainerState, set_seed
 from transformers.utils import logging
 
@@ -123,7 +124,8 @@ class AnswerTrainer(Trainer):
         model.eval()
         mine, rows = range(self.args.process_index, len(dataset), self.args.world_size), []
         batch_size = self.args.per_device_eval_batch_size
-        for start in range(0, len(mine), batch_size):
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        for start in trange(0, len(mine), batch_size, desc="answers", unit="batch", disable=hidden):
             conversations = [collator.messages(dataset[index]) for index in mine[start : start + batch_size]]
             asked = [messages[:-1] for messages in conversations]
             with self.compute_loss_context_manager():
