@@ -4,7 +4,7 @@ Measures the speech model on clips that training never had, and Whisper beside i
     python -m speech.figures [--repo REPO] [--output DIR] [--limit N] [--readme]
 
 REPO is what `make speech` built. It needs the clips of speech.recordings, with and without --silences, and those that
-speech.recipe holds out; the recall of words needs the clips of its last round as well. `--limit` takes the first clips
+speech.recipe holds out; the recall of words needs the clips of all its rounds as well. `--limit` takes the first clips
 of each set. Started again, it goes on. DIR, build/speech/figures, gets figures.json and every answer in */report.html.
 """
 
@@ -35,8 +35,8 @@ SETS = {  # folder in build/speech: what its clips are, and the column of their 
     "held-out": ("synthetic voices, held out", "source"),
     "silences": ("nothing said", "group"),
 }
-SPOKEN = ("recordings", "held-out")
-NUM_AGAIN = 24  # rows that are asked again: with silence, with another clip, with 1,500 tokens for each clip
+# A set -> how many rows are asked again: with silence, with another clip, with 1,500 tokens for each clip.
+SPOKEN = {"recordings": 120, "held-out": 24}
 BATCH = 8
 COUNTS = {"100 times or more": 100, "10 to 99 times": 10, "1 to 9 times": 1, "never": 0}  # the least of each
 
@@ -134,7 +134,7 @@ def rates_table(scores: dict) -> str:
 
 def again_table(again: dict[str, dict[str, dict]]) -> str:
     """Lists the word error rates of the first rows of each set for each arm."""
-    arms = list(again[SPOKEN[0]])
+    arms = list(again["recordings"])
     rows = [
         (f"the first {scores[arms[0]]['rows']} of {SETS[folder][0]}", *(percent(scores[arm]["wer"]) for arm in arms))
         for folder, scores in again.items()
@@ -166,15 +166,15 @@ def main(repo: Path = REPO, output: Path = BUILD / "figures", limit: int = sys.m
         answers[folder] = ask_model(repo, output, folder, limit)
         scores[folder] = score_arms(answers[folder])
         scores[f"{folder}-whisper"] = score_arms({AS_GIVEN: ask_whisper(output, folder, limit)})
-    few = min(limit, NUM_AGAIN)
-    for folder in SPOKEN:
+    for folder, count in SPOKEN.items():
+        few = min(limit, count)
         arms = ask_model(repo, output, folder, few, arms=("silence", "swapped"))
         arms["fixed tokens"] = ask_model(repo, output, folder, few, "fixed")[AS_GIVEN]
         again[folder] = {arm: score(rows) for arm, rows in arms.items()}
     tables = [rates_table(scores), again_table(again), silences_table(scores)]
     figures = {"limit": limit, "scores": scores, "again": again}
-    trained = [rows_of(name) for name in ROUNDS[-1].data if rows_of(name).is_file()]
-    if trained:
+    trained = [rows_of(name) for name in dict.fromkeys(name for round_ in ROUNDS for name in round_.data)]
+    if all(path.is_file() for path in trained):
         figures["recall"] = recall(answers["recordings"][AS_GIVEN], count_words(trained))
         tables.append(recall_table(figures["recall"]))
     texts = [row["text"] for row in read_rows(rows_of("held-out"))[:limit]]

@@ -47,7 +47,7 @@ def build_repo(output: Path = REPO, adapter: Path = ADAPTER) -> Path:
         # The sum of a weight and LoRA's update would lose most of the update in bfloat16.
         processor, model = load(build(*bases, Path(folder) / "untrained", audio_tokens="trimmed"), "float32")
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        processor.trained_audio_tokens, processor.piece_seconds = processor.audio_tokens, PIECE_SECONDS
+        processor.trained_audio_tokens, processor.piece_seconds = "both", PIECE_SECONDS
         for part in (model, processor):
             part.save_pretrained(Path(folder) / "merged")
         return build(*bases, output, adapter=Path(folder) / "merged")

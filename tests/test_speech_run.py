@@ -38,7 +38,7 @@ def test_the_adapter_is_in_the_folder_that_is_built(parts, sound):
     checking.check_files(repo)
 
     processor, built = load(repo)
-    assert (processor.audio_tokens, processor.trained_audio_tokens) == ("trimmed", "trimmed")
+    assert (processor.audio_tokens, processor.trained_audio_tokens) == ("trimmed", "both")
     adapted = PeftModel.from_pretrained(load(start, "float32")[1], parts / "adapter").eval()
     inputs = processor.make_inputs(user([audio(sound(1.25)), text(TRANSCRIBE)]))
     with torch.no_grad():
