@@ -270,27 +270,30 @@ def test_command_line(demo_repo, recording, tmp_path):
     assert said[-1] in done.stdout and not unfinished.exists()
 
 
-def test_a_run_that_was_interrupted_goes_on_and_repeats_no_file(demo_repo, recording, tmp_path):
+def test_a_run_that_was_interrupted_goes_on_and_repeats_no_file(demo_repo, recording, tmp_path, monkeypatch, capsys):
     path, said = recording
-    soundfile.write(tmp_path / "long.flac", np.tile(fetch_audio(path).numpy(), 8), SAMPLING_RATE)
-    line = [sys.executable, demo_repo / "transcribe.py", demo_repo, path, tmp_path / "long.flac", "--stream"]
-    line += ["--output-dir", tmp_path, "--batch-size", "1", "--output-format", "txt"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for _ in range(len(said) + 1):
-            process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate()
-    assert process.returncode == 130 and "goes on after the last batch" in errors, errors
+    soundfile.write(tmp_path / "long.flac", np.tile(fetch_audio(path).numpy(), 2), SAMPLING_RATE)
+    line = ["transcribe.py", demo_repo, path, tmp_path / "long.flac", "--output-dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", [*map(str, line), "--batch-size", "1", "--output-format", "txt"])
+    asked, ask = [], transcribe.LocalAsker.__call__
+
+    def interrupted(self, clips):
+        asked.append(len(clips))
+        if len(asked) == len(said) + 3:  # as by Ctrl-C in the third piece of the second file
+            signal.raise_signal(signal.SIGINT)
+        return ask(self, clips)
+
+    monkeypatch.setattr(transcribe.LocalAsker, "__call__", interrupted)
+    assert transcribe.main() == 130 and "goes on after the last batch" in capsys.readouterr().err
     assert not (tmp_path / "long.txt").exists()
     # Both files are read again from their batches, the one that was complete too.
     for name in ("talk", "long"):
         unfinished = tmp_path / f"{name}.unfinished.jsonl"
         unfinished.write_text(unfinished.read_text().replace(said[0], f"earlier {name}", 1))
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert transcribe.main() == 0
     assert (tmp_path / "talk.txt").read_text().splitlines() == ["earlier talk", *said[1:]]
-    assert (tmp_path / "long.txt").read_text().splitlines() == ["earlier long", *(said * 8)[1:]]
-    assert not [*tmp_path.glob("*.unfinished.jsonl")]
+    assert (tmp_path / "long.txt").read_text().splitlines() == ["earlier long", *(said * 2)[1:]]
+    assert len(asked) == len(said) + 3 + 2 * len(said) - 2 and not [*tmp_path.glob("*.unfinished.jsonl")]
 
 
 def test_what_is_missing_is_said(demo_repo, recording, tmp_path):
