@@ -114,8 +114,8 @@ def decode_pieces(file, name: str, max_seconds: float) -> Iterator[tuple[int, np
                     packer = av.AudioResampler(format=av.AudioFormat(format).packed)
                     alike = (piece for frame in alike for piece in packer.resample(frame))
                     format = packer.format.name
-                for batch in group_frames(alike):
-                    samples = np.concatenate(batch, axis=1)  # [channels, samples], or [1, samples * channels] if packed
+                for frame in join_frames(alike):
+                    samples = frame.to_ndarray()  # [channels, samples], or [1, samples * channels] if packed
                     samples = samples if av.AudioFormat(format).is_planar else samples.reshape(-1, channels).T
                     yield rate, mix_down(samples, name)
     except AudioError:
@@ -165,17 +165,16 @@ def limit_length(frames: Iterator[av.AudioFrame], name: str, max_seconds: float)
         yield frame
 
 
-def group_frames(frames: Iterator[av.AudioFrame]) -> Iterator[list[np.ndarray]]:
-    """Yields arrays of many short frames together, because a call of numpy costs more than one of them."""
-    batch, num_samples = [], 0
+def join_frames(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame]:
+    """Yields one frame in place of many short ones, because every call of numpy costs time and holds Python's lock."""
+    queue = av.AudioFifo()
     for frame in frames:
-        batch.append(frame.to_ndarray())
-        num_samples += frame.samples
-        if num_samples >= FRAME_BATCH:
-            yield batch
-            batch, num_samples = [], 0
-    if batch:
-        yield batch
+        frame.pts = None  # the queue refuses gaps, which are filled before
+        queue.write(frame)
+        if queue.samples >= FRAME_BATCH:
+            yield queue.read()
+    if rest := queue.read():
+        yield rest
 
 
 def mix_down(samples: np.ndarray, name: str) -> np.ndarray:
@@ -185,8 +184,10 @@ def mix_down(samples: np.ndarray, name: str) -> np.ndarray:
         raise AudioError(f"{name} has samples of type {samples.dtype}; expected float, int16, int32 or uint8.")
     zero, scale = FULL_SCALE.get(code, (0, 1))
     with np.errstate(all="ignore"):  # `fetch_audio` refuses what is not finite
-        scaled = (samples.astype(np.float32) - np.float32(zero)) / np.float32(scale)
-        return scaled.mean(axis=0, dtype=np.float32)
+        total = samples[0].astype(np.float32)
+        for channel in samples[1:]:  # numpy's mean of samples that alternate is twenty times slower
+            total += channel.astype(np.float32)
+        return (total - np.float32(zero * len(samples))) / np.float32(scale * len(samples))
 
 
 class DecodingWorker:
