@@ -7,10 +7,12 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import io
 import itertools
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -37,6 +39,9 @@ LEAST_GAP = 0.1  # seconds between the end of a frame and the timestamp of the n
 FRAME_BATCH = 2**16  # samples converted at a time
 QUICK_SECONDS = 0.5  # for the first try of an untrusted file, so that short ones do not wait for long ones
 WORKER_SECONDS = 8  # for the second try
+BATCH_SECONDS = 86_400  # for a file of a batch, which is trusted
+NUM_WORKERS = 8  # processes that decode the files of batches
+LONG_FRAMES = (b"RIFF", b"fLaC")  # these files need no process: in threads as many are decoded
 WORKER_MEMORY = 2**26  # bytes for an untrusted file of any size; an hour of audio in any container needs half of that
 DEMUXER = {
     # FFmpeg's names of audio and video containers. Playlists are left out: with them FFmpeg would open other addresses.
@@ -285,26 +290,68 @@ class WorkerPool:
                     turn.set_result(self.free.pop())
 
 
-# A file that takes too long for the first pool is decoded again by the second. So a short clip waits half a second, and
-# the start of a process, for every four long files that came before it.
-POOLS = (WorkerPool(4, QUICK_SECONDS), WorkerPool(2, WORKER_SECONDS))
+def make_pools():
+    """
+    Makes the pools of processes, which start with their first file. A file that takes too long for the first of `POOLS`
+    is decoded again by the second. So a short clip waits half a second, and the start of a process, for every four long
+    files that came before it.
+    """
+    global POOLS, BATCHES
+    POOLS = WorkerPool(4, QUICK_SECONDS), WorkerPool(2, WORKER_SECONDS)
+    BATCHES = WorkerPool(NUM_WORKERS, BATCH_SECONDS)
+
+
+make_pools()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=make_pools)  # the processes belong to the parent
 
 
 def decode_in_worker(file, name: str, max_seconds: float, deadline: float) -> tuple[np.ndarray, int]:
     """Decodes an untrusted file as [`decode`] does, by the next free worker. Also raises AudioError at the deadline."""
     if resource is None:
         return decode(file, name, max_seconds)
-    # The copy is a file without a name. On Linux it is in memory.
-    with open(os.memfd_create("audio"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile() as copy:
-        with file:
-            shutil.copyfileobj(file, copy)
-        copy.flush()
+    with with_descriptor(file) as file:
         for pool in POOLS:
             with contextlib.suppress(TimeoutError):
-                return pool.decode(copy, name, max_seconds, deadline)
+                return pool.decode(file, name, max_seconds, deadline)
             if time.monotonic() >= deadline:
                 raise AudioError(f"{name} was not decoded before `timeout` ended, which counts its download as well.")
     raise AudioError(f"{name} takes longer than the limit of {pool.seconds:g} s to decode.")
+
+
+def decode_in_batch(file, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
+    """
+    Does what [`decode`] does, by the next free process: of files with short frames, such as MP3, threads decode no more
+    than one thread, because they wait for Python's lock. What the process cannot decode, such as a file that needs more
+    memory than an untrusted one may, is decoded here.
+    """
+    is_quick = resource is None or not sys.executable or file.read(4) in LONG_FRAMES
+    file.seek(0)
+    # A process of `multiprocessing`, such as a DataLoader's, is one of several that decode.
+    if is_quick or multiprocessing.parent_process() is not None:
+        return decode(file, name, max_seconds)
+    with with_descriptor(file) as file:
+        with contextlib.suppress(AudioError, TimeoutError):
+            return BATCHES.decode(file, name, max_seconds, time.monotonic() + BATCH_SECONDS)
+        file.seek(0)
+        return decode(file, name, max_seconds)
+
+
+@contextlib.contextmanager
+def with_descriptor(file):
+    """
+    Gives the file to the block, or a copy without a name, on Linux in memory, because a process reads it by its
+    descriptor. Closes both.
+    """
+    with file:
+        if not isinstance(file, io.BytesIO):
+            yield file
+            return
+        with open(os.memfd_create("audio"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile() as copy:
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            file.close()  # its memory is free while the other process decodes
+            yield copy
 
 
 def serve(connection: Connection):
@@ -333,5 +380,6 @@ def serve(connection: Connection):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process
     with contextlib.suppress(EOFError):  # the other process has ended
         serve(Connection(int(sys.argv[1])))

@@ -17,11 +17,11 @@ from transformers.utils import logging
 
 
 try:
-    from .audio_decoding import FULL_SCALE, MAX_SECONDS, AudioError, decode, decode_in_worker
+    from .audio_decoding import FULL_SCALE, MAX_SECONDS, AudioError, decode, decode_in_batch, decode_in_worker
     from .audio_download import MAX_BYTES, TIMEOUT, describe, read
     from .content_items import find_source, normalize_conversations, take_audio
 except ImportError:  # not part of a package: the tools beside this file import it by its bare name
-    from audio_decoding import FULL_SCALE, MAX_SECONDS, AudioError, decode, decode_in_worker
+    from audio_decoding import FULL_SCALE, MAX_SECONDS, AudioError, decode, decode_in_batch, decode_in_worker
     from audio_download import MAX_BYTES, TIMEOUT, describe, read
     from content_items import find_source, normalize_conversations, take_audio
 
@@ -40,6 +40,7 @@ BLOCK = 1000  # frames transformed at a time, so that the intermediate tensors s
 WINDOWS_AT_ONCE = {"cpu": 1}  # windows transformed together; an accelerator takes 32, because padding is cheap there
 READ_LIMITS = ("max_bytes", "timeout", "public_only")  # limits of any file, see `fetch_audio`
 MAX_THREADS = 8  # that decode files at a time
+LEAST_BATCH = 8  # files for which it is worth to start processes
 MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
 INTEGER_SCALE = {torch.uint8: FULL_SCALE["u1"], torch.int16: FULL_SCALE["i2"], torch.int32: FULL_SCALE["i4"]}
@@ -56,6 +57,7 @@ def fetch_audio(
     max_seconds: float = MAX_SECONDS,
     timeout: float = TIMEOUT,
     public_only: bool = False,
+    in_batch: bool = False,
 ) -> torch.Tensor:
     """
     Opens audio from anywhere.
@@ -78,6 +80,8 @@ def fetch_audio(
         public_only (`bool`, defaults to `False`): For servers with untrusted requests: refuses local paths, `file://`,
             and addresses that are not public, also after a redirect, and decodes files in processes of limited memory
             (64 MiB, on Linux) and time (8 s), at most six at once. On Windows they are decoded without these limits.
+        in_batch (`bool`, defaults to `False`): For calls from several threads: decodes files with short frames, such as
+            MP3, in processes, at most eight at once. In threads these would wait for Python's lock.
 
     Returns:
         float32 `[samples]` in [-1, 1], the mean of all channels. What overshoots is clipped, as by Whisper's own
@@ -93,6 +97,8 @@ def fetch_audio(
         file = read(source, max_bytes, timeout, public_only)
         if public_only:
             array, rate = decode_in_worker(file, name, max_seconds, deadline)
+        elif in_batch:
+            array, rate = decode_in_batch(file, name, max_seconds)
         else:
             array, rate = decode(file, name, max_seconds)
         samples, rate = torch.from_numpy(array), check_rate(rate)
@@ -181,11 +187,13 @@ def process_audio_info(
 
 def fetch_all(clips: list, sr: int = SAMPLING_RATE, device=None, **limits) -> list[torch.Tensor]:
     """
-    Opens clips as [`fetch_audio`] does, files in parallel threads, because FFmpeg works without Python's lock. Raises
-    what the first clip raises that cannot be opened.
+    Opens clips as [`fetch_audio`] does, files in parallel threads, many files in processes as well. Raises what the
+    first clip raises that cannot be opened.
     """
-    open_one = functools.partial(fetch_audio, sr=sr, device=device, **limits)
-    pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    in_batch = num_threads > 1 and sum(map(is_plain, clips)) >= LEAST_BATCH
+    open_one = functools.partial(fetch_audio, sr=sr, device=device, in_batch=in_batch, **limits)
+    pool = ThreadPoolExecutor(num_threads)
     try:
         # Two items may share an object with a state, such as an open file, so these are read one after another.
         opened = [pool.submit(open_one, clip) if is_plain(clip) and len(clips) > 1 else None for clip in clips]

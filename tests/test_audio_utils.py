@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import re
+import signal
 from pathlib import Path
 
 import av
@@ -16,6 +17,7 @@ from helpers import answer, start_python
 from sounds import ENCODINGS, RECORDINGS, encode
 from transformers import WhisperFeatureExtractor
 
+import audio_decoding
 import audio_utils
 from audio_streaming import stream_audio
 from audio_utils import AudioError, fetch_all, fetch_audio, log_mel
@@ -50,6 +52,56 @@ def test_files_of_a_batch_are_opened_in_order(original):
     assert fetch_all([]) == []
     with pytest.raises(AudioError, match=r"first\.wav"):
         fetch_all([paths[0], "/missing/first.wav", io.BytesIO(b"no audio"), "/missing/second.wav"])
+
+
+@pytest.fixture
+def batch(original, monkeypatch) -> list[bytes]:
+    """Ten different MP3 files, which are decoded in two processes that begin with them."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    audio_decoding.make_pools()
+    return [encode(original[: 8_000 + 3_000 * i], "clip.mp3", "stereo") for i in range(10)]
+
+
+def list_processes() -> list:
+    return [worker.process for worker in audio_decoding.BATCHES.free if worker.process]
+
+
+def test_many_files_are_decoded_in_processes(batch, tmp_path):
+    (tmp_path / "clip.mp3").write_bytes(batch[3])
+    expected = [fetch_audio(clip) for clip in batch]
+    assert not list_processes()
+    for _ in range(2):
+        for one, many in zip(expected, fetch_all([*batch[:3], tmp_path / "clip.mp3", *batch[4:]]), strict=True):
+            assert torch.equal(one, many)
+        assert 1 <= len(list_processes()) <= 2
+    for process in list_processes():
+        os.kill(process.pid, signal.SIGKILL)
+    assert all(map(torch.equal, expected, fetch_all(batch)))
+
+
+def test_an_error_in_a_process_is_the_error_here(batch):
+    broken = batch[0][:50] + b"x" * 100
+    with pytest.raises(AudioError) as here:
+        fetch_audio(broken)
+    with pytest.raises(AudioError) as there:
+        fetch_all([*batch, broken])
+    assert str(here.value) == str(there.value)
+    with pytest.raises(AudioError, match=r"longer than the limit of 0\.6 s"):
+        fetch_all(batch, max_seconds=0.6)
+
+
+def test_a_forked_process_decodes_with_processes_of_its_own(batch):
+    clip = batch[9]
+    expected, before = fetch_all(batch), [process.pid for process in list_processes()]
+    samples, rate = audio_decoding.decode(io.BytesIO(clip), "clip")
+    child = os.fork()
+    if not child:
+        forked = audio_decoding.decode_in_batch(io.BytesIO(clip), "clip", 60.0)
+        (own,) = list_processes()
+        os._exit(own.pid in before or forked[1] != rate or not np.array_equal(forked[0], samples))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert all(map(torch.equal, expected, fetch_all(batch)))
+    assert [process.pid for process in list_processes()] == before
 
 
 def best_match(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int]:
