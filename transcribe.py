@@ -133,13 +133,14 @@ class ServerAsker:
 
     def __post_init__(self):
         try:
-            from openai import OpenAI, OpenAIError
+            import openai
         except ImportError as error:
             raise ValueError("--url needs the package openai: pip install openai") from error
-        self.client = OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+        self.refused = openai.APIStatusError
+        self.client = openai.OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
         try:
             self.model = self.model or next(iter(self.client.models.list())).id
-        except (OpenAIError, StopIteration) as error:
+        except (openai.OpenAIError, StopIteration) as error:
             raise ConnectionError(f"The server at {self.url} names no model: {error}") from error
 
     def __call__(self, clips: list[torch.Tensor]) -> list[Answer]:
@@ -150,8 +151,6 @@ class ServerAsker:
         words = ask_for_words(self.language, self.prompt)
         sound = {"data": base64.b64encode(write_wav(clip)).decode(), "format": "wav"}
         content = [{"type": "input_audio", "input_audio": sound}, {"type": "text", "text": words}]
-        from openai import APIStatusError
-
         try:
             completion = self.client.chat.completions.create(
                 model=self.model,
@@ -159,7 +158,7 @@ class ServerAsker:
                 max_tokens=longest_answer(len(clip)),
                 temperature=0.0,
             )
-        except APIStatusError as error:  # its message leaves out what some servers say
+        except self.refused as error:  # its message leaves out what some servers say
             raise ConnectionError(f"HTTP {error.status_code}: {error.response.text:.400}") from error
         choice = completion.choices[0]
         return Answer(" ".join((choice.message.content or "").split()), choice.finish_reason != "length")

@@ -73,7 +73,7 @@ def list_decoding(speech: np.ndarray) -> Iterator[tuple]:
         files = [encode(speech, name, "stereo")] * 32
         one_by_one = partial(fetch_one_by_one, files)
         yield (
-            f"32 files of 30 s of {Path(name).suffix[1:]}, in threads",
+            f"32 files of 30 s of {Path(name).suffix[1:]} at once",
             "one after another",
             partial(fetch_all, files),
             one_by_one,
