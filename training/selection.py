@@ -44,12 +44,14 @@ def select_rows(dataset, collator: ChatCollator, args: Arguments):
 
     if isinstance(dataset, IterableDataset):
         return leave_out_bad_rows(dataset, measure) if args.skip_bad_rows else dataset  # training refuses others
-    lengths = map_rows(dataset, measure, args)
+    first = {}
+    for index, place in enumerate(dataset["place"]):  # with `--weights` a row can be drawn several times
+        first.setdefault(place, index)
+    measured = dict(zip(first, map_rows(dataset.select(first.values()), measure, args), strict=True))
+    lengths = [measured[place] for place in dataset["place"]]
     good = [index for index, length in enumerate(lengths) if not isinstance(length, str)]
-    # With `--weights` a row can be drawn several times, with the same error, which names its place.
-    if bad := [*dict.fromkeys(error for error in lengths if isinstance(error, str))]:
-        count = len(set(dataset["place"]))
-        text = f"{len(bad)} of {count} rows cannot be used:\n" + "\n".join(bad[:20] + ["..."] * (len(bad) > 20))
+    if bad := [error for error in measured.values() if isinstance(error, str)]:
+        text = f"{len(bad)} of {len(measured)} rows cannot be used:\n" + "\n".join(bad[:20] + ["..."] * (len(bad) > 20))
         if not args.skip_bad_rows or not good:
             raise ValueError(text)
         logger.warning(text)
