@@ -82,9 +82,13 @@ def fetch_packages(folder: Path) -> Path:
 
 
 def read_texts(text: str) -> dict[str, str]:
-    """Reads lines "name: text" into a dict, with the spelling corrected. Lines that begin with ";" are comments."""
+    """
+    Reads lines "name: text" into a dict, with the spelling corrected and without "...", of which the normalizer of the
+    leaderboards leaves a dot that counts as a word. Lines that begin with ";" are comments.
+    """
     pairs = (line.partition(":")[::2] for line in text.splitlines() if ":" in line and not line.startswith(";"))
-    return {name: " ".join(SPELLINGS.get(word, word) for word in said.split()) for name, said in pairs}
+    words = {name: said.replace("...", " ").split() for name, said in pairs}
+    return {name: " ".join(SPELLINGS.get(word, word) for word in said) for name, said in words.items()}
 
 
 def reason_to_drop(name: str, text: str, seconds: float | None) -> str | None:
