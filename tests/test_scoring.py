@@ -48,6 +48,7 @@ ERRORS = [
     ("twenty dollars", "$20", (0, 0, 0)),
     ("um, it's colour", "it is color", (0, 0, 0)),
     ("B.B.C.", "b b c", (0, 0, 0)),
+    ("press one to listen to...", "press 1 to listen to", (0, 1, 0)),
 ]
 
 
