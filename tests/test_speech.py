@@ -134,8 +134,11 @@ def test_the_text_model_is_smollm2_to_the_bit(speech, llama, qwen, prompt):
     inputs = tokenizer(prompt, return_tensors="pt")
     assert tokenizer.decode(inputs["input_ids"][0]) == prompt
     with torch.no_grad():
+        assert torch.equal(llama.model(**inputs).last_hidden_state, qwen.model(**inputs).last_hidden_state)
         expected, logits = llama(**inputs).logits, qwen(**inputs).logits
-    assert (logits[..., : expected.shape[-1]] - expected).abs().max() == 0
+    # Its head has rows for more tokens, and some CPUs multiply a matrix of another shape in another order.
+    assert torch.equal(llama.lm_head.weight, qwen.lm_head.weight[: expected.shape[-1]])
+    torch.testing.assert_close(logits[..., : expected.shape[-1]], expected, rtol=0, atol=1e-4)
     assert (logits[..., expected.shape[-1] :].amax(-1) < expected.amax(-1)).all()
 
 
