@@ -40,7 +40,7 @@ FRAME_BATCH = 2**16  # samples converted at a time
 QUICK_SECONDS = 0.5  # for the first try of an untrusted file, so that short ones do not wait for long ones
 WORKER_SECONDS = 8  # for the second try
 BATCH_SECONDS = 86_400  # for a file of a batch, which is trusted
-NUM_WORKERS = 8  # processes that decode the files of batches
+AT_ONCE = 8  # files of a batch that are decoded at a time, each in a thread and perhaps in a process
 LONG_FRAMES = (b"RIFF", b"fLaC")  # these files need no process: in threads as many are decoded
 WORKER_MEMORY = 2**26  # bytes for an untrusted file of any size; an hour of audio in any container needs half of that
 DEMUXER = {
@@ -298,7 +298,7 @@ def make_pools():
     """
     global POOLS, BATCHES
     POOLS = WorkerPool(4, QUICK_SECONDS), WorkerPool(2, WORKER_SECONDS)
-    BATCHES = WorkerPool(NUM_WORKERS, BATCH_SECONDS)
+    BATCHES = WorkerPool(AT_ONCE, BATCH_SECONDS)
 
 
 make_pools()
@@ -325,10 +325,11 @@ def decode_in_batch(file, name: str, max_seconds: float) -> tuple[np.ndarray, in
     than one thread, because they wait for Python's lock. What the process cannot decode, such as a file that needs more
     memory than an untrusted one may, is decoded here.
     """
-    is_quick = resource is None or not sys.executable or file.read(4) in LONG_FRAMES
+    begin = file.read(4)
     file.seek(0)
     # A process of `multiprocessing`, such as a DataLoader's, is one of several that decode.
-    if is_quick or multiprocessing.parent_process() is not None:
+    can_start = resource is not None and sys.executable and multiprocessing.parent_process() is None
+    if not can_start or begin in LONG_FRAMES:
         return decode(file, name, max_seconds)
     with with_descriptor(file) as file:
         with contextlib.suppress(AudioError, TimeoutError):

@@ -17,11 +17,11 @@ from transformers.utils import logging
 
 
 try:
-    from .audio_decoding import FULL_SCALE, MAX_SECONDS, AudioError, decode, decode_in_batch, decode_in_worker
+    from .audio_decoding import AT_ONCE, FULL_SCALE, MAX_SECONDS, AudioError, decode, decode_in_batch, decode_in_worker
     from .audio_download import MAX_BYTES, TIMEOUT, describe, read
     from .content_items import find_source, normalize_conversations, take_audio
 except ImportError:  # not part of a package: the tools beside this file import it by its bare name
-    from audio_decoding import FULL_SCALE, MAX_SECONDS, AudioError, decode, decode_in_batch, decode_in_worker
+    from audio_decoding import AT_ONCE, FULL_SCALE, MAX_SECONDS, AudioError, decode, decode_in_batch, decode_in_worker
     from audio_download import MAX_BYTES, TIMEOUT, describe, read
     from content_items import find_source, normalize_conversations, take_audio
 
@@ -39,7 +39,6 @@ SILENCE = (math.log10(1e-10) + 4.0) / 4.0  # log-mel of no power
 BLOCK = 1000  # frames transformed at a time, so that the intermediate tensors stay in a core's cache
 WINDOWS_AT_ONCE = {"cpu": 1}  # windows transformed together; an accelerator takes 32, because padding is cheap there
 READ_LIMITS = ("max_bytes", "timeout", "public_only")  # limits of any file, see `fetch_audio`
-MAX_THREADS = 8  # that decode files at a time
 LEAST_BATCH = 8  # files for which it is worth to start processes
 MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers
@@ -190,7 +189,7 @@ def fetch_all(clips: list, sr: int = SAMPLING_RATE, device=None, **limits) -> li
     Opens clips as [`fetch_audio`] does, files in parallel threads, many files in processes as well. Raises what the
     first clip raises that cannot be opened.
     """
-    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    num_threads = min(AT_ONCE, os.cpu_count() or 1)
     in_batch = num_threads > 1 and sum(map(is_plain, clips)) >= LEAST_BATCH
     open_one = functools.partial(fetch_audio, sr=sr, device=device, in_batch=in_batch, **limits)
     pool = ThreadPoolExecutor(num_threads)

@@ -148,7 +148,7 @@ class WithTextBefore:
 
 
 class Aligned:
-    """What became of each word of a reference, and after how many of them each word of an answer stands."""
+    """What became of each word of a reference, and after how many of them each word of an answer and its end stand."""
 
     def __init__(self, reference: str, answer: str):
         self.edits, self.places, self.inserted, self.errors = [], [], [], 0
@@ -159,6 +159,7 @@ class Aligned:
                 self.inserted.append((len(self.edits), word))
             self.places += [len(self.edits)] * len(word.split())
             self.edits += [edit] * len(expected.split())
+        self.places.append(len(self.edits))
 
 
 def count_faults(reference: str, joined: Aligned, single: Aligned, seams: list[int]) -> int:
@@ -195,13 +196,13 @@ def compare_cuts(name: str, transcriber: Transcriber, samples: np.ndarray, alone
     answers = [normalize(segment.text) for segment in segments]
     joined, single = Aligned(reference, " ".join(answers)), Aligned(reference, " ".join(map(normalize, alone)))
     ends = list(itertools.accumulate(len(answer.split()) for answer in answers))
-    middles = [(first + end) // 2 for first, end in zip([0, *ends], ends, strict=False)]
+    middles = [(first + end) // 2 for first, end in itertools.pairwise([0, *ends])]
     words, doubtful = len(reference.split()), sum(segment.doubt is not None for segment in segments)
     rates = [f"{100 * each.errors / words:.2f}" for each in (single, joined)]
     faults = []
-    for places in (ends[:-1], middles):
-        in_reference = [joined.places[place] if place < len(joined.places) else len(joined.edits) for place in places]
-        faults.append(f"{40 * count_faults(reference, joined, single, in_reference) / len(places):.1f}")
+    for ours in (ends[:-1], middles):
+        count = count_faults(reference, joined, single, [joined.places[place] for place in ours])
+        faults.append(f"{40 * count / max(1, len(ours)):.1f}")
     return [name, words, len(segments), doubtful, *rates, *faults, f"{factor:.1f}"]
 
 

@@ -44,11 +44,11 @@ def select_rows(dataset, collator: ChatCollator, args: Arguments):
 
     if isinstance(dataset, IterableDataset):
         return leave_out_bad_rows(dataset, measure) if args.skip_bad_rows else dataset  # training refuses others
-    first = {}
-    for index, place in enumerate(dataset["place"]):  # with `--weights` a row can be drawn several times
+    places, first = list(dataset["place"]), {}
+    for index, place in enumerate(places):  # with `--weights` a row can be drawn several times
         first.setdefault(place, index)
     measured = dict(zip(first, map_rows(dataset.select(first.values()), measure, args), strict=True))
-    lengths = [measured[place] for place in dataset["place"]]
+    lengths = [measured[place] for place in places]
     good = [index for index, length in enumerate(lengths) if not isinstance(length, str)]
     if bad := [error for error in measured.values() if isinstance(error, str)]:
         text = f"{len(bad)} of {len(measured)} rows cannot be used:\n" + "\n".join(bad[:20] + ["..."] * (len(bad) > 20))
