@@ -16,7 +16,6 @@ import string
 import subprocess
 from pathlib import Path
 
-import torch
 from transformers.utils import logging
 
 from configuration_qwen2_audio_vl import TRANSCRIBE
@@ -29,7 +28,7 @@ from evaluation.scoring import ALL, AS_GIVEN, summary, table
 from publishing.build import build
 from publishing.paths import ROOT, write_json
 from speech.recordings import rows_of, short_prompts
-from speech.run import REPO
+from speech.run import REPO, has_fast_bfloat16
 from training.arguments import Arguments
 from training.train import train
 
@@ -54,12 +53,6 @@ SETTINGS = {
     "report_to": "none",
     "use_cpu": True,
 }
-
-
-def has_fast_bfloat16() -> bool:
-    """Tells whether this CPU multiplies in bfloat16, which then takes two thirds of the time of float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def make_row(audio: str, instruction: str, answer: str) -> dict:
