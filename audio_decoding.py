@@ -12,7 +12,6 @@ import itertools
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -39,6 +38,7 @@ LEAST_GAP = 0.1  # seconds between the end of a frame and the timestamp of the n
 FRAME_BATCH = 2**16  # samples converted at a time
 QUICK_SECONDS = 0.5  # for the first try of an untrusted file, so that short ones do not wait for long ones
 WORKER_SECONDS = 8  # for the second try
+START_SECONDS = 60  # for a process to start; a program that Python is built into would not start one
 BATCH_SECONDS = 86_400  # for a file of a batch, which is trusted
 AT_ONCE = 8  # files of a batch that are decoded at a time, each in a thread and perhaps in a process
 LONG_FRAMES = (b"RIFF", b"fLaC")  # these files need no process: in threads as many are decoded
@@ -216,7 +216,7 @@ class DecodingWorker:
         try:
             if self.process is None or self.process.poll() is not None:
                 self.start()
-                self.receive(deadline)  # it is ready
+                self.receive(min(deadline, time.monotonic() + START_SECONDS))  # it is ready
             self.is_idle = False
             deadline = min(deadline, time.monotonic() + seconds)
             self.connection.send((name, max_seconds))
@@ -251,8 +251,13 @@ class DecodingWorker:
     def start(self):
         self.connection, worker_end = multiprocessing.Pipe()
         with worker_end:
-            command = [sys.executable, __file__, str(worker_end.fileno())]
-            self.process = subprocess.Popen(command, pass_fds=[worker_end.fileno()], stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, str(worker_end.fileno())],
+                pass_fds=[worker_end.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # Ctrl-C is for this process
+            )
         self.is_idle = False
 
 
@@ -266,20 +271,20 @@ class WorkerPool:
     def decode(self, file, name: str, max_seconds: float, deadline: float) -> tuple[np.ndarray, int]:
         """See [`DecodingWorker.decode`]."""
         turn = concurrent.futures.Future()
-        self.turns.append(turn)
-        self.give_turns()
         try:
+            self.turns.append(turn)
+            self.give_turns()
             worker = turn.result(max(0.0, deadline - time.monotonic()))
+            return worker.decode(file, name, max_seconds, deadline, self.seconds)
         except concurrent.futures.TimeoutError:
             if turn.cancel():
                 reason = "every process that decodes files was busy until `timeout` ended. Try again later."
                 raise AudioError(f"{name} cannot be decoded: {reason}") from None
-            worker = turn.result()  # the turn came at the last moment
-        try:
-            return worker.decode(file, name, max_seconds, deadline, self.seconds)
+            raise
         finally:
-            self.free.append(worker)
-            self.give_turns()
+            if not turn.cancel():  # also where Ctrl-C came before the worker
+                self.free.append(turn.result())
+                self.give_turns()
 
     def give_turns(self):
         """Gives free workers to the calls that wait the longest. In a plain queue later calls could overtake."""
@@ -310,7 +315,12 @@ def decode_in_worker(file, name: str, max_seconds: float, deadline: float) -> tu
     """Decodes an untrusted file as [`decode`] does, by the next free worker. Also raises AudioError at the deadline."""
     if resource is None:
         return decode(file, name, max_seconds)
-    with with_descriptor(file) as file:
+    try:
+        file = give_descriptor(file)
+    except OSError as error:
+        file.close()
+        raise AudioError(f"{name} cannot be decoded: {error}") from error
+    with file:
         for pool in POOLS:
             with contextlib.suppress(TimeoutError):
                 return pool.decode(file, name, max_seconds, deadline)
@@ -325,34 +335,45 @@ def decode_in_batch(file, name: str, max_seconds: float) -> tuple[np.ndarray, in
     than one thread, because they wait for Python's lock. What the process cannot decode, such as a file that needs more
     memory than an untrusted one may, is decoded here.
     """
-    begin = file.read(4)
-    file.seek(0)
-    # A process of `multiprocessing`, such as a DataLoader's, is one of several that decode.
-    can_start = resource is not None and sys.executable and multiprocessing.parent_process() is None
-    if not can_start or begin in LONG_FRAMES:
-        return decode(file, name, max_seconds)
-    with with_descriptor(file) as file:
-        with contextlib.suppress(AudioError, TimeoutError):
-            return BATCHES.decode(file, name, max_seconds, time.monotonic() + BATCH_SECONDS)
-        file.seek(0)
-        return decode(file, name, max_seconds)
+    if resource is not None and sys.executable and not is_child():
+        with contextlib.suppress(AudioError, TimeoutError, OSError):
+            begin = file.read(4)
+            file.seek(0)
+            if begin not in LONG_FRAMES:
+                file = give_descriptor(file)
+                decoded = BATCHES.decode(file, name, max_seconds, time.monotonic() + BATCH_SECONDS)
+                file.close()
+                return decoded
+        with contextlib.suppress(OSError):
+            # The process moved the place in the file, which a seek to 0 does not notice while that is in the buffer.
+            file.seek(0, os.SEEK_END)
+            file.seek(0)
+    return decode(file, name, max_seconds)
 
 
-@contextlib.contextmanager
-def with_descriptor(file):
+def is_child() -> bool:
+    """Whether this process is one of several that decode, such as a DataLoader's or of the `map` of `datasets`."""
+    modules = (sys.modules.get(name) for name in ("multiprocessing", "multiprocess"))
+    return any(module.parent_process() is not None for module in modules if module)
+
+
+def give_descriptor(file):
     """
-    Gives the file to the block, or a copy without a name, on Linux in memory, because a process reads it by its
-    descriptor. Closes both.
+    Returns the file, or a copy without a name, on Linux in memory, because a process reads it by its descriptor. Closes
+    what it copied, so that its memory is free while the other process decodes.
     """
-    with file:
-        if not isinstance(file, io.BytesIO):
-            yield file
-            return
-        with open(os.memfd_create("audio"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile() as copy:
-            shutil.copyfileobj(file, copy)
-            copy.flush()
-            file.close()  # its memory is free while the other process decodes
-            yield copy
+    if not isinstance(file, io.BytesIO):
+        return file
+    with contextlib.ExitStack() as closed_after_errors:
+        if hasattr(os, "memfd_create"):
+            copy = closed_after_errors.enter_context(open(os.memfd_create("audio"), "w+b"))
+        else:
+            copy = closed_after_errors.enter_context(TemporaryFile())
+        shutil.copyfileobj(file, copy)
+        copy.flush()
+        closed_after_errors.pop_all()
+    file.close()
+    return copy
 
 
 def serve(connection: Connection):
@@ -381,6 +402,5 @@ def serve(connection: Connection):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process
-    with contextlib.suppress(EOFError):  # the other process has ended
+    with contextlib.suppress(EOFError, OSError):  # the other process has ended
         serve(Connection(int(sys.argv[1])))

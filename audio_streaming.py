@@ -13,7 +13,7 @@ import av
 import numpy as np
 import torch
 
-from audio_decoding import decode_pieces, of_one_rate
+from audio_decoding import DEMUXER, decode_pieces, of_one_rate
 from audio_download import MAX_BYTES, TIMEOUT, describe, read
 from audio_utils import SAMPLING_RATE, check_peak, check_rate, fetch_audio, resample_pieces, unwrap
 from configuration_qwen2_audio_vl import SHORTEST_PIECE
@@ -88,7 +88,7 @@ def find_duration(ele) -> float | None:
         return None
     with contextlib.suppress(Exception):  # the header only serves the progress bar; reading the file reports its faults
         if os.path.isfile(source):
-            with av.open(os.fspath(source), metadata_errors="ignore") as container:
+            with av.open(os.fspath(source), metadata_errors="ignore", options=DEMUXER) as container:
                 audio, begin = container.streams.audio[0], (container.start_time or 0) / av.time_base
                 if audio.duration:  # pictures may go on for longer
                     return float(((audio.start_time or 0) + audio.duration) * audio.time_base) - begin

@@ -1,5 +1,6 @@
 """Content items -> samples at 16 kHz, mono -> windows -> log-mel, and pictures, without the model and the tokenizer."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -195,7 +196,9 @@ def fetch_all(clips: list, sr: int = SAMPLING_RATE, device=None, **limits) -> li
     pool = ThreadPoolExecutor(num_threads)
     try:
         # Two items may share an object with a state, such as an open file, so these are read one after another.
-        opened = [pool.submit(open_one, clip) if is_plain(clip) and len(clips) > 1 else None for clip in clips]
+        opened = [None] * len(clips)
+        with contextlib.suppress(RuntimeError):  # after the end of the main thread no others can start
+            opened = [pool.submit(open_one, clip) if is_plain(clip) and len(clips) > 1 else None for clip in clips]
         return [future.result() if future else open_one(clip) for future, clip in zip(opened, clips, strict=True)]
     finally:
         pool.shutdown(cancel_futures=True)

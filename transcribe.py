@@ -44,7 +44,7 @@ from configuration_qwen2_audio_vl import (
 )
 from shipped_files import WHOLE_MODEL, find_folder
 from transcripts import FORMATS, Segment, SubtitleStyle, Transcript, Word, read_segment, rounded, segment_dict
-from word_times import Aligner
+from word_times import Aligner, TooLongError
 
 
 logger = logging.get_logger(__name__)
@@ -194,10 +194,9 @@ Judged = tuple[Piece, Answer, str | None]  # a piece, its answer, and why the an
 
 def answer_pieces(ask: Asker, pieces: list[Piece]) -> list[Judged]:
     """
-    Asks about pieces; those of 4 s or more whose text is in doubt are cut in halves and asked once more. Pieces that
-    are silent throughout are left out, because models answer some of them with words.
+    Asks about pieces; those of 4 s or more whose text is in doubt are cut in halves and asked once more.
     """
-    results = judge(ask, [piece for piece in pieces if find_voice(piece.samples).any()])
+    results = judge(ask, pieces)
     is_cut = [bool(doubt) and len(piece.samples) >= LEAST_HALVED * SAMPLING_RATE for piece, _, doubt in results]
     cut = [piece for (piece, _, _), cuts in zip(results, is_cut, strict=True) if cuts]
     again = iter(judge(ask, [half for piece in cut for half in halve(piece)]))
@@ -212,7 +211,11 @@ def answer_pieces(ask: Asker, pieces: list[Piece]) -> list[Judged]:
 
 
 def judge(ask: Asker, pieces: list[Piece]) -> list[Judged]:
-    answers = ask([piece.samples for piece in pieces]) if pieces else []
+    """Asks about pieces, but for those that are silent throughout, because models answer some of them with words."""
+    has_voice = [bool(find_voice(piece.samples).any()) for piece in pieces]
+    spoken = [piece.samples for piece, has in zip(pieces, has_voice, strict=True) if has]
+    given = iter(ask(spoken) if spoken else ())
+    answers = [next(given) if has else Answer("") for has in has_voice]
     pairs = zip(pieces, answers, strict=True)
     return [(piece, answer, find_doubt(piece.samples, answer)) for piece, answer in pairs]
 
@@ -226,9 +229,13 @@ def make_segment(piece: Piece, answer: Answer, doubt: str | None, aligner: Align
     start, end = (places[0] * ROW, min(length, (places[-1] + 1) * ROW)) if len(places) else (0.0, length)
     words = ()
     if aligner is not None and answer.text:
-        timed = aligner.find_words(answer.text, piece.samples, is_voice, answer.encoder_rows, language)
-        words = tuple(Word(offset + start, offset + end, text, chance) for start, end, text, chance in timed)
-        start, end = timed[0][0], timed[-1][1]
+        try:
+            timed = aligner.find_words(answer.text, piece.samples, is_voice, answer.encoder_rows, language)
+        except TooLongError as error:  # an answer that repeats itself
+            doubt = doubt or f"its words have no times: {error}"
+        else:
+            words = tuple(Word(offset + start, offset + end, text, chance) for start, end, text, chance in timed)
+            start, end = timed[0][0], timed[-1][1]
     return rounded(Segment(offset + float(start), offset + float(end), answer.text, words, doubt))
 
 
@@ -340,16 +347,22 @@ def resume(
     an earlier run are read from there, if it had the same settings and the file is the same.
     """
     facts = {**settings, **identify(source)}
-    earlier = []
+    earlier, whole = [], 0  # and the bytes of its lines
     if unfinished.is_file():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be cut short
-            first, *rest = unfinished.read_text(encoding="utf-8").splitlines()
+            first, *rest = unfinished.read_bytes().splitlines(keepends=True)
             if json.loads(first) == facts:
+                whole = len(first)
                 for line in rest:
                     end, segments = json.loads(line)
-                    earlier.append((end, [read_segment(fields) for fields in segments]))
-    start, is_new = earlier[-1][0] if earlier else 0, True
-    for end, segments in itertools.chain(earlier, transcriber.batches(source, start)):
+                    if line.endswith(b"\n"):
+                        earlier.append((end, [read_segment(fields) for fields in segments]))
+                        whole += len(line)
+    if earlier:
+        os.truncate(unfinished, whole)
+    yield from earlier
+    is_new = not earlier
+    for end, segments in transcriber.batches(source, earlier[-1][0] if earlier else 0):
         content = [end, [segment_dict(segment) for segment in segments]]
         lines = [facts, content] if is_new else [content]  # a file that cannot be opened leaves nothing behind
         with unfinished.open("w" if is_new else "a", encoding="utf-8") as file:
@@ -359,7 +372,13 @@ def resume(
 
 
 def identify(source: str) -> dict:
-    """Returns what tells a file from another of the same name: its address, or its size and time of change."""
+    """
+    Returns what tells a file or folder from another of the same name: its address, or its size and time of change, of a
+    folder that of its newest file.
+    """
+    if os.path.isdir(source):
+        changed = max(file.stat().st_mtime for file in Path(source).iterdir() if file.is_file())
+        return {"source": os.path.abspath(source), "changed": changed}
     if not os.path.isfile(source):
         return {"source": source}
     stat = os.stat(source)
@@ -448,9 +467,9 @@ def transcribe_file(transcriber: Transcriber, source: str, name: str, style: Sub
     from which the same command reads them again.
     """
     unfinished = options.output_dir / f"{name}.unfinished.jsonl"
-    asked = ("repo", "url", "dtype", "max_seconds", "pause", "language", "prompt", "word_timestamps", "aligner")
+    asked = ("url", "dtype", "max_seconds", "pause", "language", "prompt", "word_timestamps", "aligner")
     settings = {option: getattr(options, option) for option in asked}
-    settings["served_name"] = getattr(transcriber.ask, "model", None) if options.url else None
+    settings["model"] = transcriber.ask.model if options.url else identify(transcriber.ask.model.name_or_path)
     start, batches = time.monotonic(), []
     total = find_duration(source)
     bar_format = "{desc}: {n:.0f} of {total:.0f} s |{bar}| {postfix}, {remaining} left"

@@ -21,6 +21,10 @@ SNAP = 15
 SHORTEST_SILENCE = 4  # rows: 80 ms
 
 
+class TooLongError(ValueError):
+    """A transcript of more tokens than the decoder of the aligning Whisper takes."""
+
+
 class Span(NamedTuple):
     """The encoder's rows during which a word is spoken."""
 
@@ -134,13 +138,13 @@ class Aligner:
             encoder_rows: The output of this Whisper's encoder for the clip, `(1, rows, d_model)`. Without it the
                 encoder computes it from the windows.
 
-        Raises a ValueError if the words do not fit Whisper's decoder.
+        Raises a [`TooLongError`] if the words do not fit Whisper's decoder.
         """
         pieces = [self.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
         prefix = self.prefix_ids(language)
         ids = [*prefix, *(token for piece in pieces for token in piece), self.tokenizer.eos_token_id]
         if len(ids) > (limit := self.model.config.max_target_positions):
-            raise ValueError(f"a transcript of {len(ids)} tokens; Whisper's decoder takes {limit}")
+            raise TooLongError(f"a transcript of {len(ids)} tokens; Whisper's decoder takes {limit}")
         inputs = {"input_features": windows}
         if encoder_rows is not None:
             device = self.model.device

@@ -1,5 +1,5 @@
 """
-python tests/mutations.py [--only NAME ...] [--jobs 2]: breaks the code in 68 places, one at a time, and runs the tests
+python tests/mutations.py [--only NAME ...] [--jobs 2]: breaks the code in 69 places, one at a time, and runs the tests
 that have to notice. Prints a table, and fails if fewer than 95% of the mutations are killed. `make test` leaves it out.
 
 Each mutation is made in a copy of the checkout. Its tests first run without it, as tests that fail anyway tell nothing.

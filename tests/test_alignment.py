@@ -24,6 +24,7 @@ from audio_utils import fetch_audio
 from publishing.build import build
 from publishing.paths import ROOT
 from training.closed_form import Ridge, spread
+from transcribe import Answer, Transcriber
 from word_times import Aligner, Span, delay, separate, warp
 
 
@@ -70,6 +71,10 @@ def test_spans_follow_each_other_within_the_clip(whisper, tmp_path):
         assert spans[0].start == 0 and spans[-1].end < num_rows
     with pytest.raises(ValueError, match="Whisper's decoder takes 448"):
         aligner.align(torch.randn(1, 128, 300), 40, WORDS * 150)
+    noise = np.random.default_rng(0).normal(0, 0.1, 32_000).astype(np.float32)
+    transcriber = Transcriber(lambda clips: [Answer("word " * 500) for _ in clips], 10.0, aligner=aligner)
+    ((_, (segment,)),) = transcriber.batches(noise)  # one answer too long is not the end of the whole recording
+    assert segment.text and not segment.words and segment.doubt == "the text repeats itself"
     other = shutil.copytree(whisper, tmp_path / "other")
     (other / "generation_config.json").unlink()
     with pytest.raises(ValueError, match="names no `alignment_heads`"):

@@ -6,9 +6,13 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import av
+import multiprocess
 import numpy as np
 import pytest
 import soundfile
@@ -23,6 +27,7 @@ import audio_utils
 from audio_streaming import stream_audio
 from audio_utils import AudioError, fetch_all, fetch_audio, log_mel
 from demo.bases import ASSETS
+from publishing.paths import ROOT
 
 
 FLAC = RECORDINGS / "audio-stereo-16-bit-44100Hz.flac"
@@ -91,6 +96,58 @@ def test_an_error_in_a_process_is_the_error_here(batch):
         fetch_all(batch, max_seconds=0.6)
 
 
+def test_a_file_that_a_process_refuses_is_read_from_its_begin(batch, tmp_path):
+    """The process moves the place in a file that it shares with this one."""
+    (tmp_path / "clip.mp3").write_bytes(encode(np.tile(fetch_audio(batch[9]).numpy(), 40), "clip.mp3"))
+    with pytest.raises(AudioError, match="longer than the limit of 20 s"):
+        fetch_all([*batch, tmp_path / "clip.mp3"], max_seconds=20)
+
+
+def test_an_interrupted_call_keeps_no_process(batch):
+    """Ctrl-C in a notebook, while every process is busy."""
+    pool = audio_decoding.WorkerPool(1, 60)
+    worker = pool.free.pop()
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with pytest.raises(KeyboardInterrupt):
+        pool.decode(io.BytesIO(batch[0]), "clip", 60.0, time.monotonic() + 60)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    pool.free.append(worker)
+    pool.give_turns()
+    assert pool.free == [worker]
+
+
+def test_a_process_imports_from_where_this_one_does(batch, tmp_path):
+    """Some programs change `sys.path`, so that an interpreter that they start finds no PyAV."""
+    (tmp_path / "clip.mp3").write_bytes(batch[9])
+    program = f"""
+import sys, time
+sys.path[:0] = {[str(ROOT), *sys.path]!r}
+from audio_decoding import WorkerPool
+with open({str(tmp_path / "clip.mp3")!r}, "rb") as file:
+    print(len(WorkerPool(1, 60).decode(file, "clip", 60.0, time.monotonic() + 60)[0]))
+"""
+    command = [sys._base_executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == len(audio_decoding.decode(io.BytesIO(batch[9]), "clip")[0]), done.stderr
+
+
+def test_files_are_opened_after_the_end_of_the_main_thread(batch, tmp_path):
+    (tmp_path / "clip.mp3").write_bytes(batch[9])
+    program = f"""
+import sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+from audio_utils import fetch_all
+def work():
+    while threading.main_thread().is_alive():
+        time.sleep(0.01)
+    print(len(fetch_all(2 * ["clip.mp3"])))
+threading.Thread(target=work).start()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "2\n", done.stderr
+
+
 def test_a_forked_process_decodes_with_processes_of_its_own(batch):
     clip = batch[9]
     expected, before = fetch_all(batch), {process.pid for process in list_processes()}
@@ -105,12 +162,13 @@ def test_a_forked_process_decodes_with_processes_of_its_own(batch):
     assert {process.pid for process in list_processes()} >= before
 
 
-def test_a_process_of_a_data_loader_starts_no_others(batch):
+@pytest.mark.parametrize("module", [multiprocessing, multiprocess], ids=lambda module: module.__name__)
+def test_a_process_of_a_data_loader_or_of_datasets_starts_no_others(batch, module):
     def decode():
         audio_decoding.decode_in_batch(io.BytesIO(batch[9]), "clip", 60.0)
         os._exit(len(list_processes()))
 
-    child = multiprocessing.get_context("fork").Process(target=decode)
+    child = module.get_context("fork").Process(target=decode)
     child.start()
     child.join()
     assert child.exitcode == 0

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import mutations
 import pytest
 import yaml
 from transformers import AutoConfig
@@ -232,3 +233,10 @@ def test_what_the_model_works_with_is_what_is_tested():
         assert all((ROOT / "tests" / f"{test}.py").is_file() for test in tests.split(", ")), tests
         for other, number in re.findall(r"of (\w+) (\d[\d.]+)", what):
             assert pins[other] == number
+
+
+def test_every_line_that_a_mutation_changes_is_there_once():
+    table = mutations.read_table()
+    mutations.check_table(table)
+    for document in (mutations.__doc__, (ROOT / "CONTRIBUTING.md").read_text()):
+        assert f"breaks the code in {len(table)} places" in document

@@ -193,6 +193,14 @@ def test_silence_is_not_asked_about(sound):
     assert end == len(recording) and [segment.text for segment in segments] == [SENTENCE]
     assert list(Transcriber(lambda clips: 1 / 0).batches(np.zeros(32_000, np.float32))) == [(32_000, [])]
 
+    def doubtful(clips):
+        assert all(find_voice(clip).any() for clip in clips)
+        return [Answer("um" if len(clip) > 5 * SAMPLING_RATE else SENTENCE) for clip in clips]
+
+    # A piece in doubt, whose second half is silent.
+    ((_, segments),) = Transcriber(doubtful).batches(np.concatenate([sound(4), np.zeros(80_000, np.float32)]))
+    assert [segment.text for segment in segments] == [SENTENCE]
+
 
 @pytest.mark.parametrize(
     "settings, reason",
@@ -254,10 +262,10 @@ def test_command_line(demo_repo, recording, tmp_path):
 
     # A run that was stopped after the first batch, and in the middle of a line, goes on there.
     unfinished = output / "talk.unfinished.jsonl"
-    facts = dict.fromkeys(("url", "max_seconds", "pause", "language", "prompt", "aligner", "served_name"))
-    facts |= {"word_timestamps": False, "dtype": "auto"}
+    facts = dict.fromkeys(("url", "max_seconds", "pause", "language", "prompt", "aligner"))
+    facts |= {"word_timestamps": False, "dtype": "auto", "model": transcribe.identify(str(demo_repo))}
     stat = os.stat(path)
-    facts = {"repo": str(demo_repo), **facts, "source": str(path), "bytes": stat.st_size, "changed": stat.st_mtime}
+    facts |= {"source": str(path), "bytes": stat.st_size, "changed": stat.st_mtime}
     first = json.loads((output / "talk.json").read_text())["segments"][0]
     first = {"start": first["start"], "end": first["end"], "text": "from the earlier run"}
     end = round(SAMPLING_RATE * (first["end"] + 0.3))
@@ -293,6 +301,40 @@ def test_a_run_that_was_interrupted_goes_on_and_repeats_no_file(demo_repo, recor
     assert (tmp_path / "talk.txt").read_text().splitlines() == ["earlier talk", *said[1:]]
     assert (tmp_path / "long.txt").read_text().splitlines() == ["earlier long", *(said * 2)[1:]]
     assert len(asked) == len(said) + 3 + 2 * len(said) - 2 and not [*tmp_path.glob("*.unfinished.jsonl")]
+
+
+def test_what_was_asked_is_never_asked_again(sound, tmp_path):
+    """Wherever a run ends: in a character, between text and line end, or while it goes through what it has."""
+    recording, unfinished, asked = tmp_path / "talk.wav", tmp_path / "talk.unfinished.jsonl", []
+    soundfile.write(recording, np.tile(np.append(sound(1.5), np.zeros(8_000, np.float32)), 5), SAMPLING_RATE)
+
+    def ask(clips):
+        asked.append(len(clips))
+        return [Answer("他说的话很长\u2028他们在北京住了") for _ in clips]
+
+    def run():
+        return transcribe.resume(Transcriber(ask, 2.5, 1), str(recording), unfinished, {"model": 1})
+
+    batches = list(run())
+    content = unfinished.read_bytes()
+    for missing in range(len(content.splitlines(keepends=True)[-1])):
+        asked.clear()
+        unfinished.write_bytes(content[: len(content) - missing])
+        next(run())  # stopped at its first output
+        assert list(run()) == batches and unfinished.read_bytes() == content
+        assert len(asked) == min(missing, 1)
+    asked.clear()
+    next(transcribe.resume(Transcriber(ask, 2.5, 1), str(recording), unfinished, {"model": 2}))
+    assert asked == [1] and len(unfinished.read_bytes().splitlines()) == 2
+
+
+def test_a_folder_that_has_changed_is_another_model(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    before = transcribe.identify(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert transcribe.identify(".") == before
+    os.utime("config.json", (1, 1))
+    assert transcribe.identify(".") != before
 
 
 def test_what_is_missing_is_said(demo_repo, recording, tmp_path):
