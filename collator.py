@@ -63,6 +63,9 @@ class ChatCollator:
             question = [{"type": "audio", "audio": audio}, {"type": "text", "text": self.instruction}]
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
         is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+        if messages is None and audio is not None and "text" in content:
+            reason = 'write "" where nothing is said, and words in the place of the numbers of classes'
+            raise ValueError(f"the transcript, `text`, must be a string, got {text!r:.80}; {reason}")
         if not is_list or not messages:
             raise ValueError(
                 "there is no list of `messages`, dicts of role and content, nor a recording as `audio` and its `text`"
@@ -79,6 +82,8 @@ class ChatCollator:
         """
         for message in messages:
             # Adjacent texts are joined, because the template writes them without a gap; others stand between texts.
+            if message["role"] != "assistant" and message.get("content") is None:
+                raise ValueError(f"a message of role {message['role']!r} has no content")
             role, text = message["role"], "".join(item.get("text", "\n") for item in items_of(message))
             if role not in ("system", "user", "assistant"):
                 raise ValueError(f"a message has role {role!r}; expected system, user or assistant")
@@ -89,6 +94,8 @@ class ChatCollator:
                     raise ValueError(f"a text contains {token}, a control token of the model; remove it from the text")
         if role != "assistant":
             raise ValueError(f"the last message is from {role!r}; expected the assistant's answer")
+        if "user" not in {message["role"] for message in messages}:
+            raise ValueError("there is no message of the user before the answer")
         types = {item["type"] for message in messages for item in items_of(message)}
         if self.needs_audio and "audio" not in types:
             raise ValueError("there is no audio, so the projector learns nothing from it")

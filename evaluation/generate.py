@@ -20,6 +20,9 @@ from publishing.paths import load_processor
 from transcribe import Answer, Asker, LocalAsker, ServerAsker, Transcriber
 
 
+REFUSED = (400, 413, 415, 422)  # statuses of HTTP that blame the content of a request
+
+
 def load(repo: str | Path, dtype: str | torch.dtype = "auto", audio_tokens: str | None = None) -> tuple:
     """
     Loads `(processor, model)` of a folder or a Hub id, the model on the CPU. `dtype` is one of torch
@@ -112,8 +115,8 @@ class Server:
         return reply.choices[0].message.content or ""
 
     def check(self, error: Exception) -> Exception:
-        """Returns the error of a row. Raises a ConnectionError if it is the server's fault."""
-        if getattr(error, "status_code", 500) >= 500:
+        """Returns the error of a row that the server refuses. Raises a ConnectionError if any row would fail."""
+        if getattr(error, "status_code", 500) not in REFUSED:
             raise ConnectionError(f"{self.url} failed: {error}. Run the command again to go on.") from error
         return error
 

@@ -17,10 +17,10 @@ from collator import ChatCollator
 from configuration_qwen2_audio_vl import TRANSCRIBE
 from evaluation.generate import LocalModel, LongForm, Server, load, write_sound
 from evaluation.questions import Question, Questions, check_groups
-from evaluation.rows import describe_data, list_changes, load_rows
+from evaluation.rows import checksum_model, describe_data, list_changes, load_rows
 from evaluation.scoring import AS_GIVEN, compare, file_of, read_prediction
 from evaluation.settings import Settings
-from publishing.paths import load_processor, only_run, replace_file, resolve, sha256, write_json
+from publishing.paths import load_processor, only_run, replace_file, resolve, write_json
 from shipped_files import WHOLE_MODEL
 from transcribe import longest_piece
 
@@ -31,7 +31,8 @@ BUFFER = 16  # batches that are sorted by length together
 THUMBNAIL = 320  # pixels a side of the pictures that the report shows
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "av", "numpy", "kaldialign")
 # What a run that goes on must have in common with the one that was stopped, beside the data.
-LASTING = ("model", "columns", "instruction", "group_column", "transcript_column", "backend", "generation")
+LASTING = ("model", "columns", "instruction", "group_column", "transcript_column", "backend", "served_name")
+LASTING += ("generation",)
 
 
 def predict(repo: str | Path, data: list[str | Path], output: str | Path, **settings) -> Path:
@@ -225,14 +226,12 @@ def merge(folder: Path, arm: str):
 def make_manifest(settings: Settings, instruction: str) -> dict:
     """Describes everything that the predictions depend on, as far as it is known."""
     origin = resolve(settings.repo)
-    patterns = ("*.safetensors", "*.py")
-    weights, code = ({file.name: sha256(file) for file in sorted(origin.folder.glob(each))} for each in patterns)
     generation = {name: getattr(settings, name) for name in ("max_new_tokens", "audio_tokens", "batch_size")}
     if settings.long_form:
         generation = {"audio_tokens": settings.audio_tokens, "batch_size": settings.batch_size, "long_form": True}
-    as_given = ("columns", "group_column", "transcript_column", "limit", "backend", "command")
+    as_given = ("columns", "group_column", "transcript_column", "limit", "backend", "served_name", "command")
     return {
-        "model": {"name": origin.name, "revision": origin.commit, "weights": weights, "code": code},
+        "model": {"name": origin.name, "revision": origin.commit, **checksum_model(origin.folder)},
         "data": describe_data(settings.data, settings.columns),
         "instruction": instruction,
         "arms": [AS_GIVEN, *settings.arms],

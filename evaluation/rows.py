@@ -11,6 +11,7 @@ import datasets
 
 from collator import RECORDING, items_of, names_file
 from content_items import normalize_conversations
+from publishing.paths import sha256
 
 
 def load_rows(
@@ -36,7 +37,9 @@ def load_rows(
     parts = []
     for source in sources:
         is_lines = source.endswith((".jsonl", ".json"))
-        rows = load_lines(source, streaming, columns) if is_lines else load_dataset(source, streaming, columns, keep)
+        rows = (
+            load_lines(source, streaming, columns, keep) if is_lines else load_dataset(source, streaming, columns, keep)
+        )
         if streaming:
             rows = rows.map(lambda _, index, source=source: {"place": f"{source}:{index + 1}"}, with_indices=True)
         else:
@@ -50,36 +53,63 @@ def load_rows(
     return datasets.interleave_datasets(parts, shares, seed=seed, stopping_strategy="all_exhausted")
 
 
-def load_lines(source: str, streaming: bool, columns: tuple[str, str] | None):
-    check_lines(source)
+def load_lines(source: str, streaming: bool, columns: tuple[str, str] | None, keep: tuple[str, ...]):
     # As text: Arrow would give every content item the keys of all others, filled with None.
-    rows = datasets.load_dataset("text", data_files=source, split="train", streaming=streaming)
-    rows = rows.rename_column("text", "line")
+    if "://" in source:
+        rows = datasets.load_dataset("text", data_files=source, split="train", streaming=streaming)
+        rows = rows.rename_column("text", "line")
+    else:
+        # `datasets` would tell files by name, which it reads as a pattern, and time of change.
+        content = {"path": source, "checksum": check_lines(source, keep)}
+        dataset = datasets.IterableDataset if streaming else datasets.Dataset
+        rows = dataset.from_generator(
+            read_lines, datasets.Features({"line": datasets.Value("string")}), gen_kwargs=content
+        )
     if columns and columns != RECORDING:
         rows = rows.map(partial(rename_keys, columns=columns), input_columns="line")
     return rows
 
 
-def check_lines(source: str):
-    """Raises a ValueError if a local file of JSON lines is not there, empty or not UTF-8."""
-    if "://" in source:
-        return
+def read_lines(path: str, checksum: str) -> Iterator[dict[str, str]]:
+    """Yields the lines of a file. `datasets` takes the checksum into the name of what it caches."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        yield from ({"line": line.rstrip("\r\n")} for line in file)
+
+
+def check_lines(source: str, keep: tuple[str, ...]) -> str:
+    """
+    Returns the checksum of a local file of JSON lines. Raises a ValueError if it is not there, empty or not UTF-8, or
+    if none of its lines has a column to keep.
+    """
     if not Path(source).is_file():
         raise ValueError(f"There is no file {source}.")
+    digest, is_empty, missing = hashlib.sha256(), True, {*keep}
     with open(source, "rb") as file:
-        start = file.read(2**16)
-    if not start.strip():
+        for number, line in enumerate(file, 1):
+            digest.update(line)
+            is_empty = is_empty and not line.strip()
+            if b"\0" in line:
+                raise ValueError(f"{source} must be JSON lines in UTF-8; it holds zero bytes, as UTF-16 does.")
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{source} must be JSON lines in UTF-8; line {number} is not: {error}.") from error
+            missing = {name for name in missing if json.dumps(name) not in text and f'"{name}"' not in text}
+    if is_empty:
         raise ValueError(f"{source} is empty; expected a JSON object with `messages` on each line.")
-    if b"\0" in start:
-        raise ValueError(f"{source} must be JSON lines in UTF-8; it holds zero bytes, as UTF-16 does.")
+    if missing:
+        raise ValueError(f"No line of {source} has the column {', '.join(sorted(missing))}.")
+    return digest.hexdigest()
 
 
 def rename_keys(line: str, columns: tuple[str, str]) -> dict[str, str]:
-    """Puts the recording and the transcript of a line under the usual names; a line without them stays as it is."""
+    """Puts the recording and the transcript of a line, but of no others, under the usual names."""
     try:
         row = json.loads(line.lstrip("\ufeff"))
-        return {"line": json.dumps({**row, **dict(zip(RECORDING, [row[name] for name in columns], strict=True))})}
-    except (ValueError, TypeError, KeyError, RecursionError):
+        named = {usual: row[name] for usual, name in zip(RECORDING, columns, strict=True) if name in row}
+        others = {name: value for name, value in row.items() if name not in RECORDING}
+        return {"line": json.dumps(others | named)}
+    except (ValueError, TypeError, AttributeError, RecursionError):  # no object, which is reported when it is read
         return {"line": line}
 
 
@@ -182,13 +212,30 @@ def checksum_of_files(folder: Path, names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def checksum_model(folder: Path) -> dict[str, dict[str, str]]:
+    """Returns the checksums of the weights, the code and the settings in a model's folder, by file name."""
+    patterns = {"weights": ["*.safetensors"], "code": ["*.py"], "settings": ["*.json", "*.jinja"]}
+    return {
+        what: {file.name: sha256(file) for each in endings for file in sorted(folder.glob(each))}
+        for what, endings in patterns.items()
+    }
+
+
+def describe_changes(name: str, then, now) -> list[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*then, *now])
+        return [text for key in keys for text in describe_changes(f"{key} of {name}", then.get(key), now.get(key))]
+    return [f"{name} was {then!r}, is {now!r}"] if then != now else []
+
+
 def list_changes(then: dict, now: dict, names: tuple[str, ...], data: str) -> list[str]:
     """
     Compares what two runs wrote down: the values under some names, and the descriptions of their data by
     [`describe_data`]. What only one of the descriptions knows does not count. Returns the differences in words.
     """
     then, now = (json.loads(json.dumps(each)) for each in (then, now))  # JSON has no tuples
-    changes = [f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in names if then.get(name) != now[name]]
+    # A run of an earlier release did not write all down.
+    changes = [text for name in names if name in then for text in describe_changes(name, then[name], now[name])]
     before, after = ([source["name"] for source in each[data]] for each in (then, now))
     if before != after:
         return [*changes, f"data was {', '.join(before)}, is {', '.join(after)}"]

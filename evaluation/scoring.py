@@ -229,7 +229,8 @@ def summarize(comparisons: list[Comparison], seed: int) -> dict:
         scores["too_long"] = too_long
     if names:
         numbers = [[row.metrics.get(name, 0.0) for name in names] for row in answered]
-        means = intervals(numbers, [[1] * len(names)] * len(numbers), seed, len(names))
+        counts = [[int(name in row.metrics) for name in names] for row in answered]  # a row may lack some of the names
+        means = intervals(numbers, counts, seed, len(names))
         scores["metrics"] = dict(zip(names, means, strict=True))
     if kind == "classes":
         pairs = [(row.reference, row.answer) for row in comparisons if row.reference not in NOTHING_SAID]

@@ -48,6 +48,8 @@ class Settings:
         self.columns = columns_of(self.audio_column, self.text_column)
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be 1 or more, got {self.batch_size}.")
+        if self.limit is not None and self.limit < 0:
+            raise ValueError(f"--limit must be 0 or more, got {self.limit}.")
         if self.long_form:
             self.check_long_form()
         if self.backend == "vllm" and not self.url:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 # When values are classes: the most classes, and the fewest rows for each class.
 MOST_CLASSES, CLASS_ROWS = 20, 2
+MISSING = "MISSING"  # stands for a field that an answer lacks; `spell` writes no text in capitals
 OTHER = "other"
 RULE = "JSON: all fields are equal; texts without case and surplus spaces, numbers by value"
 
@@ -31,32 +32,39 @@ def read_fields(text: str) -> dict[str, str] | None:
         value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return None
-    return dict(flatten(value, "")) if isinstance(value, dict) else None
+    return dict(flatten(value, None)) if isinstance(value, dict) else None
 
 
-def flatten(value, path: str):
-    if isinstance(value, dict) and (value or not path):
+def flatten(value, path: str | None):
+    if isinstance(value, dict) and (value or path is None):
         for name, part in value.items():
-            yield from flatten(part, f"{path}.{name}" if path else name)
+            name = name.replace("\\", "\\\\").replace(".", "\\.")  # {"a.b": 1} is not {"a": {"b": 1}}
+            yield from flatten(part, name if path is None else f"{path}.{name}")
     else:
         yield path, spell(value)
 
 
-def spell(value) -> str:
-    """Writes a value in one way. A text that could be a number, a list or the like keeps its quotes."""
+def spell(value, is_part: bool = False) -> str:
+    """
+    Writes a value in one way. A text has quotes if it is part of a list or dict, or could be one, a number or the like.
+    """
     if isinstance(value, str):
         text = " ".join(value.casefold().split())
+        quoted = json.dumps(text, ensure_ascii=False)
+        if is_part or text.startswith(("[", "{", '"')):
+            return quoted
         try:
             json.loads(text)
         except ValueError:
             return text
-        return json.dumps(text, ensure_ascii=False)
+        return quoted
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, list):
-        return f"[{', '.join(map(spell, value))}]"
+        return f"[{', '.join(spell(part, True) for part in value)}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{name}: {spell(value[name])}' for name in sorted(value))}}}"
+        parts = (f"{json.dumps(name, ensure_ascii=False)}: {spell(value[name], True)}" for name in sorted(value))
+        return f"{{{', '.join(parts)}}}"
     return json.dumps(value)
 
 
@@ -102,7 +110,7 @@ def score_fields(rows: list[tuple[dict[str, str], dict[str, str] | None]]) -> di
     rows = [(reference, answer or {}) for reference, answer in rows]
     scores = {}
     for name in dict.fromkeys(name for row in rows for fields in row for name in fields):
-        pairs = [(reference[name], answer.get(name, "")) for reference, answer in rows if name in reference]
+        pairs = [(reference[name], answer.get(name, MISSING)) for reference, answer in rows if name in reference]
         right = sum(reference == answer for reference, answer in pairs)
         answered = sum(name in answer for _, answer in rows)
         either = sum(name in reference or name in answer for reference, answer in rows)

@@ -80,6 +80,8 @@ def fit_projector(
             tokens += spread(ids, span)
         ridge.add(rows[places], embeddings[tokens])
         num_clips, num_words = num_clips + 1, num_words + len(words)
+    if not num_clips:
+        raise ValueError("--stage align needs rows with a transcript and one clip of one window; --data has none.")
     weight, explained = ridge.solve()
     counts = {"clips": num_clips, "words": num_words, "rows of the encoder": ridge.num_rows}
     return weight, {**counts, "explained": round(explained, 4)}

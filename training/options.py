@@ -171,6 +171,12 @@ def check_options(options: dict):
     is_given, are_positive = weights is not None, all(0 < weight < math.inf for weight in weights or ())
     if is_given and (len(weights) != len(options["data"]) or not are_positive):
         raise ValueError(f"--weights needs a positive number for each of the {len(options['data'])} sources of --data.")
+    if options.get("label_smoothing_factor"):
+        raise ValueError("--label-smoothing-factor would smooth labels that are not shifted by one; leave it out.")
+    if options.get("resume_from_checkpoint"):
+        raise ValueError(
+            "--resume-from-checkpoint is not needed: a run goes on from the newest checkpoint of its --output-dir."
+        )
     if options.get("keep") and options["stage"] == "align":
         raise ValueError("--keep asks a model that is trained; --stage align changes the projector alone.")
     if options.get("save_total_limit") == 1:

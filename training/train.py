@@ -198,8 +198,9 @@ def load_data(args: Arguments, collator: ChatCollator) -> list:
 
 def load_complete(trainer: AnswerTrainer, checkpoint: str | None) -> bool:
     """
-    Loads the adapter of a checkpoint of the last step, which the Trainer would exceed by one, and returns whether there
-    is one. Parts of a model on several machines are left to the Trainer.
+    Loads the adapter of a checkpoint of the last step, which the Trainer would exceed by one, or with
+    `--load-best-model-at-end` that of the best one; returns whether there is one. Parts of a model on several machines
+    are left to the Trainer.
     """
     if checkpoint is None or trainer.is_fsdp_enabled:
         return False
@@ -207,7 +208,8 @@ def load_complete(trainer: AnswerTrainer, checkpoint: str | None) -> bool:
     if state.global_step < (trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps):
         return False
     trainer.state = state
-    trainer.model.load_adapter(checkpoint, trainer.model.active_adapter)
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer.model.load_adapter(best or checkpoint, trainer.model.active_adapter)
     return True
 
 
