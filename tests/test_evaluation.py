@@ -14,7 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import httpx
 import numpy as np
+import openai
 import pytest
 import soundfile
 import yaml
@@ -37,7 +39,7 @@ from demo.ask import EXAMPLES, read_examples, read_rows, transcription_examples,
 from demo.world import WORLD
 from evaluation import __main__ as evaluation
 from evaluation import card, pieces, scoring
-from evaluation.generate import load
+from evaluation.generate import Server, load
 from evaluation.leaderboard import BENCHMARK
 from evaluation.scoring import AS_GIVEN, read_folder, read_predictions
 from evaluation.settings import Settings
@@ -407,6 +409,28 @@ def test_a_streamed_group_named_all_is_an_error_of_its_row(demo_repo, tmp_path):
     more = (*RECORDINGS, "--group-column", "voice", "--streaming")
     (row,) = predict(demo_repo, data, tmp_path / "results", *more)
     assert "the group is named 'all'" in row["error"]
+
+
+@pytest.mark.parametrize("pattern", ["processor_config.json", "model.safetensors"])
+def test_a_model_that_changed_is_refused(demo_repo, recordings, tmp_path, capsys, pattern):
+    model = shutil.copytree(demo_repo, tmp_path / "model")
+    arguments = (model, recordings, tmp_path / "results", *RECORDINGS, "--no-media", "--limit", "1")
+    predict(*arguments)
+    with open(model / pattern, "ab") as file:
+        file.write(b" ")
+    error = refusal(capsys, *arguments)
+    assert f"{pattern} of {'settings' if 'json' in pattern else 'weights'} of model was " in error
+
+
+@pytest.mark.parametrize("status, is_of_the_row", [(400, True), (413, True), (422, True), (401, False), (429, False)])
+def test_what_another_row_would_meet_too_ends_the_run(status, is_of_the_row):
+    response = httpx.Response(status, request=httpx.Request("POST", "http://server"))
+    error = openai.APIStatusError("refused", response=response, body=None)
+    if is_of_the_row:
+        assert Server.check(types.SimpleNamespace(url="http://server"), error) is error
+        return
+    with pytest.raises(ConnectionError, match="Run the command again to go on"):
+        Server.check(types.SimpleNamespace(url="http://server"), error)
 
 
 def test_a_server_that_is_not_there(demo_repo, recordings, tmp_path, capsys):

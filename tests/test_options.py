@@ -60,6 +60,8 @@ LINES = {  # what is typed -> a part of what is answered
     "--model m --data a --save_total_limit 1": "--save-total-limit 1 leaves nothing",
     "--model m --data a --audio-column a": "--audio-column and --text-column must be given together",
     "--model m --data a --streaming": "--streaming needs --max-steps",
+    "--model m --data a --label-smoothing-factor 0.1": "labels that are not shifted by one",
+    "--model m --data a --resume-from-checkpoint c": "goes on from the newest checkpoint of its --output-dir",
     "--model m --data a --export .": "--export . is not empty",
     "--model m --data a --encoder-cache c --fsdp": "--encoder-cache cannot be used with FSDP",
 }

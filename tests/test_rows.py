@@ -79,6 +79,8 @@ BAD = [
     (chat(text("hi"), answer="<|audio_pad|>"), "a text contains <|audio_pad|>"),
     (chat(text("hi"), answer=[text("<|audio_"), text(""), text("bos|>")]), "a text contains <|audio_bos|>"),
     ({"audio": "bad.jsonl", "text": "yes<|audio_eos|>"}, "a text contains <|audio_eos|>"),
+    ({"audio": "bad.jsonl", "text": None}, 'must be a string, got None; write "" where nothing is said'),
+    ({"messages": [{"role": "assistant", "content": "hi"}]}, "no message of the user before the answer"),
     *((chat(text(f"a {token}")), f"a text contains {token}") for token in ("<|image_pad|>", "<|video_pad|>")),
     (chat(text("<|vision_start|>")), "a text contains <|vision_start|>"),
     ({"messages": [{"role": "system", "content": "<|vision_end|>"}, *chat()["messages"]]}, "contains <|vision_end|>"),
@@ -102,6 +104,40 @@ def test_bad_rows_are_counted_and_named_before_training(run, tones, tmp_path):
     assert first == f"{len(BAD)} of {len(BAD) + 17} rows cannot be used:" and sorted(rest) == sorted(lines[1:])
     with pytest.raises(ValueError, match="jsonl:1: there is no audio, so the projector learns nothing"):
         run(tmp_path / "out", data=[write_lines(tmp_path / "text.jsonl", [chat(text("hi"))])])
+
+
+def test_a_class_number_and_a_missing_question_are_no_text(collator):
+    with pytest.raises(BadRow, match="must be a string, got 3; .* in the place of the numbers of classes"):
+        collator.messages({"audio": "a.wav", "text": 3})
+    with pytest.raises(BadRow, match="role 'user' has no content"):
+        collator.messages({"messages": [{"role": "user", "content": None}, *chat()["messages"][1:]]})
+
+
+def read(path: Path, *arguments, **settings) -> list[dict]:
+    return [json.loads(row["line"]) for row in load_rows([str(path)], *arguments, **settings)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lines_are_those_of_the_file(tmp_path, streaming):
+    """Whatever its name looks like as a pattern, and if its time of change is that of another content."""
+    (tmp_path / "a[1].jsonl").write_text('{"n": 1}\r\n\n{"n": "\u2028"}\n')
+    (tmp_path / "a1.jsonl").write_text('{"n": 2}')
+    os.utime(tmp_path / "a[1].jsonl", (1, 1))
+    assert read(tmp_path / "a[1].jsonl", streaming) == [{"n": 1}, {"n": "\u2028"}]
+    (tmp_path / "a[1].jsonl").write_text('{"n": 3}')
+    os.utime(tmp_path / "a[1].jsonl", (1, 1))
+    assert read(tmp_path / "a[1].jsonl", streaming) == [{"n": 3}]
+
+
+def test_columns_of_lines_are_those_that_are_named(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"audio": "a.wav", "text": "wrong", "said": "b"}, {"text": "c", "n": 1}])
+    rows = read(path, False, ("audio", "said"))
+    assert rows == [{"audio": "a.wav", "text": "b"} | {"said": "b"}, {"n": 1}]
+    with pytest.raises(ValueError, match=r"No line of .*a\.jsonl has the column acent"):
+        read(path, keep=("n", "acent"))
+    path.write_bytes(b'{"n": 1}\n{"n": "\xe9"}')
+    with pytest.raises(ValueError, match="must be JSON lines in UTF-8; line 2 is not"):
+        read(path)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

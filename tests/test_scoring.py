@@ -263,6 +263,8 @@ def test_what_is_no_json_object(text):
         *((1, 1.0, True), (1, "1", False), (True, "true", False), ("A  b", "a b", True), (None, "null", False)),
         *(([1, "a"], [1.0, "A"], True), ([1, 2], [2, 1], False), ({}, [], False)),
         ([{"b": 1, "a": 2}], [{"a": 2, "b": 1}], True),
+        *((["hall", "kitchen"], "[hall, kitchen]", False), (["salt, pepper"], ["salt", "pepper"], False)),
+        *(({"a": {"b": 1}}, {"a.b": 1}, False), ({"a": 1}, {"": {"a": 1}}, False), ([["a"]], [["A"]], True)),
     ],
 )
 def test_values_are_compared(one, other, are_equal):
@@ -270,7 +272,19 @@ def test_values_are_compared(one, other, are_equal):
     assert (first == second) == are_equal
 
 
+def test_a_field_that_an_answer_lacks_is_wrong():
+    """Also where the right value is an empty text."""
+    texts = ['{"room": "", "lamp": true}', '{"room": "", "lamp": true}']
+    fields = [tasks.read_fields(text) for text in texts]
+    scores = tasks.score_fields([(fields[0], fields[0]), (fields[1], None)])
+    assert {name: each["accuracy"] for name, each in scores.items()} == {"room": 0.5, "lamp": 0.5}
+    assert scores["room"]["precision"] == 1.0 and scores["room"]["recall"] == 0.5
+
+
 METRIC = """
+def by_name(reference, answer):
+    return {answer: 1}
+
 def overlap(reference, answer):
     return len(set(reference.split()) & set(answer.split()))
 
@@ -288,7 +302,11 @@ def broken(reference, answer):
 def test_a_metric_of_the_user(tmp_path):
     (tmp_path / "own.py").write_text(METRIC)
     lines = rows(("a b", "a b"), ("a b", "c"), ("a b", None))
-    for name, means in (("overlap", {"overlap": 1.0}), ("several", {"same": 0.5, "length": 2.0})):
+    for name, means in (
+        ("overlap", {"overlap": 1.0}),
+        ("several", {"same": 0.5, "length": 2.0}),
+        ("by_name", {"a b": 1.0, "c": 1.0}),  # the mean over the rows that have the name
+    ):
         metric = tasks.Metric(f"{tmp_path / 'own.py'}:{name}")
         scores = scoring.summarize_arms({"as given": [compare(row, metric) for row in lines]})
         figures = scores["arms"]["as given"]["all"]["metrics"]

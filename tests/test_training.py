@@ -518,3 +518,23 @@ def test_other_content_under_the_same_name_is_another_run(settings, trained, tmp
     path.write_text(json.dumps(arguments))
     with pytest.raises(ValueError, match="another run: files of train.jsonl was another, is [0-9a-f]{64}"):
         refuse_another_run(args)
+    del arguments["content of data"][0]["files"]
+    arguments["content of model"]["weights"]["model.safetensors"] = "another"
+    path.write_text(json.dumps(arguments))
+    with pytest.raises(ValueError, match="model.safetensors of weights of content of model was 'another', is '"):
+        refuse_another_run(args)
+    del arguments["content of model"], arguments["content of adapter"]  # of a run of an earlier release
+    path.write_text(json.dumps(arguments))
+    refuse_another_run(args)
+
+
+def test_a_run_that_ended_keeps_its_best_adapter(run, tones, tmp_path):
+    """Here that of the greatest loss, which is the first one."""
+    best = {"eval": [tones / "train.jsonl"], "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 6}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run(tmp_path / "out", **best)
+    written = (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert written == (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "out" / "summary.json").unlink()
+    run(tmp_path / "out", **best)
+    assert written == (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
