@@ -530,11 +530,12 @@ def test_other_content_under_the_same_name_is_another_run(settings, trained, tmp
 
 def test_a_run_that_ended_keeps_its_best_adapter(run, tones, tmp_path):
     """Here that of the greatest loss, which is the first one."""
-    best = {"eval": [tones / "train.jsonl"], "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 6}
-    best |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    run(tmp_path / "out", **best)
-    written = (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert written == (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
-    (tmp_path / "out" / "summary.json").unlink()
-    run(tmp_path / "out", **best)
-    assert written == (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
+    rows = write_lines(tones / "one.jsonl", [json.loads((tones / "train.jsonl").read_text().splitlines()[0])])
+    settings = {"eval": [rows], "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 2}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    adapters = []
+    for _ in range(2):
+        run(tmp_path / "out", **settings, max_new_tokens=1)
+        adapters.append((tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes())
+    best, last = (tmp_path / "out" / f"checkpoint-{step}" / "adapter_model.safetensors" for step in (1, 2))
+    assert adapters == 2 * [best.read_bytes()] and best.read_bytes() != last.read_bytes()
