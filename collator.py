@@ -50,7 +50,9 @@ class ChatCollator:
         with prefix_errors(place_of(row)):
             messages, is_recording = self.read(content_of(row))
             self.check(messages, may_be_empty=is_recording)  # a recording may have no words
-            folder = Path(place_of(row).rpartition(":")[0]).parent
+            source = place_of(row).rpartition(":")[0]
+            source = Path(source if source.endswith((".json", ".jsonl")) else source.partition(":")[0])
+            folder = source if source.is_dir() else source.parent
             for item in (item for message in messages for item in items_of(message)):
                 item.update(self.locate(item, folder))
             return messages

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import kaldialign
 import numpy as np
+from transformers.utils import logging
 
 from evaluation import tasks
 from evaluation.leaderboard import LEADERBOARD, NOTHING_SAID, normalize
 
+
+logger = logging.get_logger(__name__)
 
 RULE = {
     "normalizer": f"English of {LEADERBOARD['source']['repository']} at {LEADERBOARD['source']['commit'][:7]}",
@@ -372,11 +375,14 @@ def file_of(arm: str) -> str:
 def read_folder(folder: str | Path) -> dict[str, list[dict]]:
     """
     Reads the predictions of all arms in a folder: predictions.jsonl is "as given", `predictions-NAME.jsonl` is NAME.
-    Raises a ValueError if there is no predictions.jsonl, or a file is not as [`read_predictions`] needs it.
+    Raises a ValueError if there is no predictions.jsonl, or a file is not as [`read_predictions`] needs it. Warns if
+    the run that wrote them has not ended.
     """
-    first = Path(folder) / file_of(AS_GIVEN)
+    first, manifest = Path(folder) / file_of(AS_GIVEN), Path(folder) / "manifest.json"
     if not first.is_file():
         raise ValueError(f"{folder} has no {first.name}; expected the predictions that are scored.")
+    if manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("rows", 0) is None:
+        logger.warning(f"{folder} is of a run that has not ended, so rows are missing; its command goes on with it.")
     others = sorted(first.parent.glob(file_of("?*")))
     names = [AS_GIVEN, *(path.stem.removeprefix("predictions-") for path in others)]
     return {name: read_predictions(path) for name, path in zip(names, [first, *others], strict=True)}

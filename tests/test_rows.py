@@ -106,6 +106,15 @@ def test_bad_rows_are_counted_and_named_before_training(run, tones, tmp_path):
         run(tmp_path / "out", data=[write_lines(tmp_path / "text.jsonl", [chat(text("hi"))])])
 
 
+def test_paths_start_from_the_folder_of_a_dataset(collator, speech, tmp_path):
+    (tmp_path / "set" / "clips").mkdir(parents=True)
+    shutil.copyfile(speech, tmp_path / "set" / "clips" / "a.wav")
+    (tmp_path / "set" / "train.csv").write_text("wav,said\nclips/a.wav,hi\n")
+    for source in (tmp_path / "set", f"{tmp_path / 'set'}:train"):
+        (row,) = load_rows([str(source)], columns=("wav", "said"))
+        assert collator.messages(row)[0]["content"][0]["audio"] == str(tmp_path / "set" / "clips" / "a.wav")
+
+
 def test_a_class_number_and_a_missing_question_are_no_text(collator):
     with pytest.raises(BadRow, match="must be a string, got 3; .* in the place of the numbers of classes"):
         collator.messages({"audio": "a.wav", "text": 3})

@@ -373,7 +373,7 @@ def test_table():
     assert "\\ud83d" in table(score_arms({"as given": rows(("a", "a"), group="\ud83d")}))
 
 
-def test_read_folder(tmp_path):
+def test_read_folder(tmp_path, caplog):
     with pytest.raises(ValueError, match="has no predictions.jsonl"):
         read_folder(tmp_path)
     lines = [*rows(("straße", "strasse"), ("b", None)), prediction("c", "", number=7, duration=None, time=2)]
@@ -385,6 +385,10 @@ def test_read_folder(tmp_path):
     arms = read_folder(tmp_path)
     assert list(arms) == ["as given", "beams", "none", "short-prompt"]
     assert arms == {"as given": lines, "beams": lines[:1], "none": [], "short-prompt": lines[1:2]}
+    for rows_in_all, is_warned in ((3, False), (None, True)):
+        (tmp_path / "manifest.json").write_text(json.dumps({"rows": rows_in_all}))
+        read_folder(tmp_path)
+        assert ("is of a run that has not ended" in caplog.text) == is_warned
 
 
 WHOLE = json.dumps(prediction("a", "b", number=1))
