@@ -361,7 +361,7 @@ def show_time(seconds: float) -> str:
 
 def make_page(model: DemoModel) -> gr.Blocks:
     title = f"{model.base_name} with audio"
-    with gr.Blocks(title=title) as page:
+    with gr.Blocks(title=title, delete_cache=(3600, 86_400)) as page:  # hourly, what visitors left a day ago
         gr.Markdown(f"# {title}")
         with gr.Tab("Ask"):
             add_questions(model)

@@ -172,18 +172,23 @@ class Transcriptions:
         if asked.stream:
             return StreamingResponse(self.stream(first, batches), media_type="text/event-stream")
         done = [] if first is None else [first]
-        async with contextlib.aclosing(batches):
-            async for batch in batches:
-                done.append(batch)
-                if await request.is_disconnected():  # nobody waits for the rest
-                    break
+        # What comes after the form is that the client has left; middleware hides it from `is_disconnected`.
+        has_left = asyncio.ensure_future(request.receive())
+        try:
+            async with contextlib.aclosing(batches):
+                async for batch in batches:
+                    done.append(batch)
+                    if has_left.done():  # nobody waits for the rest
+                        break
+        finally:
+            has_left.cancel()
         transcript = join_batches(done, asked.language)
         if asked.response_format == "verbose_json":
             return JSONResponse(verbose(transcript, asked.granularities))
         if asked.response_format == "json":
             return JSONResponse({"text": transcript.text})
         write = {"text": lambda whole: whole.text + "\n", "srt": to_srt, "vtt": to_vtt}[asked.response_format]
-        return PlainTextResponse(write(transcript))
+        return PlainTextResponse(await asyncio.to_thread(write, transcript))  # an hour of subtitles takes seconds
 
     async def read_form(self, request) -> tuple[Asked, bytes]:
         """Returns what a request asks for, and the content of its file."""

@@ -274,7 +274,7 @@ def make_subtitle(words: list[Word], following: float, gap: float, style: Subtit
     needed = start + min(LONGEST, max(SHORTEST, characters / READING_SPEED))
     # A subtitle ends two frames before the next; words that follow at once give up these frames.
     latest = max(following - gap, min(words[-1].start + FRAME, following))
-    return Subtitle(start, min(max(end, needed), latest), break_lines(words, style))
+    return Subtitle(start, min(max(end, needed), latest, start + LONGEST), break_lines(words, style))
 
 
 def rounded(segment: Segment) -> Segment:

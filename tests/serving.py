@@ -114,6 +114,8 @@ BAD = {
     "no inputs": ({"parameters": {}}, "inputs"),
     "an unknown key": ({"inputs": "Hi.", "stream": True}, "inputs"),
     "no content": (ask({}), "nothing"),
+    "audio that is null": (ask({"audio": None}), "audio have null or an empty list"),
+    "no picture in a list": (ask({"text": "Hi.", "image": []}), "null or an empty list"),
     "an unknown input": (ask({"sound": "x"}), "sound"),
     "a number": (ask(3), "list of 1 to 64"),
     "no message": (ask([]), "list of 1 to 64"),

@@ -474,6 +474,7 @@ def test_a_short_clip_has_times_where_they_are_asked_for(handler, examples):
     clip = (EXAMPLES / example["audio"][0]).read_bytes()
     assert handler({"inputs": clip}) == {"text": example["answer"]}
     answered = handler({"inputs": clip, "parameters": {"return_timestamps": True}})
+    assert handler({"inputs": encode(np.zeros(32_000, np.float32), "s16.wav")}) == {"text": ""}
     ((start, end),) = (chunk["timestamp"] for chunk in answered["chunks"])
     assert answered["text"] == answered["chunks"][0]["text"] == example["answer"]
     assert 0 <= start < end <= len(fetch_audio(clip)) / 16_000

@@ -223,3 +223,19 @@ def test_word_times_without_an_aligner_are_refused(demo_repo, tmp_path):
         settings = {"cwd": demo_repo, "capture_output": True, "check": True}
         out = subprocess.run(["bash", "-c", f"SERVER={address} REPO={demo_repo}; {line}"], **settings).stdout
         assert json.loads(out) == {"text": serving.SPOKEN}
+
+
+def test_recordings_of_clients_that_left_are_transcribed_no_further(server, client, recording):
+    """Four of them, as many as are transcribed at once, would each take as long as ten minutes of audio take."""
+    content = encode(np.tile(fetch_audio(recording).numpy(), 10), "s16.wav")
+
+    def leave():
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{server}{ROUTE}", files={"file": ("long.wav", content)}, timeout=3)
+
+    threads = [threading.Thread(target=leave) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ask(client.with_options(timeout=20), SPEECH[1]).text

@@ -141,3 +141,9 @@ def test_chunks_are_those_of_pipelines():
 def test_a_transcript_of_nothing(ending):
     content = FORMATS[ending](Transcript((), 3.0), None)
     assert content == {"txt": "", "srt": "", "vtt": "WEBVTT\n\n"}.get(ending, content)
+
+
+def test_one_word_of_a_long_piece_does_not_stay():
+    transcript = Transcript((Segment(0.0, 28.0, "Yes."),), 28.0)
+    ((start, end, _),) = ((each.start, each.end, each.text) for each in make_subtitles(transcript, SubtitleStyle()))
+    assert end - start == LONGEST
