@@ -146,7 +146,9 @@ class DemoModel:
         clip, image = None, None
         if audio:
             with shown("Audio", "This audio cannot be opened: "):
-                clip = self.processor.open_item({"type": "audio", "audio": audio}, **limits)["audio"]
+                item = {"type": "audio", "audio": Path(audio).read_bytes()}
+                # In a process of its own, because a small file can take gigabytes or minutes.
+                clip = self.processor.open_item(item, public_only=True, **limits)["audio"]
         if picture:
             with shown("Picture", "This picture cannot be opened: "):
                 image = self.processor.open_item({"type": "image", "image": picture}, **limits)["image"]
