@@ -193,9 +193,7 @@ Judged = tuple[Piece, Answer, str | None]  # a piece, its answer, and why the an
 
 
 def answer_pieces(ask: Asker, pieces: list[Piece]) -> list[Judged]:
-    """
-    Asks about pieces; those of 4 s or more whose text is in doubt are cut in halves and asked once more.
-    """
+    """Asks about pieces; those of 4 s or more whose text is in doubt are cut in halves and asked once more."""
     results = judge(ask, pieces)
     is_cut = [bool(doubt) and len(piece.samples) >= LEAST_HALVED * SAMPLING_RATE for piece, _, doubt in results]
     cut = [piece for (piece, _, _), cuts in zip(results, is_cut, strict=True) if cuts]
@@ -377,7 +375,7 @@ def identify(source: str) -> dict:
     folder that of its newest file.
     """
     if os.path.isdir(source):
-        changed = max(file.stat().st_mtime for file in Path(source).iterdir() if file.is_file())
+        changed = max((file.stat().st_mtime for file in Path(source).iterdir() if file.is_file()), default=0.0)
         return {"source": os.path.abspath(source), "changed": changed}
     if not os.path.isfile(source):
         return {"source": source}

@@ -17,7 +17,7 @@ from collator import ChatCollator
 from configuration_qwen2_audio_vl import TRANSCRIBE
 from evaluation.generate import LocalModel, LongForm, Server, load, write_sound
 from evaluation.questions import Question, Questions, check_groups
-from evaluation.rows import checksum_model, describe_data, list_changes, load_rows
+from evaluation.rows import describe_data, describe_model, list_changes, load_rows
 from evaluation.scoring import AS_GIVEN, compare, file_of, read_prediction
 from evaluation.settings import Settings
 from publishing.paths import load_processor, only_run, replace_file, resolve, write_json
@@ -225,13 +225,12 @@ def merge(folder: Path, arm: str):
 
 def make_manifest(settings: Settings, instruction: str) -> dict:
     """Describes everything that the predictions depend on, as far as it is known."""
-    origin = resolve(settings.repo)
     generation = {name: getattr(settings, name) for name in ("max_new_tokens", "audio_tokens", "batch_size")}
     if settings.long_form:
         generation = {"audio_tokens": settings.audio_tokens, "batch_size": settings.batch_size, "long_form": True}
     as_given = ("columns", "group_column", "transcript_column", "limit", "backend", "served_name", "command")
     return {
-        "model": {"name": origin.name, "revision": origin.commit, **checksum_model(origin.folder)},
+        "model": describe_model(settings.repo),
         "data": describe_data(settings.data, settings.columns),
         "instruction": instruction,
         "arms": [AS_GIVEN, *settings.arms],

@@ -11,7 +11,7 @@ import datasets
 
 from collator import RECORDING, items_of, names_file
 from content_items import normalize_conversations
-from publishing.paths import sha256
+from publishing.paths import resolve, sha256
 
 
 def load_rows(
@@ -37,9 +37,8 @@ def load_rows(
     parts = []
     for source in sources:
         is_lines = source.endswith((".jsonl", ".json"))
-        rows = (
-            load_lines(source, streaming, columns, keep) if is_lines else load_dataset(source, streaming, columns, keep)
-        )
+        load = load_lines if is_lines else load_dataset
+        rows = load(source, streaming, columns, keep)
         if streaming:
             rows = rows.map(lambda _, index, source=source: {"place": f"{source}:{index + 1}"}, with_indices=True)
         else:
@@ -212,13 +211,18 @@ def checksum_of_files(folder: Path, names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def checksum_model(folder: Path) -> dict[str, dict[str, str]]:
-    """Returns the checksums of the weights, the code and the settings in a model's folder, by file name."""
+def describe_model(source: str) -> dict:
+    """
+    Describes a model or adapter by its folder or Hub id: its name, its commit, and the checksums of its weights, code
+    and settings by file name.
+    """
+    origin = resolve(source)
     patterns = {"weights": ["*.safetensors"], "code": ["*.py"], "settings": ["*.json", "*.jinja"]}
-    return {
-        what: {file.name: sha256(file) for each in endings for file in sorted(folder.glob(each))}
+    content = {
+        what: {file.name: sha256(file) for each in endings for file in sorted(origin.folder.glob(each))}
         for what, endings in patterns.items()
     }
+    return {"name": origin.name, "revision": origin.commit, **content}
 
 
 def describe_changes(name: str, then, now) -> list[str]:

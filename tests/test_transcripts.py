@@ -145,5 +145,5 @@ def test_a_transcript_of_nothing(ending):
 
 def test_one_word_of_a_long_piece_does_not_stay():
     transcript = Transcript((Segment(0.0, 28.0, "Yes."),), 28.0)
-    ((start, end, _),) = ((each.start, each.end, each.text) for each in make_subtitles(transcript, SubtitleStyle()))
-    assert end - start == LONGEST
+    (subtitle,) = make_subtitles(transcript, SubtitleStyle())
+    assert subtitle.end - subtitle.start == LONGEST

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from evaluation.rows import checksum_model, describe_data, list_changes
-from publishing.paths import CHECKSUMS, check_content, read_checksums, resolve, write_checksums, write_json
+from evaluation.rows import describe_data, describe_model, list_changes
+from publishing.paths import CHECKSUMS, check_content, read_checksums, write_checksums, write_json
 from training.arguments import Arguments
 
 
@@ -58,8 +58,8 @@ def refuse_another_run(args: Arguments):
     """
     path, checkpoint = Path(args.output_dir) / "arguments.json", newest_checkpoint(args.output_dir)
     now = {**{name: getattr(args, name) for name in SAME}, "content of data": describe_data(args.data, args.columns)}
-    now["content of model"] = checksum_model(resolve(args.model).folder)
-    now["content of adapter"] = checksum_model(resolve(args.adapter).folder) if args.adapter else None
+    now["content of model"] = describe_model(args.model)
+    now["content of adapter"] = describe_model(args.adapter) if args.adapter else None
     if checkpoint:
         before = json.loads(path.read_text())
         if differing := list_changes(before, now, (*SAME, "content of model", "content of adapter"), "content of data"):
