@@ -7,8 +7,9 @@ Serves a repository with OpenAI's chat API and its route for transcripts, by `tr
 REPO is a folder, a Hub id or ID@REVISION, and the name of the model in requests. `transformers serve` looks for models
 among the classes of transformers, so those of REPO are registered there. It does not run the code of other repositories
 that a request may name, as --trust-remote-code is neither needed nor set. Requests that cannot be answered get HTTP 400
-with `{"error": {"message": "one sentence"}}`. WHISPER, a folder or Hub id of a complete Whisper, finds the times of
-words; by default it is the one that the model's audio encoder is from.
+(404 for another model) and OpenAI's `{"error": {"message": "one sentence", "param": "the field", ...}}`. WHISPER,
+a folder or Hub id of a complete Whisper, finds the times of words; by default it is the one that the model's audio
+encoder is from.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
@@ -32,7 +32,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import logging
 from transformers.utils.import_utils import is_multipart_available
 
-from configuration_qwen2_audio_vl import PIECE_SECONDS, ask_for_words
+from configuration_qwen2_audio_vl import PIECE_SECONDS
+from openai_requests import Asked, check_model, read_chat, read_fields, read_messages
 from shipped_files import WHOLE_MODEL, find_folder
 from transcribe import Transcriber, find_aligner, join_batches, longest_piece, make_transcriber
 from transcripts import Segment, Transcript, segment_dict, to_srt, to_vtt
@@ -45,10 +46,6 @@ logger = logging.get_logger(__name__)
 FILE_LIMITS = {"public_only": True, "max_seconds": 3600.0, "max_bytes": 2**28}
 MAX_FORM = 2**28 + 2**20  # bytes of a whole request: a file, and the other fields
 MAX_FILES = 4  # recordings that are transcribed at once, as each may take 230 MB; others wait
-GRANULARITIES = "timestamp_granularities[]"
-FIELDS = ("file", "model", "language", "prompt", "response_format", "temperature", "stream", GRANULARITIES)
-RESPONSE_FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
-TIMED_FORMATS = ("srt", "vtt", "verbose_json")
 
 
 def register(repo: str):
@@ -85,54 +82,6 @@ def register(repo: str):
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__  # what the server looks up
 
 
-@dataclass
-class Asked:
-    """What a request for a transcript asks for, besides its file."""
-
-    model: str | None = None
-    language: str | None = None
-    prompt: str | None = None
-    response_format: str = "json"
-    stream: bool = False
-    granularities: tuple[str, ...] = ()
-
-
-def read_fields(form) -> Asked:
-    """Reads the fields of a form. Raises a ValueError that says what is wrong with them."""
-    if unknown := sorted(set(form) - set(FIELDS)):
-        raise ValueError(f"There is no field {', '.join(unknown):.80}; there are {', '.join(FIELDS)}.")
-    if doubled := [name for name in FIELDS if name != GRANULARITIES and len(form.getlist(name)) > 1]:
-        raise ValueError(f"The field {doubled[0]} is given {len(form.getlist(doubled[0]))} times; give it once.")
-    if "file" not in form:
-        raise ValueError("The request has no file; send a recording as the field file of a multipart form.")
-    if isinstance(form["file"], str):
-        raise ValueError("The field file must be a file with a name, not a text.")
-    texts = {name: form[name] for name in FIELDS[1:-1] if name in form}
-    if files := [name for name, value in texts.items() if not isinstance(value, str)]:
-        raise ValueError(f"The field {files[0]} must be a text, not a file.")
-    if (stream := texts.pop("stream", "false").lower()) not in ("true", "false"):
-        raise ValueError(f"stream must be true or false, got {stream:.40}.")
-    with contextlib.suppress(ValueError):
-        if float(temperature := texts.pop("temperature", "0")) == 0:
-            temperature = None
-    if temperature is not None:
-        raise ValueError(f"temperature must be 0, as transcripts are greedy, got {temperature:.40}.")
-    granularities = tuple(str(value) for value in form.getlist(GRANULARITIES))
-    asked = Asked(**{name: text for name, text in texts.items() if text}, stream=stream == "true")
-    asked.granularities = granularities
-    if asked.response_format not in RESPONSE_FORMATS:
-        known = ", ".join(RESPONSE_FORMATS)
-        raise ValueError(f"response_format must be one of {known}; got {asked.response_format:.40}.")
-    if wrong := [value for value in granularities if value not in ("segment", "word")]:
-        raise ValueError(f"{GRANULARITIES} must be segment or word, got {wrong[0]:.40}.")
-    if granularities and asked.response_format not in TIMED_FORMATS:
-        raise ValueError(f"{GRANULARITIES} needs a response_format of {', '.join(TIMED_FORMATS)}.")
-    if asked.stream and asked.response_format != "json":
-        raise ValueError(f"stream needs the response_format json, got {asked.response_format}.")
-    ask_for_words(asked.language)  # raises on an unknown language
-    return asked
-
-
 def verbose(transcript: Transcript, granularities: tuple[str, ...]) -> dict:
     """Returns OpenAI's `verbose_json`; as there, words alone come without segments."""
     facts = {"task": "transcribe", "language": transcript.language or "unknown", "duration": transcript.duration}
@@ -151,6 +100,21 @@ def verbose(transcript: Transcript, granularities: tuple[str, ...]) -> dict:
 def event(**fields) -> str:
     """Returns a server-sent event."""
     return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
+
+
+class Chats:
+    """Checks what `POST /v1/chat/completions` asks for, before upstream's handler, which ignores much of it."""
+
+    def __init__(self, handler, model_manager):
+        self.handler, self.model_manager = handler, model_manager
+        # Upstream drops content of types that it does not know.
+        handler.get_processor_inputs_from_messages = lambda messages, modality: read_messages(messages)
+
+    async def handle_request(self, body: dict, request_id: str):
+        served = self.model_manager.force_model
+        model, _ = self.model_manager.load_model_and_processor(self.model_manager.process_model_name(served))
+        defaults = {name: value for name, value in model.generation_config.to_dict().items() if value is not None}
+        return await self.handler.handle_request(read_chat(body, served, defaults), request_id)
 
 
 class Transcriptions:
@@ -217,8 +181,7 @@ class Transcriptions:
     def make_transcriber(self, asked: Asked) -> Transcriber:
         """Returns what transcribes as asked. It asks the model in the thread in which chats are answered as well."""
         served = self.model_manager.force_model
-        if asked.model not in (None, served):
-            raise ValueError(f"This server has the model {served}; the request names {asked.model:.200}.")
+        check_model(asked.model, served)
         name = self.model_manager.process_model_name(served)
         model, processor = self.model_manager.load_model_and_processor(name)
         settings = {"language": asked.language, "prompt": asked.prompt}
@@ -274,9 +237,22 @@ class Transcriptions:
                 yield event(error={"message": f"The transcript ended early: {error}"})
 
 
+def describe_error(error: Exception) -> dict:
+    """Returns an error as OpenAI's API describes it."""
+    message = getattr(error, "detail", str(error))  # starlette's own
+    if isinstance(error, KeyError):
+        message = f"The request has no {error}."
+    elif not isinstance(error, ValueError) and hasattr(error, "errors"):  # FastAPI's
+        message = f"The body of the request must be a JSON object: {error.errors()[0]['msg']}."
+    fields = {name: getattr(error, name, None) for name in ("param", "code")}
+    return {"message": str(message), "type": "invalid_request_error", **fields}
+
+
 def change_server(aligner: str | None):
     """Makes `transformers serve` transcribe with this model, and answer bad requests with HTTP 400 and the reason."""
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
 
     build_server = server.build_server
 
@@ -285,14 +261,17 @@ def change_server(aligner: str | None):
         given = bound.arguments
         transcriptions = Transcriptions(given["model_manager"], given["generation_state"], aligner)
         given["transcription_handler"] = transcriptions
+        given["chat_handler"] = Chats(given["chat_handler"], given["model_manager"])
         api = build_server(*bound.args, **bound.kwargs)
 
         @api.exception_handler(ValueError)
-        @api.exception_handler(KeyError)  # of a field that is missing
+        @api.exception_handler(KeyError)  # of a field that is missing, on upstream's other routes
+        @api.exception_handler(HTTPException)
+        @api.exception_handler(RequestValidationError)  # a body that is no JSON, or no object
         async def refuse(request, error):
             logger.warning(f"A request was refused: {error!r}")
-            reason = f"The request has no {error}." if isinstance(error, KeyError) else str(error)
-            return JSONResponse({"error": {"message": reason}}, status_code=400)
+            status = getattr(error, "status_code", getattr(error, "status", 400))
+            return JSONResponse({"error": describe_error(error)}, status_code=status)
 
         return api
 

@@ -12,6 +12,7 @@ from configuration_qwen2_audio_vl import CODE_FILES
 EXAMPLES = {"examples/speech.mp3": "assets/audio/jfk.mp3", "examples/photo.png": "assets/images/chelsea.png"}
 BESIDE_CODE = ("LICENSE", "requirements.txt", ".gitattributes", "handler.py", "app.py", "serve.py", "collator.py")
 BESIDE_CODE += ("transcribe.py", "transcripts.py", "audio_streaming.py", "word_times.py", "shipped_files.py")
+BESIDE_CODE += ("openai_requests.py",)
 SHIPPED_FILES = {name: name for name in (*CODE_FILES, *BESIDE_CODE)} | EXAMPLES
 # Names and patterns of all files that a folder can have: the shipped ones, and what a build or an evaluation writes.
 KNOWN_FILES = (

@@ -64,6 +64,7 @@ def test_folder_holds_all_that_a_user_loads(repo):
         *(".gitattributes", "LICENSE", "README.md", "SHA256SUMS", "requirements.txt", "model.safetensors"),
         *("app.py", "collator.py", "handler.py", "serve.py", "audio_decoding.py", "audio_download.py"),
         *("shipped_files.py", "audio_streaming.py", "transcribe.py", "transcripts.py", "word_times.py"),
+        "openai_requests.py",
         *("audio_utils.py", "content_items.py", "mrope_positions.py"),
         *(
             "configuration_qwen2_audio_vl.py",

@@ -130,8 +130,12 @@ BAD = {
     "half a picture": (serving.user(serving.picture(serving.HALF_A_PICTURE)), "[a-z]{3}"),
     "no such picture": (serving.user(NOWHERE), "[a-z]{3}"),
     "too many tokens": (serving.user(text("why " * 5_000)), "4096 positions"),
-    "no type": (serving.user({}), "'type'"),
-    "no address": (serving.user({"type": "image_url", "image_url": {}}), "'url'"),
+    "no type": (serving.user({}), "type None"),
+    "another type": (serving.user({"type": "file", "file": {"file_data": "x"}}), "type 'file'"),
+    "no address": (serving.user({"type": "image_url", "image_url": {}}), "exactly one source"),
+    "a tool's answer": ([{"role": "tool", "content": "7", "tool_call_id": "x"}], "role of a message"),
+    "the model's turn": ([*serving.user(text("Hi.")), {"role": "assistant", "content": "Hi."}], "last message"),
+    "several chats": ([serving.user(text("Hi."))] * 2, "one conversation"),
 }
 
 
@@ -142,6 +146,86 @@ def test_bad_requests_to_a_server_are_told_why(name, stream, server, demo_repo, 
     with pytest.raises(openai.BadRequestError, match=words):
         serving.complete(server, demo_repo, messages, stream=stream)
     assert serving.answer_of(server, demo_repo, serving.openai_form(examples[0])) == examples[0]["answer"]
+
+
+SAID = {"messages": serving.user(text("Hi."))}
+BAD_FIELDS = {  # the body of a request -> the field at fault, and words of the error
+    "no messages": ({}, "messages", "no messages"),
+    "a text for messages": ({"messages": "Hi."}, "messages", "list of messages"),
+    "an unknown field": ({**SAID, "min_p": 0.1}, "min_p", "not supported"),
+    "two answers": ({**SAID, "n": 2}, "n", "n must be 1, got 2"),
+    "true for a number": ({**SAID, "n": True}, "n", "n must be 1"),
+    "JSON as the answer": ({**SAID, "response_format": {"type": "json_object"}}, "response_format", "must be"),
+    "probabilities": ({**SAID, "logprobs": True}, "logprobs", "must be false"),
+    "a penalty": ({**SAID, "presence_penalty": 1.0}, "presence_penalty", "must be 0"),
+    "speech": ({**SAID, "modalities": ["text", "audio"]}, "modalities", "must be"),
+    "a tool": ({**SAID, "tools": [{"type": "function"}]}, "tools", "must be []"),
+    "a stop": ({**SAID, "stop": "."}, "stop", "not supported"),
+    "a text for a number": ({**SAID, "max_tokens": "7"}, "max_tokens", "whole number from 1"),
+    "no tokens": ({**SAID, "max_completion_tokens": 0}, "max_completion_tokens", "whole number from 1"),
+    "two limits": ({**SAID, "max_tokens": 7, "max_completion_tokens": 7}, "max_tokens", "one of them"),
+    "a hot temperature": ({**SAID, "temperature": 2.5}, "temperature", "from 0 to 2"),
+    "no number": ({**SAID, "temperature": "NaN"}, "temperature", "from 0 to 2"),
+    "no tokens to draw": ({**SAID, "top_p": 0}, "top_p", "above 0"),
+    "a bias that is no number": ({**SAID, "logit_bias": {"7": "x"}}, "logit_bias", "an object"),
+    "a bias of a word": ({**SAID, "logit_bias": {"seven": 1}}, "logit_bias", "an object"),
+    "a setting that is none": ({**SAID, "generation_config": '{"beams": 4}'}, "generation_config", "the JSON of"),
+    "a greedy draw": (
+        {**SAID, "temperature": 0.7, "generation_config": '{"do_sample": false}'},
+        "temperature",
+        "do_sample false",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_fields_without_effect_are_refused(name, server):
+    body, param, words = BAD_FIELDS[name]
+    response = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == param and words in error["message"], response.text
+    assert error["type"] == "invalid_request_error"
+
+
+def test_errors_of_a_server_are_those_of_openai(server):
+    for body in ("{", "[]"):
+        headers = {"Content-Type": "application/json"}
+        response = httpx.post(f"{server}/v1/chat/completions", content=body, headers=headers, timeout=60)
+        assert (response.status_code, "JSON object" in response.json()["error"]["message"]) == (400, True)
+    with pytest.raises(openai.NotFoundError) as caught:
+        serving.complete(server, "other/model", SAID["messages"])
+    assert caught.value.code == "model_not_found" and caught.value.param == "model"
+
+
+def test_fields_that_ask_for_what_happens_anyway(server, demo_repo, examples):
+    settings = {"n": 1, "logprobs": False, "presence_penalty": 0.0, "response_format": {"type": "text"}, "user": "me"}
+    settings |= {"modalities": ["text"], "tools": [], "top_p": 1.0, "metadata": {}, "stop": None}
+    messages = [{"role": "developer", "content": "Be short."}, *serving.openai_form(examples[0])]
+    completion = serving.complete(server, demo_repo, messages, **settings)
+    system = [{"role": "system", "content": "Be short."}, *serving.openai_form(examples[0])]
+    assert completion.usage == serving.complete(server, demo_repo, system).usage
+    assert completion.choices[0].message.content == serving.answer_of(server, demo_repo, system)
+
+
+def test_answers_of_a_server_are_drawn_where_that_is_asked_for(server, demo_repo, examples):
+    """The generation_config.json of the folder is greedy."""
+
+    def ask(**settings) -> str:
+        completion = serving.complete(server, demo_repo, serving.openai_form(examples[0]), **settings)
+        return completion.choices[0].message.content
+
+    answers = [ask(temperature=2.0, seed=seed) for seed in (1, 1, 2, 3)]
+    assert answers[0] == answers[1] and len(set(answers)) > 1
+    assert ask(temperature=1.9, top_p=1e-3) == examples[0]["answer"]
+    assert len({ask(temperature=openai.omit, top_p=0.999, seed=seed, max_tokens=40) for seed in range(8)}) > 1
+
+
+def test_a_bias_keeps_tokens_from_an_answer(server, demo_repo, examples):
+    tokenizer = AutoProcessor.from_pretrained(demo_repo, trust_remote_code=True).tokenizer
+    messages, answer = serving.openai_form(examples[0]), examples[0]["answer"]
+    tokens = tokenizer(answer).input_ids
+    other = serving.complete(server, demo_repo, messages, logit_bias={str(token): -100 for token in tokens})
+    assert not set(tokenizer(other.choices[0].message.content).input_ids) & set(tokens)
 
 
 def test_transcriptions_of_a_server(server, demo_repo, examples):
@@ -166,9 +250,9 @@ def test_code_of_other_repositories_does_not_run(server, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "other", "auto_map": auto_map}))
     response = httpx.post(f"{server}/load_model", json={"model": str(tmp_path)}, timeout=60)
     assert '"status": "error"' in response.text and not trace.exists()
-    with pytest.raises(openai.BadRequestError) as caught:
+    with pytest.raises(openai.NotFoundError) as caught:
         serving.complete(server, tmp_path, serving.user(text("Hi.")))
-    assert "pinned" in caught.value.response.text
+    assert "the request names" in caught.value.response.text
     with pytest.raises(AttributeError):
         AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     assert trace.exists()

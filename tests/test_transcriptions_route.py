@@ -191,9 +191,11 @@ BAD = {
 def test_bad_requests_are_told_why(name, server):
     request, words = BAD[name]
     response = httpx.post(server + ROUTE, timeout=60, **request)
-    assert response.status_code == 400, response.text
-    assert set(response.json()) == {"error"} and set(response.json()["error"]) == {"message"}
-    assert words in response.json()["error"]["message"]
+    assert response.status_code == (404 if name == "another model" else 400), response.text
+    error = response.json()["error"]
+    assert set(response.json()) == {"error"} and set(error) == {"message", "type", "param", "code"}
+    assert words in error["message"] and error["type"] == "invalid_request_error"
+    assert name.startswith(("no audio", "an empty", "half a form")) == (error["param"] is None)
 
 
 def test_limits_of_size_and_length(server, client):
