@@ -37,7 +37,8 @@ FULL_SCALE = {"u1": (128, 2**7), "i2": (0, 2**15), "i4": (0, 2**31)}  # zero and
 LEAST_GAP = 0.1  # seconds between the end of a frame and the timestamp of the next
 FRAME_BATCH = 2**16  # samples converted at a time
 QUICK_SECONDS = 0.5  # for the first try of an untrusted file, so that short ones do not wait for long ones
-WORKER_SECONDS = 8  # for the second try
+WORKER_SECONDS = 8  # for the second try, at least
+WORKER_SHARE = 0.01  # of what the audio may last, for the second try; an hour of Opus takes 11 s of a slow core
 START_SECONDS = 60  # for a process to start; a program that Python is built into would not start one
 BATCH_SECONDS = 86_400  # for a file of a batch, which is trusted
 AT_ONCE = 8  # files of a batch that are decoded at a time, each in a thread and perhaps in a process
@@ -262,10 +263,13 @@ class DecodingWorker:
 
 
 class WorkerPool:
-    """Workers that take files in the order in which they came, and spend `seconds` on each."""
+    """
+    Workers that take files in the order in which they came. They spend at most `seconds` on each, or `share` of the
+    time that its audio may last, if that is more.
+    """
 
-    def __init__(self, num_workers: int, seconds: float):
-        self.free, self.seconds = [DecodingWorker() for _ in range(num_workers)], seconds
+    def __init__(self, num_workers: int, seconds: float, share: float = 0.0):
+        self.free, self.seconds, self.share = [DecodingWorker() for _ in range(num_workers)], seconds, share
         self.turns, self.lock = collections.deque(), threading.Lock()
 
     def decode(self, file, name: str, max_seconds: float, deadline: float) -> tuple[np.ndarray, int]:
@@ -275,7 +279,7 @@ class WorkerPool:
             self.turns.append(turn)
             self.give_turns()
             worker = turn.result(max(0.0, deadline - time.monotonic()))
-            return worker.decode(file, name, max_seconds, deadline, self.seconds)
+            return worker.decode(file, name, max_seconds, deadline, self.limit(max_seconds))
         except concurrent.futures.TimeoutError:
             if turn.cancel():
                 reason = "every process that decodes files was busy until `timeout` ended. Try again later."
@@ -285,6 +289,9 @@ class WorkerPool:
             if not turn.cancel():  # also where Ctrl-C came before the worker
                 self.free.append(turn.result())
                 self.give_turns()
+
+    def limit(self, max_seconds: float) -> float:
+        return max(self.seconds, self.share * max_seconds)
 
     def give_turns(self):
         """Gives free workers to the calls that wait the longest. In a plain queue later calls could overtake."""
@@ -302,7 +309,7 @@ def make_pools():
     files that came before it.
     """
     global POOLS, BATCHES
-    POOLS = WorkerPool(4, QUICK_SECONDS), WorkerPool(2, WORKER_SECONDS)
+    POOLS = WorkerPool(4, QUICK_SECONDS), WorkerPool(2, WORKER_SECONDS, WORKER_SHARE)
     BATCHES = WorkerPool(AT_ONCE, BATCH_SECONDS)
 
 
@@ -326,7 +333,7 @@ def decode_in_worker(file, name: str, max_seconds: float, deadline: float) -> tu
                 return pool.decode(file, name, max_seconds, deadline)
             if time.monotonic() >= deadline:
                 raise AudioError(f"{name} was not decoded before `timeout` ended, which counts its download as well.")
-    raise AudioError(f"{name} takes longer than the limit of {pool.seconds:g} s to decode.")
+    raise AudioError(f"{name} takes longer than the limit of {pool.limit(max_seconds):g} s to decode.")
 
 
 def decode_in_batch(file, name: str, max_seconds: float) -> tuple[np.ndarray, int]:

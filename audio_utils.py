@@ -79,7 +79,8 @@ def fetch_audio(
             download, wait and decoding together. The look-up of a name has the system's own limit.
         public_only (`bool`, defaults to `False`): For servers with untrusted requests: refuses local paths, `file://`,
             and addresses that are not public, also after a redirect, and decodes files in processes of limited memory
-            (64 MiB, on Linux) and time (8 s), at most six at once. On Windows they are decoded without these limits.
+            (64 MiB, on Linux) and time (8 s, or a hundredth of `max_seconds` if that is more), at most six at once. On
+            Windows they are decoded without these limits.
         in_batch (`bool`, defaults to `False`): For calls from several threads: decodes files with short frames, such as
             MP3, in processes, at most eight at once. In threads these would wait for Python's lock.
 

@@ -43,7 +43,7 @@ from word_times import Aligner
 logger = logging.get_logger(__name__)
 
 # Files come from strangers: they are decoded in processes of limited memory and time.
-FILE_LIMITS = {"public_only": True, "max_seconds": 3600.0, "max_bytes": 2**28}
+FILE_LIMITS = {"public_only": True, "max_seconds": 3600.0, "max_bytes": 2**28, "timeout": 120.0}
 MAX_FORM = 2**28 + 2**20  # bytes of a whole request: a file, and the other fields
 MAX_FILES = 4  # recordings that are transcribed at once, as each may take 230 MB; others wait
 

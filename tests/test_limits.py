@@ -148,6 +148,15 @@ def test_a_short_clip_does_not_wait_for_long_ones(pools, clip):
         assert not all(future.done() for future in slow)
 
 
+def test_long_recordings_have_more_time(pools, clip):
+    """An hour of Opus takes longer than what a short clip may take."""
+    pools(1e-4)
+    with pytest.raises(AudioError, match="limit of 0.0001 s to decode"):
+        fetch_audio(encode(clip, "opus.ogg"), public_only=True, max_seconds=600)
+    audio_decoding.POOLS[0].share = audio_decoding.WORKER_SHARE
+    assert len(fetch_audio(encode(clip, "opus.ogg"), public_only=True, max_seconds=600)) == len(clip)
+
+
 def test_one_timeout_for_download_wait_and_decoding(pools, web, clip, monkeypatch):
     pools(8)
     monkeypatch.setattr(audio_download, "is_public", lambda address: True)
