@@ -23,6 +23,7 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import BinaryIO
 
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 from transformers.cli.serving import server
@@ -129,9 +130,9 @@ class Transcriptions:
         """Returns the response to a request, which is a form. What is wrong with it raises a ValueError."""
         from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-        asked, content = await self.read_form(request)
+        asked, file = await self.read_form(request)
         transcriber = await asyncio.to_thread(self.make_transcriber, asked)
-        batches = self.run(transcriber, content)
+        batches = self.run(transcriber, file)
         first = await anext(batches, None)  # a file that is no audio raises here, before a stream begins
         if asked.stream:
             return StreamingResponse(self.stream(first, batches), media_type="text/event-stream")
@@ -154,8 +155,8 @@ class Transcriptions:
         write = {"text": lambda whole: whole.text + "\n", "srt": to_srt, "vtt": to_vtt}[asked.response_format]
         return PlainTextResponse(await asyncio.to_thread(write, transcript))  # an hour of subtitles takes seconds
 
-    async def read_form(self, request) -> tuple[Asked, bytes]:
-        """Returns what a request asks for, and the content of its file."""
+    async def read_form(self, request) -> tuple[Asked, BinaryIO]:
+        """Returns what a request asks for, and its file, which lies on the disk if it is larger than 1 MB."""
         from starlette.exceptions import HTTPException
         from starlette.requests import Request
 
@@ -172,9 +173,8 @@ class Transcriptions:
             return message
 
         try:
-            async with Request(request.scope, receive).form() as form:
-                asked = read_fields(form)
-                return asked, await form["file"].read()
+            form = await Request(request.scope, receive).form()
+            return read_fields(form), form["file"].file
         except HTTPException as error:
             raise ValueError(f"The form cannot be read: {error.detail}") from error
 
@@ -205,9 +205,11 @@ class Transcriptions:
             self.aligner = self.aligner or Aligner(find_aligner(name))
         return self.aligner
 
-    async def run(self, transcriber: Transcriber, content: bytes) -> AsyncIterator[tuple[int, list[Segment]]]:
+    async def run(self, transcriber: Transcriber, file: BinaryIO) -> AsyncIterator[tuple[int, list[Segment]]]:
         """Yields what [`Transcriber.batches`] yields. It runs in a thread, so that other requests are answered."""
         async with self.places:
+            with file:
+                content = await asyncio.to_thread(file.read)  # here, so that files that wait take no memory
             batches, loop = transcriber.batches(content, **FILE_LIMITS), asyncio.get_running_loop()
             pool = ThreadPoolExecutor(1)
             try:
