@@ -122,7 +122,8 @@ def check_peak(samples: torch.Tensor, name: str) -> float:
     """Returns the largest absolute value. Raises AudioError if there are no samples, or if full scale cannot be 1.0."""
     if not samples.numel():
         raise AudioError(f"{name} holds no samples.")
-    peak = float(samples.abs().amax())
+    least, largest = samples.aminmax()  # without a copy, which would be an hour's largest piece of memory
+    peak = float(max(-least, largest))
     if not math.isfinite(peak):
         raise AudioError(f"{name} holds samples that are not finite (NaN or infinity).")
     if peak > MAX_PEAK:
