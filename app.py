@@ -37,6 +37,7 @@ logger = logging.get_logger(__name__)
 MAX_VISITORS = 32  # visitors who wait for an answer; one is answered at a time
 POLL = 0.5  # seconds after which Gradio is asked whether the visitor has left
 MAX_RECORDING = 3600.0  # seconds of a recording to transcribe
+MAX_RECORDING_BYTES = 2**28  # as much as an upload may have
 DOWNLOADS = ("srt", "vtt", "txt")  # of `FORMATS`
 NO_FILES = [gr.DownloadButton(value=None, interactive=False)] * len(DOWNLOADS)
 # A click on a segment plays the recording from there. The list is drawn anew as it grows; its frame stays.
@@ -210,7 +211,7 @@ class DemoModel:
         """
         if not recording:
             raise gr.Error("Give a recording.", title="Nothing to transcribe")
-        total = find_duration(recording)
+        total = find_duration(recording, in_worker=True)
         with shown("Recording"):  # or an hour would be transcribed before the limit is met
             handler.check_limit(round(total or 0), "seconds", round(MAX_RECORDING))
         yield "", "Waiting", *NO_FILES
@@ -242,7 +243,8 @@ class DemoModel:
         # On a CPU several pieces at once take about as long as one after another, and are seen later.
         batch_size = 1 if self.model.device.type == "cpu" else BATCH_SIZE
         transcriber = make_transcriber(StoppableModel(self.model, has_left), self.processor, batch_size=batch_size)
-        batches = transcriber.batches(recording, max_bytes=handler.MAX_BYTES, max_seconds=MAX_RECORDING)
+        path, limits = Path(recording), {"max_bytes": MAX_RECORDING_BYTES, "max_seconds": MAX_RECORDING}
+        batches = transcriber.batches(path.open("rb"), public_only=True, **limits)  # decoded in a process of its own
         try:
             while True:
                 task = self.executor.submit(next, batches, None)
@@ -441,7 +443,7 @@ def main():
         parser.exit(1, f"app.py: {error}\n")
     page = make_page(DemoModel(folder))
     examples = str(folder / "examples")
-    page.launch(server_port=options.port, allowed_paths=[examples], max_file_size=handler.MAX_BYTES)
+    page.launch(server_port=options.port, allowed_paths=[examples], max_file_size=MAX_RECORDING_BYTES)
 
 
 if __name__ == "__main__":

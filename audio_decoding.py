@@ -9,9 +9,12 @@ import contextlib
 import functools
 import io
 import itertools
+import json
+import math
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -39,6 +42,7 @@ FRAME_BATCH = 2**16  # samples converted at a time
 QUICK_SECONDS = 0.5  # for the first try of an untrusted file, so that short ones do not wait for long ones
 WORKER_SECONDS = 8  # for the second try, at least
 WORKER_SHARE = 0.01  # of what the audio may last, for the second try; an hour of Opus takes 11 s of a slow core
+LONGEST_STREAM = 86_400  # seconds of a stream without a limit of length, for the time to decode it
 START_SECONDS = 60  # for a process to start; a program that Python is built into would not start one
 BATCH_SECONDS = 86_400  # for a file of a batch, which is trusted
 AT_ONCE = 8  # files of a batch that are decoded at a time, each in a thread and perhaps in a process
@@ -131,6 +135,15 @@ def decode_pieces(file, name: str, max_seconds: float) -> Iterator[tuple[int, np
         raise AudioError(f"{name} cannot be decoded: {reason}") from error
 
 
+def header_duration(file) -> float | None:
+    """Returns the seconds that the header of a binary file object names, None where it names none."""
+    with file, av.open(file, metadata_errors="ignore", options=DEMUXER) as container:
+        audio, begin = container.streams.audio[0], (container.start_time or 0) / av.time_base
+        if audio.duration:  # pictures may go on for longer
+            return float(((audio.start_time or 0) + audio.duration) * audio.time_base) - begin
+        return container.duration / av.time_base
+
+
 def fill_gaps(frames: Iterator[av.AudioFrame], container) -> Iterator[av.AudioFrame]:
     """
     Yields the frames, and silence where their timestamps leave a gap, such as before the audio of a video that begins
@@ -215,14 +228,8 @@ class DecodingWorker:
             TimeoutError: at the deadline or after `seconds`.
         """
         try:
-            if self.process is None or self.process.poll() is not None:
-                self.start()
-                self.receive(min(deadline, time.monotonic() + START_SECONDS))  # it is ready
-            self.is_idle = False
-            deadline = min(deadline, time.monotonic() + seconds)
-            self.connection.send((name, max_seconds))
-            send_handle(self.connection, file.fileno(), self.process.pid)
-            return join_pieces(self.receive_pieces(deadline), name)
+            self.ask(file, name, max_seconds, min(deadline, time.monotonic() + START_SECONDS))
+            return join_pieces(self.receive_pieces(min(deadline, time.monotonic() + seconds)), name)
         except TimeoutError:
             raise
         except (EOFError, OSError) as error:
@@ -231,8 +238,38 @@ class DecodingWorker:
             if not self.is_idle:  # it is dead, out of time, or still sends an answer that nobody waits for
                 self.stop()
 
+    def stream(self, file, name: str, max_seconds: float, seconds: float) -> Iterator[tuple[int, np.ndarray]]:
+        """
+        Yields what [`decode_pieces`] yields, and stops the process at the end. It may compute for `seconds`; what it
+        waits for its reader does not count, as a pipe holds no more than the next samples.
+
+        Raises:
+            AudioError: as [`decode`], also after `seconds`.
+        """
+        try:
+            self.ask(file, name, max_seconds, time.monotonic() + START_SECONDS, seconds)
+            yield from self.receive_pieces(math.inf)
+        except (EOFError, OSError) as error:
+            reason = "cannot be decoded: the process that decodes it ended"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if self.process and self.process.wait(1) == -signal.SIGKILL:
+                    reason = f"takes longer than the limit of {seconds:g} s to decode"
+            raise AudioError(f"{name} {reason}.") from error
+        finally:
+            self.stop()
+
+    def ask(self, file, name: str, max_seconds: float | None, deadline: float, seconds: float | None = None):
+        """Sends the process a file, see [`serve`]. It has to start before the deadline."""
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+            self.receive(deadline)  # it is ready
+        self.is_idle = False
+        self.connection.send((name, max_seconds, seconds))
+        send_handle(self.connection, file.fileno(), self.process.pid)
+
     def receive(self, deadline: float) -> bytes:
-        if not self.connection.poll(max(0.0, deadline - time.monotonic())):
+        left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        if not self.connection.poll(left):
             raise TimeoutError
         return self.connection.recv_bytes()
 
@@ -242,14 +279,17 @@ class DecodingWorker:
             if not rate:
                 self.is_idle = True
                 raise AudioError(message[4:].decode())
-            yield rate, np.frombuffer(message, np.float32, offset=4)
+            yield rate, np.frombuffer(message, np.float32, offset=4).copy()  # torch warns of arrays that are read-only
         self.is_idle = True
 
     def stop(self):
-        self.process.kill()
-        self.process.wait()
+        if self.process:
+            self.process.kill()
+            self.process.wait()
 
     def start(self):
+        if not sys.executable:  # a program that Python is built into
+            raise OSError("sys.executable does not name the program that runs this file")
         self.connection, worker_end = multiprocessing.Pipe()
         with worker_end:
             self.process = subprocess.Popen(
@@ -322,18 +362,36 @@ def decode_in_worker(file, name: str, max_seconds: float, deadline: float) -> tu
     """Decodes an untrusted file as [`decode`] does, by the next free worker. Also raises AudioError at the deadline."""
     if resource is None:
         return decode(file, name, max_seconds)
-    try:
-        file = give_descriptor(file)
-    except OSError as error:
-        file.close()
-        raise AudioError(f"{name} cannot be decoded: {error}") from error
-    with file:
+    with give_descriptor(file, name) as file:
         for pool in POOLS:
             with contextlib.suppress(TimeoutError):
                 return pool.decode(file, name, max_seconds, deadline)
             if time.monotonic() >= deadline:
                 raise AudioError(f"{name} was not decoded before `timeout` ended, which counts its download as well.")
     raise AudioError(f"{name} takes longer than the limit of {pool.limit(max_seconds):g} s to decode.")
+
+
+def stream_in_worker(file, name: str, max_seconds: float) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields what [`decode_pieces`] yields for an untrusted file, from a process of its own. Closes the file."""
+    if resource is None:
+        yield from decode_pieces(file, name, max_seconds)
+        return
+    with give_descriptor(file, name) as file:
+        seconds = max(WORKER_SECONDS, WORKER_SHARE * min(max_seconds, LONGEST_STREAM))
+        yield from DecodingWorker().stream(file, name, max_seconds, seconds)
+
+
+def header_duration_in_worker(file) -> float | None:
+    """Does for an untrusted file what [`header_duration`] does, in a process of its own."""
+    if resource is None:
+        return header_duration(file)
+    worker, deadline = DecodingWorker(), time.monotonic() + START_SECONDS
+    with give_descriptor(file, "The file") as file:
+        try:
+            worker.ask(file, "", None, deadline, WORKER_SECONDS)
+            return json.loads(worker.receive(deadline))
+        finally:
+            worker.stop()
 
 
 def decode_in_batch(file, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
@@ -347,7 +405,7 @@ def decode_in_batch(file, name: str, max_seconds: float) -> tuple[np.ndarray, in
             begin = file.read(4)
             file.seek(0)
             if begin not in LONG_FRAMES:
-                file = give_descriptor(file)
+                file = give_descriptor(file, name)
                 decoded = BATCHES.decode(file, name, max_seconds, time.monotonic() + BATCH_SECONDS)
                 file.close()
                 return decoded
@@ -364,21 +422,24 @@ def is_child() -> bool:
     return any(module.parent_process() is not None for module in modules if module)
 
 
-def give_descriptor(file):
+def give_descriptor(file, name: str):
     """
     Returns the file, or a copy without a name, on Linux in memory, because a process reads it by its descriptor. Closes
-    what it copied, so that its memory is free while the other process decodes.
+    what it copied, so that its memory is free while the other process decodes. Raises an AudioError if that fails.
     """
     if not isinstance(file, io.BytesIO):
         return file
-    with contextlib.ExitStack() as closed_after_errors:
-        if hasattr(os, "memfd_create"):
-            copy = closed_after_errors.enter_context(open(os.memfd_create("audio"), "w+b"))
-        else:
-            copy = closed_after_errors.enter_context(TemporaryFile())
-        shutil.copyfileobj(file, copy)
-        copy.flush()
-        closed_after_errors.pop_all()
+    try:
+        with contextlib.ExitStack() as closed_after_errors:
+            if hasattr(os, "memfd_create"):
+                copy = closed_after_errors.enter_context(open(os.memfd_create("audio"), "w+b"))
+            else:
+                copy = closed_after_errors.enter_context(TemporaryFile())
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            closed_after_errors.pop_all()
+    except OSError as error:
+        raise AudioError(f"{name} cannot be decoded: {error}") from error
     file.close()
     return copy
 
@@ -386,7 +447,9 @@ def give_descriptor(file):
 def serve(connection: Connection):
     """
     Runs in the process of a [`DecodingWorker`]. For each file it sends messages of 4 bytes of rate and float32 samples,
-    then an empty one; an error is a rate of 0 and its text. The process never holds all samples of a file.
+    then an empty one; an error is a rate of 0 and its text. The process never holds all samples of a file. For a file
+    without a limit of its length it sends what [`header_duration`] returns, as JSON, and nothing else. `seconds` limits
+    for how long the process may compute, for a file that is its last.
     """
     pages = Path("/proc/self/statm")  # Linux; other systems limit the time alone
     if pages.exists():
@@ -395,10 +458,17 @@ def serve(connection: Connection):
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard_limit < 0 else min(limit, hard_limit), hard_limit))
     connection.send_bytes(b"ready")
     while True:
-        name, max_seconds = connection.recv()
+        name, max_seconds, seconds = connection.recv()
+        if seconds is not None:
+            limit, (_, hard_limit) = math.ceil(time.process_time() + seconds), resource.getrlimit(resource.RLIMIT_CPU)
+            limit = limit if hard_limit < 0 else min(limit, hard_limit)
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         with open(recv_handle(connection), "rb") as file:
             file.seek(0)
             try:
+                if max_seconds is None:
+                    connection.send_bytes(json.dumps(header_duration(file)).encode())
+                    continue
                 for rate, samples in decode_pieces(file, name, max_seconds):
                     connection.send_bytes(rate.to_bytes(4, "little") + samples.tobytes())
                 connection.send_bytes(b"")

@@ -210,4 +210,4 @@ def describe(source) -> str:
     if isinstance(source, (str, Path)):
         text = str(source)
         return f"The source {text if len(text) <= 80 else text[:60] + '...' + text[-17:]!r}"
-    return f"The {type(source).__name__}"
+    return "The file" if hasattr(source, "read") else f"The {type(source).__name__}"

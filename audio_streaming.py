@@ -7,13 +7,13 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
 
-from audio_decoding import DEMUXER, decode_pieces, of_one_rate
+from audio_decoding import decode_pieces, header_duration, header_duration_in_worker, of_one_rate, stream_in_worker
 from audio_download import MAX_BYTES, TIMEOUT, describe, read
 from audio_utils import SAMPLING_RATE, check_peak, check_rate, fetch_audio, resample_pieces, unwrap
 from configuration_qwen2_audio_vl import SHORTEST_PIECE
@@ -50,18 +50,18 @@ def stream_audio(
 ) -> Iterator[torch.Tensor]:
     """
     Opens audio as `audio_utils.fetch_audio` does, but yields its samples, float32 `[samples]` at 16 kHz, as they are
-    decoded, a second or so at a time. Samples that are handed over, and untrusted files, are opened whole.
+    decoded, a second or so at a time. Samples that are handed over are opened whole, and untrusted files are decoded in
+    a process of their own each, which may compute for 8 s, or for a hundredth of `max_seconds` if that is more.
 
     Raises:
         AudioError: as `fetch_audio`. The default has no limit of length.
     """
     source, _ = unwrap(ele)
-    if public_only or isinstance(source, (np.ndarray, torch.Tensor)):
-        limits = {"max_bytes": max_bytes, "max_seconds": max_seconds, "timeout": timeout, "public_only": public_only}
-        yield from fetch_audio(ele, sampling_rate=sampling_rate, **limits).split(SAMPLING_RATE)
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        yield from fetch_audio(ele, sampling_rate=sampling_rate, max_seconds=max_seconds).split(SAMPLING_RATE)
         return
-    name = describe(source)
-    decoded = of_one_rate(decode_pieces(read(source, max_bytes, timeout), name, max_seconds), name)
+    name, file = describe(source), read(source, max_bytes, timeout, public_only)
+    decoded = of_one_rate((stream_in_worker if public_only else decode_pieces)(file, name, max_seconds), name)
     with contextlib.closing(decoded):  # closes the file when the reader stops early
         first = next(decoded, None)
         rate = check_rate(first[0]) if first else SAMPLING_RATE
@@ -81,18 +81,16 @@ def checked(samples: torch.Tensor, name: str) -> torch.Tensor:
     return samples
 
 
-def find_duration(ele) -> float | None:
-    """Returns the seconds that the header of a local file names, None where there is no such file or header."""
+def find_duration(ele, in_worker: bool = False) -> float | None:
+    """
+    Returns the seconds that the header of a local file names, None where there is no such file or header. An untrusted
+    file is opened in a process of its own (`in_worker`).
+    """
     source, _ = unwrap(ele)
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        return None
+    source, _ = unwrap(ele)
     with contextlib.suppress(Exception):  # the header only serves the progress bar; reading the file reports its faults
-        if os.path.isfile(source):
-            with av.open(os.fspath(source), metadata_errors="ignore", options=DEMUXER) as container:
-                audio, begin = container.streams.audio[0], (container.start_time or 0) / av.time_base
-                if audio.duration:  # pictures may go on for longer
-                    return float(((audio.start_time or 0) + audio.duration) * audio.time_base) - begin
-                return container.duration / av.time_base
+        if isinstance(source, (str, Path)) and os.path.isfile(source):
+            return (header_duration_in_worker if in_worker else header_duration)(open(source, "rb"))
     return None
 
 

@@ -26,6 +26,7 @@ from sounds import ENCODINGS, RECORDINGS, encode
 
 import audio_decoding
 import audio_download
+from audio_streaming import find_duration, stream_audio
 from audio_utils import AudioError, fetch_audio
 from demo.bases import ASSETS
 
@@ -115,6 +116,60 @@ def test_untrusted_bombs_are_limited_in_memory_and_time(name, pools, clip):
     if worker.process.poll() is None:
         assert worker.process.pid == pid and peak_memory(pid) - usual < 70
     assert torch.equal(fetch_audio(good.read_bytes(), public_only=True), fetch_audio(good))
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_untrusted_bombs_are_limited_where_recordings_are_streamed(name, clip, monkeypatch):
+    monkeypatch.setattr(audio_decoding, "WORKER_SECONDS", 2)
+    monkeypatch.setattr(audio_decoding, "WORKER_SHARE", 0)
+    before, start, samples = peak_memory(), time.monotonic(), 0
+    try:
+        for part in stream_audio(BOMBS[name](clip), max_seconds=600, public_only=True):
+            samples += len(part)
+        assert samples == 16_000
+    except AudioError as error:
+        assert re.search("limit of 600 s|limit of 2 s to decode|Cannot allocate memory|Unable to allocate", str(error))
+    assert time.monotonic() - start < 9 and peak_memory() - before < 70
+
+
+def test_untrusted_recordings_are_streamed_as_trusted_ones(monkeypatch):
+    """The process waits for the reader, and ends with it."""
+    workers, start = [], audio_decoding.DecodingWorker.start
+
+    def started(self):
+        workers.append(self)
+        start(self)
+
+    monkeypatch.setattr(audio_decoding.DecodingWorker, "start", started)
+    for path in sorted(RECORDINGS.iterdir()):
+        stream = stream_audio(path.open("rb"), public_only=True)
+        first = next(stream)
+        time.sleep(0.05)
+        assert torch.equal(torch.cat([first, *stream]), fetch_audio(path))
+        assert find_duration(path, in_worker=True) == find_duration(path)
+    stream = stream_audio(path.open("rb"), public_only=True)
+    next(stream)
+    stream.close()
+    assert all(worker.process.poll() is not None for worker in workers) and len(workers) > 8
+
+
+def test_headers_of_untrusted_recordings_cost_no_memory(tmp_path, clip, monkeypatch):
+    monkeypatch.setattr(audio_decoding, "WORKER_SECONDS", 1)
+    before = peak_memory()
+    for name, bomb in BOMBS.items():
+        path = tmp_path / name.replace(" ", "-")
+        path.write_bytes(bomb(clip))
+        find_duration(path, in_worker=True)
+    assert peak_memory() - before < 40
+
+
+@pytest.mark.parametrize("program", [None, "/bin/false", "/nowhere/python"])
+def test_no_process_is_an_error_of_the_audio(program, monkeypatch):
+    monkeypatch.setattr(sys, "executable", program)
+    for open_audio in (lambda *given, **limits: list(stream_audio(*given, **limits)), fetch_audio):
+        with pytest.raises(AudioError, match="The file cannot be decoded: the process that decodes it ended"):
+            open_audio((RECORDINGS / "jfk.mp3").open("rb"), public_only=True)
+    assert find_duration(RECORDINGS / "jfk.mp3", in_worker=True) is None
 
 
 @pytest.fixture(scope="module")
