@@ -385,7 +385,11 @@ def test_run_starts_from_an_adapter(run, tmp_path):
     lora = {"stage": "lora", "lora_r": 4, "lora_dropout": 0}
     run(tmp_path / "first", **lora, max_steps=2)
     adapter = tmp_path / "first" / "adapter"
-    run(tmp_path / "second", **lora, max_steps=1, learning_rate=1e-12, adapter=adapter)
+    run(tmp_path / "second", **{**lora, "lora_dropout": 0.3}, max_steps=1, learning_rate=1e-12, adapter=adapter)
+    settings = [
+        json.loads((tmp_path / name / "adapter/adapter_config.json").read_text()) for name in ("first", "second")
+    ]
+    assert [each["lora_dropout"] for each in settings] == [0, 0.3]
     first, second = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("first", "second"))
     assert first.keys() == second.keys()
     assert all(torch.allclose(first[name], second[name], atol=1e-9) for name in first)

@@ -79,7 +79,8 @@ def add_adapter(model, args: Arguments) -> PeftModel:
     pairs = [(name, getattr(earlier, name), getattr(config, name)) for name in names]
     if differing := [f"{name} is {there!r} there, {here!r} here" for name, there, here in pairs if there != here]:
         raise ValueError(f"--adapter {args.adapter} is of other arguments: {'; '.join(differing)}.")
-    return PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
+    earlier.lora_dropout = args.lora_dropout  # of this run; no weight depends on it
+    return PeftModel.from_pretrained(model, args.adapter, is_trainable=True, config=earlier)
 
 
 class AnswerTrainer(Trainer):
