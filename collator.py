@@ -25,6 +25,11 @@ class BadRow(ValueError):
     """A row that cannot be trained on; the message begins with its place."""
 
 
+def names_lines(source: str) -> bool:
+    """Tells whether a source is a file of JSON lines, by its name; others are opened by `datasets`."""
+    return source.endswith((".json", ".jsonl"))
+
+
 class ChatCollator:
     """
     Rows of chat messages -> batches to train on: a `data_collator` for transformers' Trainer and for TRL's SFTTrainer.
@@ -51,7 +56,7 @@ class ChatCollator:
             messages, is_recording = self.read(content_of(row))
             self.check(messages, may_be_empty=is_recording)  # a recording may have no words
             source = place_of(row).rpartition(":")[0]
-            source = Path(source if source.endswith((".json", ".jsonl")) else source.partition(":")[0])
+            source = Path(source if names_lines(source) else source.partition(":")[0])
             folder = source if source.is_dir() else source.parent
             for item in (item for message in messages for item in items_of(message)):
                 item.update(self.locate(item, folder))

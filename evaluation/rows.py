@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 
-from collator import RECORDING, items_of, names_file
+from collator import RECORDING, items_of, names_file, names_lines
 from content_items import normalize_conversations
 from publishing.paths import resolve, sha256
 
@@ -34,9 +34,11 @@ def load_rows(
     Returns a dataset of `datasets` with columns `line` (JSON text), `messages`, or `audio` and `text`, those to keep,
     and `place`, which names the row in messages. Raises a ValueError if a source is not there, or has no such columns.
     """
+    if "place" in keep:
+        raise ValueError("The column place is where rows are told apart in messages; rename that of the data.")
     parts = []
     for source in sources:
-        is_lines = source.endswith((".jsonl", ".json"))
+        is_lines = names_lines(source)
         load = load_lines if is_lines else load_dataset
         rows = load(source, streaming, columns, keep)
         if streaming:
@@ -87,6 +89,8 @@ def check_lines(source: str, keep: tuple[str, ...]) -> str:
         for number, line in enumerate(file, 1):
             digest.update(line)
             is_empty = is_empty and not line.strip()
+            if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                raise ValueError(f"{source} is a JSON array; expected an object on each line, as `jq -c '.[]'` writes.")
             if b"\0" in line:
                 raise ValueError(f"{source} must be JSON lines in UTF-8; it holds zero bytes, as UTF-16 does.")
             try:
@@ -137,6 +141,9 @@ def split_source(source: str) -> list[str]:
     parts = source.split(":") if ":" in source else [source, "train"]
     if parts[0].startswith((".", "/", "~")) and not Path(parts[0]).exists():
         raise ValueError(f"There is no file or folder {parts[0]}.")
+    if Path(parts[0]).is_file():
+        advice = "put a file of another kind into a folder of its own, and give the folder."
+        raise ValueError(f"{parts[0]} is not named .jsonl or .json, as files of JSON lines are; {advice}")
     return parts
 
 
@@ -166,7 +173,7 @@ def describe_data(sources: list[str], columns: tuple[str, str] | None = None) ->
 
 def identify(source: str, columns: tuple[str, str] | None) -> dict[str, str]:
     path = Path(source)
-    if source.endswith((".jsonl", ".json")):
+    if names_lines(source):
         if not path.is_file():
             return {}
         digest, names = hashlib.sha256(), set()

@@ -190,8 +190,13 @@ def test_files_of_other_editors(collator, tmp_path, speech):
             (row,) = load_rows([str(path)], streaming)
             assert collator.messages(row)[-1]["content"] == "low"
             assert row["place"] == f"{path}:{2 if number == 1 else 1}"
-    utf_16 = line.encode("utf-16")
-    for content, message in ((b"", "is empty"), (b" \n\n", "is empty"), (utf_16, "must be JSON lines in UTF-8")):
+    utf_16, array = line.encode("utf-16"), f"[\n{line}\n]\n".encode()
+    for content, message in (
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (utf_16, "must be JSON lines in UTF-8"),
+        (array, "is a JSON array; expected an object on each line"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_rows([str(write_lines(tmp_path / "bad.jsonl", [content]))])
     deep = write_lines(tmp_path / "deep.jsonl", ['{"messages": ' + "[" * 10**5 + "]" * 10**5 + "}"])
@@ -219,6 +224,12 @@ def test_rows_of_datasets(run, collator, tones, photo, tmp_path, streaming):
         assert inputs.keys() == expected.keys()
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
     assert run(tmp_path / "out", data=[tmp_path / "parquet"], streaming=streaming, max_steps=2)["steps"] == 2
+    for name in ("train.parquet", "train.jsonl.gz"):
+        (tmp_path / name).write_bytes((tmp_path / "parquet" / "train.parquet").read_bytes())
+        with pytest.raises(ValueError, match=f"{name} is not named .jsonl or .json.* into a folder of its own"):
+            load_rows([str(tmp_path / name)], streaming)
+    with pytest.raises(ValueError, match="The column place is where rows are told apart"):
+        load_rows([str(tmp_path / "saved")], streaming, keep=("place",))
     with pytest.raises(ValueError, match="has columns id; expected `messages`"):
         datasets.Dataset.from_list([{"id": 1}]).save_to_disk(tmp_path / "other")
         load_rows([str(tmp_path / "other")])
