@@ -285,6 +285,8 @@ if __name__ == "__main__":
     if not arguments or arguments[0].startswith("-"):
         sys.exit(__doc__)
     try:
+        if options.aligner:
+            find_aligner(options.aligner)  # which says now, and not with the first request, that it is not there
         register(arguments[0])
     except ValueError as error:
         sys.exit(f"serve.py: {error}")

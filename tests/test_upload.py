@@ -143,6 +143,12 @@ def test_servers_name_a_folder_that_is_not_there(script, monkeypatch, capsys):
     assert message in (str(end.value), capsys.readouterr().err.strip())
 
 
+def test_an_aligner_that_is_not_there_is_named_at_the_start(demo_repo, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["serve.py", str(demo_repo), "--aligner", "./nowhere"])
+    with pytest.raises(SystemExit, match="serve.py: There is no folder ./nowhere"):
+        runpy.run_path(str(paths.ROOT / "serve.py"), run_name="__main__")
+
+
 def test_a_model_that_is_not_on_the_hub_is_named(run_main):
     """The name could be a folder's or a Hub id, so the message is about both; the tests have no network."""
     code, _, errors = run_main("check", "nobody/nothing")
