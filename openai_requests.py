@@ -100,8 +100,9 @@ CHAT_FIELDS = HONOURED | WITHOUT_EFFECT
 
 def read_chat(body: dict, served: str, defaults: dict) -> dict:
     """
-    Returns the fields of a chat for transformers serve. A temperature above 0 or a `top_p` below 1 draws the answer,
-    as in OpenAI's API, also where `defaults`, the settings of the model's generation_config.json, are greedy.
+    Returns the fields of a chat for transformers serve, with normalized content items. A temperature above 0 or a
+    `top_p` below 1 draws the answer, as in OpenAI's API, also where `defaults`, the settings of the model's
+    generation_config.json, are greedy.
 
     Raises:
         RequestError: on a field, or a value of one, that would have no effect.
@@ -121,7 +122,7 @@ def read_chat(body: dict, served: str, defaults: dict) -> dict:
     check_model(body.get("model"), served)
     settings = json.loads(body.get("generation_config", "{}"))
     body = {name: value for name, value in body.items() if name in HONOURED and name != "generation_config"}
-    body["model"] = served
+    body |= {"model": served, "messages": read_messages(body["messages"])}
     if body.get("temperature", 1) < GREEDY:
         body["temperature"] = 0
         body.pop("top_p", None)
@@ -153,8 +154,8 @@ def read_messages(messages: list) -> list[dict]:
         if message["role"] not in ROLES:
             known = ", ".join(ROLES)
             raise RequestError(f"The role of a message must be one of {known}; got {message['role']:.40}.", "messages")
-        if isinstance(message.get("content", []), str):
-            message["content"] = [{"type": "text", "text": message["content"]}]
+        content = message.get("content", [])
+        message["content"] = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if conversation[-1]["role"] != "user":
         raise RequestError(f"The last message must be the user's, not the {conversation[-1]['role']}'s.", "messages")
     return conversation

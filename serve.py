@@ -34,7 +34,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_multipart_available
 
 from configuration_qwen2_audio_vl import PIECE_SECONDS
-from openai_requests import Asked, check_model, read_chat, read_fields, read_messages
+from openai_requests import Asked, check_model, read_chat, read_fields
 from shipped_files import WHOLE_MODEL, find_folder
 from transcribe import Transcriber, find_aligner, join_batches, longest_piece, make_transcriber
 from transcripts import Segment, Transcript, segment_dict, to_srt, to_vtt
@@ -104,18 +104,25 @@ def event(**fields) -> str:
 
 
 class Chats:
-    """Checks what `POST /v1/chat/completions` asks for, before upstream's handler, which ignores much of it."""
+    """
+    Checks what `POST /v1/chat/completions` asks for, before upstream's handler, which ignores much of it, and opens
+    clips and pictures in a thread, because upstream would let all other requests wait for their downloads.
+    """
 
     def __init__(self, handler, model_manager):
         self.handler, self.model_manager = handler, model_manager
         # Upstream drops content of types that it does not know.
-        handler.get_processor_inputs_from_messages = lambda messages, modality: read_messages(messages)
+        handler.get_processor_inputs_from_messages = lambda messages, modality: messages
 
     async def handle_request(self, body: dict, request_id: str):
         served = self.model_manager.force_model
-        model, _ = self.model_manager.load_model_and_processor(self.model_manager.process_model_name(served))
+        name = self.model_manager.process_model_name(served)
+        model, processor = await asyncio.to_thread(self.model_manager.load_model_and_processor, name)
         defaults = {name: value for name, value in model.generation_config.to_dict().items() if value is not None}
-        return await self.handler.handle_request(read_chat(body, served, defaults), request_id)
+        chat = read_chat(body, served, defaults)
+        for message in chat["messages"]:
+            message["content"] = [await asyncio.to_thread(processor.open_item, item) for item in message["content"]]
+        return await self.handler.handle_request(chat, request_id)
 
 
 class Transcriptions:

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -195,6 +197,17 @@ def test_errors_of_a_server_are_those_of_openai(server):
     with pytest.raises(openai.NotFoundError) as caught:
         serving.complete(server, "other/model", SAID["messages"])
     assert caught.value.code == "model_not_found" and caught.value.param == "model"
+
+
+def test_downloads_of_a_chat_hold_up_no_other_request(server, demo_repo):
+    with serving.serve_by_path() as web, ThreadPoolExecutor(1) as pool:
+        clip = {"type": "audio_url", "audio_url": {"url": f"{web}late-to={quote('/late-to=/clip.wav')}"}}  # after 2 s
+        answer = pool.submit(serving.answer_of, server, demo_repo, serving.user(clip, text("Transcribe the audio.")))
+        time.sleep(0.5)
+        start = time.monotonic()
+        assert httpx.get(f"{server}/health", timeout=60).status_code == 200
+        assert time.monotonic() - start < 1 and not answer.done()
+        assert isinstance(answer.result(), str)
 
 
 def test_fields_that_ask_for_what_happens_anyway(server, demo_repo, examples):
