@@ -68,17 +68,17 @@ test-common: $(READY) $(SOURCE)/.ready  ## transformers' own tests of models and
 	done
 
 test-releases: $(READY)  ## the core of the suite on the oldest supported transformers and on one in the middle
-	$(VENV)/bin/nox --tags ci
+	$(VENV)/bin/nox --tags ci -- -m "not speech and not long"
 
 test-endurance: $(READY)  ## 3,000 requests to one process, an evaluation killed ten times
-	$(PYTHON) -m pytest -m endurance -s
+	$(PYTHON) -m pytest -m endurance --numprocesses 2 --dist loadfile
 
 test-app: $(READY)  ## the pages in Chromium (Debian: apt-get install chromium)
 	$(PYTHON) -m pytest -m app
 
 test-vllm: $(READY)  ## the folder behind vLLM; skipped where vLLM cannot be installed
 	-$(MAKE) $(VLLM)/.ready
-	$(PYTHON) -m pytest -m vllm
+	$(PYTHON) -m pytest -m vllm --numprocesses 2 --dist loadgroup
 
 test-trl: $(READY) $(TRL)  ## TRL's SFTTrainer with the collator of the folder
 	PYTHONPATH=$(TRL) $(PYTHON) -m pytest -m trl

@@ -5,7 +5,7 @@ computes is recorded, and `python -m benchmarks.releases` compares the records.
     nox                      all of it
     nox -s "core(5.18.0)"    one release of transformers, with the torch that `make` installs
     nox -s torch             the oldest and the newest torch, in environments of their own
-    nox --tags ci            what CI runs beside `make test`, which is on the newest release
+    nox --tags ci -- -m "not speech and not long"    what CI runs beside `make test`, which is on the newest release
     nox -s upcoming          transformers' main branch with the newest releases of what it works with
     nox -s upcoming -- transformers==5.24.0    the same with another transformers
 """
@@ -74,5 +74,5 @@ def requirements_without(*prefixes: str) -> list[str]:
 
 
 def test_and_record(session: nox.Session, python: str, **environment: str):
-    session.run(python, "-m", "pytest", *WORKERS, *CORE, env=environment)
+    session.run(python, "-m", "pytest", *WORKERS, *CORE, *session.posargs, env=environment)
     session.run(python, "-m", "benchmarks.releases", "--record", env=environment)

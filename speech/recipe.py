@@ -2,7 +2,7 @@
 Trains the speech adapter from the published parts, through every stage; each goes on where it was interrupted:
 
     python -m speech.recipe            all rounds of recipe.json, hours; the adapter goes to speech/adapter
-    python -m speech.recipe --short    ten minutes: 320 clips; fails unless the loss falls below MAX_LOSS
+    python -m speech.recipe --short    some minutes: 240 clips; fails unless the loss falls below MAX_LOSS
 
 Everything is in build/speech. The stages are those of upload.py and `python -m training`.
 """
@@ -168,7 +168,7 @@ def write_adapter(source: Path, folder: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="ten minutes, and nothing is shipped")
+    parser.add_argument("--short", action="store_true", help="some minutes, and nothing is shipped")
     is_short = parser.parse_args().short
     rounds = SHORT if is_short else ROUNDS
     make_data([name for round_ in rounds for name in round_.data])
