@@ -78,7 +78,7 @@ test-app: $(READY)  ## the pages in Chromium (Debian: apt-get install chromium)
 
 test-vllm: $(READY)  ## the folder behind vLLM; skipped where vLLM cannot be installed
 	-$(MAKE) $(VLLM)/.ready
-	$(PYTHON) -m pytest -m vllm --numprocesses 2 --dist loadgroup
+	$(PYTHON) -m pytest -m vllm
 
 test-trl: $(READY) $(TRL)  ## TRL's SFTTrainer with the collator of the folder
 	PYTHONPATH=$(TRL) $(PYTHON) -m pytest -m trl

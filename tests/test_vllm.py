@@ -28,9 +28,7 @@ from publishing.paths import ROOT
 from transcribe import transcribe
 
 
-# Tests of one group run in one process: those of the first ask one server, the others start their own.
-server = pytest.mark.xdist_group
-pytestmark = [pytest.mark.vllm, server("demo")]
+pytestmark = pytest.mark.vllm
 STEPS = 12
 
 
@@ -163,7 +161,6 @@ def test_long_recordings_are_transcribed_as_here(address, demo_repo, loaded, exa
     assert row["pred_text"] == expected.text
 
 
-@server("trimmed")
 def test_trimmed_audio_tokens(repo_30s, tmp_path):
     """Windows of 30 s, random weights: clips of a part of a window, of one, and of some, alone and together."""
     folder = build(checkpoint=repo_30s, output=tmp_path / "trimmed", audio_tokens="trimmed")
@@ -180,7 +177,6 @@ def test_trimmed_audio_tokens(repo_30s, tmp_path):
             check_ids(address, loaded, messages)
 
 
-@server("two ranks")
 def test_tensor_parallel_on_two_ranks(demo_repo, loaded, examples, tmp_path):
     """One thread each: vLLM would by itself give every rank a NUMA node of its own."""
     settings = ("--tensor-parallel-size", "2")
@@ -202,13 +198,7 @@ def test_video(address, loaded, sound, tmp_path):
     check_ids(address, loaded, *film_messages(sound, tmp_path))
 
 
-@pytest.mark.parametrize(
-    "name, refused",
-    [
-        pytest.param("qwen2_5_vl", ["video"], marks=server("qwen2_5_vl")),
-        pytest.param("qwen3_vl", ["image", "video"], marks=server("qwen3_vl")),
-    ],
-)
+@pytest.mark.parametrize("name, refused", [("qwen2_5_vl", ["video"]), ("qwen3_vl", ["image", "video"])])
 def test_newer_bases(name, refused, bases, sound, tmp_path):
     """Random models answer as `generate` does. What vLLM would silently get wrong is HTTP 400, and the engine lives."""
     repo = build(make_base(tmp_path / name, name), bases["whisper"], tmp_path / "repo")
