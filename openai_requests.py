@@ -55,8 +55,8 @@ def is_bias(value) -> bool:
 
 
 def is_settings(value) -> bool:
-    with contextlib.suppress(ValueError, TypeError):
-        return isinstance(settings := json.loads(value), dict) and all(hasattr(GenerationConfig(), x) for x in settings)
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        return isinstance(settings := json.loads(value), dict) and settings.keys() <= vars(GenerationConfig()).keys()
     return False
 
 

@@ -172,6 +172,8 @@ BAD_FIELDS = {  # the body of a request -> the field at fault, and words of the 
     "a bias that is no number": ({**SAID, "logit_bias": {"7": "x"}}, "logit_bias", "an object"),
     "a bias of a word": ({**SAID, "logit_bias": {"seven": 1}}, "logit_bias", "an object"),
     "a setting that is none": ({**SAID, "generation_config": '{"beams": 4}'}, "generation_config", "the JSON of"),
+    "a method for a setting": ({**SAID, "generation_config": '{"to_dict": 4}'}, "generation_config", "the JSON of"),
+    "settings in settings": ({**SAID, "generation_config": "[" * 10**5}, "generation_config", "the JSON of"),
     "a greedy draw": (
         {**SAID, "temperature": 0.7, "generation_config": '{"do_sample": false}'},
         "temperature",
