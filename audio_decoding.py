@@ -44,6 +44,7 @@ WORKER_SECONDS = 8  # for the second try, at least
 WORKER_SHARE = 0.01  # of what the audio may last, for the second try; an hour of Opus takes 11 s of a slow core
 LONGEST_STREAM = 86_400  # seconds of a stream without a limit of length, for the time to decode it
 START_SECONDS = 60  # for a process to start; a program that Python is built into would not start one
+CHECK_SECONDS = 5.0  # between two looks whether a process that sends nothing still runs
 BATCH_SECONDS = 86_400  # for a file of a batch, which is trusted
 AT_ONCE = 8  # files of a batch that are decoded at a time, each in a thread and perhaps in a process
 LONG_FRAMES = (b"RIFF", b"fLaC")  # these files need no process: in threads as many are decoded
@@ -253,7 +254,7 @@ class DecodingWorker:
             reason = "cannot be decoded: the process that decodes it ended"
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if self.process and self.process.wait(1) == -signal.SIGKILL:
-                    reason = f"takes longer than the limit of {seconds:g} s to decode"
+                    reason = f"takes longer than the limit of {seconds:g} s to decode, or there is no memory left"
             raise AudioError(f"{name} {reason}.") from error
         finally:
             self.stop()
@@ -268,9 +269,12 @@ class DecodingWorker:
         send_handle(self.connection, file.fileno(), self.process.pid)
 
     def receive(self, deadline: float) -> bytes:
-        left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
-        if not self.connection.poll(left):
-            raise TimeoutError
+        # A process that another thread forked meanwhile may hold the other end open, so that it has no end.
+        while not self.connection.poll(max(0.0, min(CHECK_SECONDS, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline:
+                raise TimeoutError
+            if self.process.poll() is not None and not self.connection.poll(0):
+                raise EOFError
         return self.connection.recv_bytes()
 
     def receive_pieces(self, deadline: float) -> Iterator[tuple[int, np.ndarray]]:
@@ -467,7 +471,10 @@ def serve(connection: Connection):
             file.seek(0)
             try:
                 if max_seconds is None:
-                    connection.send_bytes(json.dumps(header_duration(file)).encode())
+                    found = None
+                    with contextlib.suppress(Exception):  # it would stand in the log of the server
+                        found = header_duration(file)
+                    connection.send_bytes(json.dumps(found).encode())
                     continue
                 for rate, samples in decode_pieces(file, name, max_seconds):
                     connection.send_bytes(rate.to_bytes(4, "little") + samples.tobytes())

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 import torch
@@ -29,6 +29,10 @@ except ImportError:  # not part of a package: the tools beside this file import 
 MAX_BYTES = 2**28  # limit of a source that is not a local file
 CHUNK = 2**16  # bytes read from a connection at a time
 TIMEOUT = 30.0  # seconds for a whole download
+READ_LIMITS = ("max_bytes", "timeout", "public_only")  # of any file
+FETCH_LIMITS = (*READ_LIMITS, "max_seconds")  # of audio, see `audio_utils.fetch_audio`
+URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"  # all others are written as %XX
+WITHOUT_BREAKS = {ord(character): None for character in "\r\n"}
 # `ipaddress` does not know these: IETF protocols, and a cloud's own services.
 NOT_PUBLIC = [ipaddress.ip_network(network) for network in ("192.0.0.0/24", "168.63.129.16/32")]
 # Hosts have these IPv6 addresses. Others are multicast or local, or carry IPv4 addresses through a translator.
@@ -66,17 +70,22 @@ def read_text(source: str, max_bytes: int, timeout: float, public_only: bool) ->
     if scheme == "data":
         header, _, payload = source.partition(",")
         is_base64 = header.endswith(";base64")
-        return base64.b64decode(unquote(payload), validate=True) if is_base64 else unquote_to_bytes(payload)
+        return decode_base64(unquote(payload)) if is_base64 else unquote_to_bytes(payload)
     path = unquote(urlsplit(source).path) if scheme == "file" else source
     if not public_only and len(path) < 4096 and os.path.isfile(path):
         return open(path, "rb")
     try:
-        return base64.b64decode(source, validate=True)
+        return decode_base64(source)
     except ValueError as error:
         reason = "neither an existing file, nor an address, nor base64"
         if public_only:
             reason = "neither an address nor base64; local files are not opened here"
         raise AudioError(f"{describe(source)} is {reason}.") from error
+
+
+def decode_base64(text: str) -> bytes:
+    """Decodes base64, also in lines, as MIME has it."""
+    return base64.b64decode(text.translate(WITHOUT_BREAKS), validate=True)
 
 
 def at_most(max_bytes: int, content: bytes, source) -> bytes:
@@ -98,7 +107,8 @@ def download(url: str, max_bytes: int, timeout: float, public_only: bool) -> byt
     handlers = [WebRedirects, WebHandler(time_left=time_left, public_only=public_only)]
     if public_only:
         handlers.append(urllib.request.ProxyHandler({}))  # a proxy would resolve names by itself
-    request, content = urllib.request.Request(url, headers={"User-Agent": "qwen2-audio-vl"}), bytearray()
+    request = urllib.request.Request(quote(url, safe=URL_CHARACTERS), headers={"User-Agent": "qwen2-audio-vl"})
+    content = bytearray()
     try:
         with urllib.request.build_opener(*handlers).open(request, timeout=timeout) as response:
             if response.status != 200:

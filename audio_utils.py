@@ -19,11 +19,11 @@ from transformers.utils import logging
 
 try:
     from .audio_decoding import AT_ONCE, FULL_SCALE, MAX_SECONDS, AudioError, decode, decode_in_batch, decode_in_worker
-    from .audio_download import MAX_BYTES, TIMEOUT, describe, read
+    from .audio_download import MAX_BYTES, READ_LIMITS, TIMEOUT, describe, read
     from .content_items import find_source, normalize_conversations, take_audio
 except ImportError:  # not part of a package: the tools beside this file import it by its bare name
     from audio_decoding import AT_ONCE, FULL_SCALE, MAX_SECONDS, AudioError, decode, decode_in_batch, decode_in_worker
-    from audio_download import MAX_BYTES, TIMEOUT, describe, read
+    from audio_download import MAX_BYTES, READ_LIMITS, TIMEOUT, describe, read
     from content_items import find_source, normalize_conversations, take_audio
 
 try:
@@ -39,7 +39,6 @@ MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; beyond these a file's header is broke
 SILENCE = (math.log10(1e-10) + 4.0) / 4.0  # log-mel of no power
 BLOCK = 1000  # frames transformed at a time, so that the intermediate tensors stay in a core's cache
 WINDOWS_AT_ONCE = {"cpu": 1}  # windows transformed together; an accelerator takes 32, because padding is cheap there
-READ_LIMITS = ("max_bytes", "timeout", "public_only")  # limits of any file, see `fetch_audio`
 LEAST_BATCH = 8  # files for which it is worth to start processes
 MAX_CHANNELS = 8  # 7.1 sound; a longer axis of a 2-D array is time
 MAX_PEAK = 32.0  # full scale is 1.0; a float array beyond this holds unscaled integers

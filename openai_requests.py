@@ -3,11 +3,11 @@
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transformers import GenerationConfig
-
+from audio_download import FETCH_LIMITS
 from configuration_qwen2_audio_vl import ask_for_words
 from content_items import normalize_conversations
 
@@ -37,11 +37,16 @@ def check_model(asked: str | None, served: str):
 
 
 def is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # Python counts a bool as an int
+    is_whole = type(value) is int and abs(value) < 2**63  # Python counts a bool as an int
+    return is_whole or (type(value) is float and math.isfinite(value))
 
 
 def whole_from(low: int) -> tuple[str, Callable]:
     return f"a whole number from {low}", lambda value: type(value) is int and low <= value < 2**63
+
+
+def share_of_one(value) -> bool:
+    return is_number(value) and 0 < value <= 1
 
 
 def one_of(*values) -> tuple[str, Callable]:
@@ -50,14 +55,18 @@ def one_of(*values) -> tuple[str, Callable]:
 
 def is_bias(value) -> bool:
     return isinstance(value, dict) and all(
-        key.isascii() and key.isdigit() and is_number(bias) and -100 <= bias <= 100 for key, bias in value.items()
+        re.fullmatch("[0-9]{1,9}", key) and is_number(bias) and -100 <= bias <= 100 for key, bias in value.items()
     )
 
 
 def is_settings(value) -> bool:
     with contextlib.suppress(ValueError, TypeError, RecursionError):
-        return isinstance(settings := json.loads(value), dict) and settings.keys() <= vars(GenerationConfig()).keys()
+        return isinstance(json.loads(value), dict)
     return False
+
+
+def is_tokens(value) -> bool:
+    return all(type(token) is int and 0 <= token < 2**31 for token in (value if isinstance(value, list) else [value]))
 
 
 TEXT = "a text", lambda value: isinstance(value, str)
@@ -70,7 +79,7 @@ HONOURED = {
     "max_tokens": whole_from(1),
     "max_completion_tokens": whole_from(1),
     "temperature": ("a number from 0 to 2", lambda value: is_number(value) and 0 <= value <= 2),
-    "top_p": ("a number above 0 and up to 1", lambda value: is_number(value) and 0 < value <= 1),
+    "top_p": ("a number above 0 and up to 1", share_of_one),
     "frequency_penalty": ("a number above -1 and up to 2", lambda value: is_number(value) and -1 < value <= 2),
     "seed": whole_from(0),
     "logit_bias": ("an object of numbers of tokens and numbers from -100 to 100", is_bias),
@@ -94,8 +103,46 @@ WITHOUT_EFFECT = {
     "store": one_of(False),
     "metadata": OBJECT,
     "user": TEXT,
+    "safety_identifier": TEXT,
+    "prompt_cache_key": TEXT,
 }
 CHAT_FIELDS = HONOURED | WITHOUT_EFFECT
+# What each of the settings of `generate` must be. Others end in errors of `generate`, or change nothing here.
+TOKENS = "the number of a token, or a list of them", is_tokens
+ABOVE_0 = "a number above 0", lambda value: is_number(value) and value > 0
+SETTINGS = {
+    "do_sample": one_of(True, False),
+    "temperature": ABOVE_0,
+    "top_k": whole_from(0),
+    "top_p": CHAT_FIELDS["top_p"],
+    "min_p": ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
+    "typical_p": ("a number above 0 and up to 1", share_of_one),
+    "max_new_tokens": whole_from(1),
+    "min_new_tokens": whole_from(0),
+    "num_beams": whole_from(1),
+    "repetition_penalty": ABOVE_0,
+    "length_penalty": ("a number", is_number),
+    "no_repeat_ngram_size": whole_from(0),
+    "eos_token_id": TOKENS,
+    "pad_token_id": TOKENS,
+    "bos_token_id": TOKENS,
+    "transformers_version": TEXT,
+    "_from_model_config": one_of(True, False),
+}
+LIMITS_OF_SAMPLING = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+# The server gives these to `apply_chat_template` itself. What may be opened is for the server to say as well.
+TEMPLATE_KEYWORDS = {"self", "conversation", "add_generation_prompt", "tools", "return_tensors", "return_dict"}
+TEMPLATE_KEYWORDS |= {"tokenize", "load_audio_from_video", "sampling_rate", "processor_kwargs"}
+
+
+def check_value(name: str, value, kinds: dict, param: str):
+    """Raises a [`RequestError`] if there is no such name, or if its value is not what `kinds` says."""
+    if name not in kinds:
+        known = ", ".join(name for name in kinds if name not in WITHOUT_EFFECT)
+        raise RequestError(f"The field {name:.40} is not supported; there are {known}.", param)
+    expected, is_right = kinds[name]
+    if not is_right(value):
+        raise RequestError(f"{name} must be {expected}, got {json.dumps(value):.60}.", param)
 
 
 def read_chat(body: dict, served: str, defaults: dict) -> dict:
@@ -109,18 +156,20 @@ def read_chat(body: dict, served: str, defaults: dict) -> dict:
     """
     body = {name: value for name, value in body.items() if value is not None}
     for name, value in body.items():
-        if name not in CHAT_FIELDS:
-            known = ", ".join(HONOURED)
-            raise RequestError(f"The field {name:.40} is not supported; there are {known}.", name)
-        expected, is_right = CHAT_FIELDS[name]
-        if not is_right(value):
-            raise RequestError(f"{name} must be {expected}, got {json.dumps(value):.60}.", name)
+        check_value(name, value, CHAT_FIELDS, name)
+    if taken := sorted(body.get("chat_template_kwargs", {}).keys() & {*TEMPLATE_KEYWORDS, *FETCH_LIMITS}):
+        raise RequestError(f"chat_template_kwargs must not have {taken[0]}.", "chat_template_kwargs")
     if not body.get("messages"):
         raise RequestError("The request has no messages; send a list of at least one.", "messages")
     if {"max_tokens", "max_completion_tokens"} <= body.keys():
         raise RequestError("The request has max_tokens and max_completion_tokens; give one of them.", "max_tokens")
     check_model(body.get("model"), served)
     settings = json.loads(body.get("generation_config", "{}"))
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for name, value in settings.items():
+        check_value(name, value, SETTINGS, "generation_config")
+    if body.get("stream") and settings.get("num_beams", 1) > 1:
+        raise RequestError("An answer of several beams cannot be streamed.", "generation_config")
     body = {name: value for name, value in body.items() if name in HONOURED and name != "generation_config"}
     body |= {"model": served, "messages": read_messages(body["messages"])}
     if body.get("temperature", 1) < GREEDY:
@@ -130,13 +179,22 @@ def read_chat(body: dict, served: str, defaults: dict) -> dict:
         if settings.get("do_sample") is False:
             raise RequestError("temperature and top_p do nothing beside do_sample false; leave it out.", "temperature")
         # Limits that the model's own settings have would leave little or nothing of what is asked for.
+        defaults = {name: value for name, value in defaults.items() if name not in LIMITS_OF_SAMPLING}
         settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **settings, "do_sample": True}
+    if "seed" in body:  # upstream would set it at once, and not when the answer is drawn
+        settings["seed"] = body.pop("seed")
     if settings:
         limit = max(NEW_TOKENS, defaults.get("max_new_tokens", 0))
         body["generation_config"] = json.dumps({**defaults, "max_new_tokens": limit, **settings})
-    if "logit_bias" in body:  # `generate` refuses whole numbers
-        body["logit_bias"] = {token: float(bias) for token, bias in body["logit_bias"].items()}
+    if bias := body.pop("logit_bias", None):  # `generate` refuses whole numbers
+        body["logit_bias"] = {token: float(value) for token, value in bias.items()}
     return body
+
+
+def check_bias(chat: dict, vocabulary: int):
+    """Raises a [`RequestError`] on a bias of a token that is past the vocabulary."""
+    if past := [token for token in chat.get("logit_bias", {}) if int(token) >= vocabulary]:
+        raise RequestError(f"logit_bias has token {past[0]}, but the model has {vocabulary} tokens.", "logit_bias")
 
 
 def read_messages(messages: list) -> list[dict]:

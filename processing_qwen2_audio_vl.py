@@ -3,8 +3,7 @@
 from transformers.utils.versions import require_version
 
 
-# This check comes first because the imports below fail on older releases without naming the reason. The configuration
-# file repeats it, because a processor is loaded without the configuration.
+# First, as the imports below fail on older releases without naming the reason. The configuration file repeats it.
 require_version("transformers>=5.16.1,<6", "Install one with: pip install 'transformers>=5.16.1,<6'")
 
 import difflib
@@ -26,7 +25,9 @@ from transformers.processing_utils import AudioKwargs
 from transformers.utils import logging
 from transformers.video_utils import load_video, make_batched_videos
 
-from .audio_utils import READ_LIMITS, fetch_all, log_mel, open_item, split_windows
+from .audio_decoding import AudioError  # every file is named here: several processes may fill an empty cache at once
+from .audio_download import FETCH_LIMITS
+from .audio_utils import fetch_all, log_mel, open_item, split_windows
 from .configuration_qwen2_audio_vl import (
     ENCODER_STRIDE,
     IGNORED_LABEL,
@@ -51,7 +52,6 @@ MODALITIES = {
     "videos_kwargs": "video_processor",
     "audio_kwargs": "feature_extractor",
 }
-FETCH_LIMITS = (*READ_LIMITS, "max_seconds")
 OWN_KWARGS = (*FETCH_LIMITS, "load_audio_backend")  # not passed on to transformers
 # A clip is never padded, truncated or resized: it becomes whole windows.
 AUDIO_KWARGS = ("sampling_rate", "device", "audio_tokens", *OWN_KWARGS)
@@ -424,7 +424,7 @@ class AudioProcessing:
         refuse_timestamps(kwargs)
         clips = list(audio) if isinstance(audio, list) else [audio]
         if not clips:
-            raise ValueError("There is no clip to transcribe: audio is an empty list.")
+            raise AudioError("There is no clip to transcribe: audio is an empty list.")
         columns = []
         for name, value in (("language", language), ("prompt", prompt)):
             columns.append(list(value) if isinstance(value, (list, tuple)) else [value] * len(clips))

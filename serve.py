@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import BinaryIO
 
+import torch
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 from transformers.cli.serving import server
 from transformers.cli.transformers import app
@@ -33,8 +34,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import logging
 from transformers.utils.import_utils import is_multipart_available
 
+from audio_download import FETCH_LIMITS
 from configuration_qwen2_audio_vl import PIECE_SECONDS
-from openai_requests import Asked, check_model, read_chat, read_fields
+from openai_requests import Asked, check_bias, check_model, read_chat, read_fields
 from shipped_files import WHOLE_MODEL, find_folder
 from transcribe import Transcriber, find_aligner, join_batches, longest_piece, make_transcriber
 from transcripts import Segment, Transcript, segment_dict, to_srt, to_vtt
@@ -46,6 +48,7 @@ logger = logging.get_logger(__name__)
 # Files come from strangers: they are decoded in processes of limited memory and time.
 FILE_LIMITS = {"public_only": True, "max_seconds": 3600.0, "max_bytes": 2**28}
 MAX_FORM = 2**28 + 2**20  # bytes of a whole request: a file, and the other fields
+OPENERS = 16  # clips and pictures of chats that are opened at once
 MAX_FILES = 4  # recordings that are transcribed at once, each with its file in memory; others wait
 
 
@@ -76,10 +79,17 @@ def register(repo: str):
                 )
             return inputs
 
+    class SeededModel(model_class):
+        def generate(self, *args, generation_config=None, **kwargs):
+            if (seed := getattr(generation_config, "seed", None)) is not None:
+                torch.manual_seed(seed)  # in the thread that answers one request after another
+            return super().generate(*args, generation_config=generation_config, **kwargs)
+
+    SeededModel.__name__ = model_class.__name__  # which is looked up below
     CheckedProcessor.__name__ = processor_class.__name__  # which stands in processor_config.json
     AutoConfig.register(config_class.model_type, config_class)
     AutoProcessor.register(config_class, CheckedProcessor)
-    AutoModelForMultimodalLM.register(config_class, model_class)
+    AutoModelForMultimodalLM.register(config_class, SeededModel)
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__  # what the server looks up
 
 
@@ -106,11 +116,13 @@ def event(**fields) -> str:
 class Chats:
     """
     Checks what `POST /v1/chat/completions` asks for, before upstream's handler, which ignores much of it, and opens
-    clips and pictures in a thread, because upstream would let all other requests wait for their downloads.
+    clips and pictures in threads, because upstream would let all other requests wait for them. They wait for video.
     """
 
     def __init__(self, handler, model_manager):
-        self.handler, self.model_manager = handler, model_manager
+        self.handler, self.model_manager, self.openers = handler, model_manager, ThreadPoolExecutor(OPENERS)
+        limits = getattr(handler, "chat_template_kwargs", {})  # of newer releases
+        self.limits = {name: limits[name] for name in FETCH_LIMITS if name in limits}
         # Upstream drops content of types that it does not know.
         handler.get_processor_inputs_from_messages = lambda messages, modality: messages
 
@@ -119,10 +131,24 @@ class Chats:
         name = self.model_manager.process_model_name(served)
         model, processor = await asyncio.to_thread(self.model_manager.load_model_and_processor, name)
         defaults = {name: value for name, value in model.generation_config.to_dict().items() if value is not None}
-        chat = read_chat(body, served, defaults)
+        chat, loop = read_chat(body, served, defaults), asyncio.get_running_loop()
+        check_bias(chat, model.config.get_text_config().vocab_size)
         for message in chat["messages"]:
-            message["content"] = [await asyncio.to_thread(processor.open_item, item) for item in message["content"]]
+            opening = (loop.run_in_executor(self.openers, self.open, processor, item) for item in message["content"])
+            message["content"] = await asyncio.gather(*opening)
         return await self.handler.handle_request(chat, request_id)
+
+    def open(self, processor, item: dict) -> dict:
+        """Opens a clip or a picture, as far as it has a source; an empty one may stand for the sound of a video."""
+        if item["type"] not in ("audio", "image") or item["type"] not in item:
+            return item
+        opened = processor.open_item(item, **self.limits)
+        if item["type"] == "image":
+            try:
+                opened["image"].load()  # here, and not where all others would wait for it
+            except Exception as error:  # Pillow's decoders raise errors of many types for broken files
+                raise ValueError(f"A picture is broken or cut short: {error}") from error
+        return opened
 
 
 class Transcriptions:
@@ -252,7 +278,8 @@ def describe_error(error: Exception) -> dict:
     elif not isinstance(error, ValueError) and hasattr(error, "errors"):  # FastAPI's
         message = f"The body of the request must be a JSON object: {error.errors()[0]['msg']}."
     fields = {name: getattr(error, name, None) for name in ("param", "code")}
-    return {"message": str(message), "type": "invalid_request_error", **fields}
+    message = str(message).encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be sent
+    return {"message": message, "type": "invalid_request_error", **fields}
 
 
 def change_server(aligner: str | None):

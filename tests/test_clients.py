@@ -1,5 +1,6 @@
 """make test ONLY=tests/test_clients.py: other people's clients over HTTP, and the curl lines of docs/serving.md."""
 
+import base64
 import json
 import os
 import subprocess
@@ -171,9 +172,41 @@ BAD_FIELDS = {  # the body of a request -> the field at fault, and words of the 
     "no tokens to draw": ({**SAID, "top_p": 0}, "top_p", "above 0"),
     "a bias that is no number": ({**SAID, "logit_bias": {"7": "x"}}, "logit_bias", "an object"),
     "a bias of a word": ({**SAID, "logit_bias": {"seven": 1}}, "logit_bias", "an object"),
-    "a setting that is none": ({**SAID, "generation_config": '{"beams": 4}'}, "generation_config", "the JSON of"),
-    "a method for a setting": ({**SAID, "generation_config": '{"to_dict": 4}'}, "generation_config", "the JSON of"),
     "settings in settings": ({**SAID, "generation_config": "[" * 10**5}, "generation_config", "the JSON of"),
+    "a setting that is none": ({**SAID, "generation_config": '{"beams": 4}'}, "generation_config", "not supported"),
+    "a method for a setting": ({**SAID, "generation_config": '{"to_dict": 4}'}, "generation_config", "not supported"),
+    "several answers": (
+        {**SAID, "generation_config": '{"do_sample": true, "num_return_sequences": 3}'},
+        "generation_config",
+        "not supported",
+    ),
+    "another limit": ({**SAID, "generation_config": '{"max_length": 28}'}, "generation_config", "not supported"),
+    "a word for a number of tokens": (
+        {**SAID, "generation_config": '{"max_new_tokens": "x"}'},
+        "generation_config",
+        "whole number from 1",
+    ),
+    "a word for the end": (
+        {**SAID, "generation_config": '{"eos_token_id": "a"}'},
+        "generation_config",
+        "a list of them",
+    ),
+    "streamed beams": (
+        {**SAID, "stream": True, "generation_config": '{"num_beams": 2}'},
+        "generation_config",
+        "cannot be streamed",
+    ),
+    "no template": ({**SAID, "chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", "must not have"),
+    "a limit of files": ({**SAID, "chat_template_kwargs": {"max_bytes": 10}}, "chat_template_kwargs", "must not have"),
+    "another rate": (
+        {**SAID, "chat_template_kwargs": {"sampling_rate": 8000}},
+        "chat_template_kwargs",
+        "must not have",
+    ),
+    "a number of 400 digits": ({**SAID, "temperature": 10**400}, "temperature", "from 0 to 2"),
+    "a token that is none": ({**SAID, "stream": True, "logit_bias": {"999999": 1}}, "logit_bias", "tokens"),
+    "a long token": ({**SAID, "logit_bias": {"9" * 5000: 1}}, "logit_bias", "an object"),
+    "half a character": ({**SAID, "model": "\ud800"}, "model", "the request names ?"),
     "a greedy draw": (
         {**SAID, "temperature": 0.7, "generation_config": '{"do_sample": false}'},
         "temperature",
@@ -185,9 +218,14 @@ BAD_FIELDS = {  # the body of a request -> the field at fault, and words of the 
 @pytest.mark.parametrize("name", BAD_FIELDS)
 def test_fields_without_effect_are_refused(name, server):
     body, param, words = BAD_FIELDS[name]
-    response = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60)
+    headers = {"Content-Type": "application/json"}  # httpx would refuse half of a surrogate pair
+    response = httpx.post(f"{server}/v1/chat/completions", content=json.dumps(body), headers=headers, timeout=60)
     error = response.json()["error"]
-    assert response.status_code == 400 and error["param"] == param and words in error["message"], response.text
+    assert (
+        response.status_code == (404 if param == "model" else 400)
+        and error["param"] == param
+        and words in error["message"]
+    ), response.text
     assert error["type"] == "invalid_request_error"
 
 
@@ -214,7 +252,8 @@ def test_downloads_of_a_chat_hold_up_no_other_request(server, demo_repo):
 
 def test_fields_that_ask_for_what_happens_anyway(server, demo_repo, examples):
     settings = {"n": 1, "logprobs": False, "presence_penalty": 0.0, "response_format": {"type": "text"}, "user": "me"}
-    settings |= {"modalities": ["text"], "tools": [], "top_p": 1.0, "metadata": {}, "stop": None}
+    settings |= {"modalities": ["text"], "tools": [], "top_p": 1.0, "metadata": {}, "stop": None, "logit_bias": {}}
+    settings |= {"safety_identifier": "me", "prompt_cache_key": "x"}
     messages = [{"role": "developer", "content": "Be short."}, *serving.openai_form(examples[0])]
     completion = serving.complete(server, demo_repo, messages, **settings)
     system = [{"role": "system", "content": "Be short."}, *serving.openai_form(examples[0])]
@@ -233,6 +272,33 @@ def test_answers_of_a_server_are_drawn_where_that_is_asked_for(server, demo_repo
     assert answers[0] == answers[1] and len(set(answers)) > 1
     assert ask(temperature=1.9, top_p=1e-3) == examples[0]["answer"]
     assert len({ask(temperature=openai.omit, top_p=0.999, seed=seed, max_tokens=40) for seed in range(8)}) > 1
+
+
+def test_a_seed_draws_the_same_answer_beside_others(server, demo_repo, examples):
+    def ask(seed: int) -> str:
+        settings = {"temperature": 2.0, "seed": seed, "max_tokens": 40}
+        return serving.complete(server, demo_repo, SAID["messages"], **settings).choices[0].message.content
+
+    alone = ask(7)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, [7, 1, 7, 2, 7, 3, 7, 4]))
+    assert answers[::2] == [alone] * 4 and len({*answers}) > 2
+
+
+def test_pictures_and_clips_of_a_chat_come_in_any_form(server, demo_repo, examples):
+    """Base64 in lines, an address that is not quoted; and several downloads, beside which others are answered."""
+    clip = (EXAMPLES / "speech.mp3").read_bytes()
+    asked = text("Transcribe the audio.")
+    lines = {"type": "audio_url", "audio_url": {"url": f"data:audio/mp3;base64,{base64.encodebytes(clip).decode()}"}}
+    assert serving.answer_of(server, demo_repo, serving.user(lines, asked)) == serving.SPOKEN
+    with serving.serve_by_path() as web, ThreadPoolExecutor(8) as pool:
+        late = [{"type": "audio_url", "audio_url": {"url": f"{web}late-to=/clip é.wav"}}] * 4  # after 1 s
+        start = time.monotonic()
+        slow = [pool.submit(serving.answer_of, server, demo_repo, serving.user(*late, asked)) for _ in range(2)]
+        time.sleep(0.3)
+        serving.answer_of(server, demo_repo, SAID["messages"])
+        assert time.monotonic() - start < 1.3
+        assert all(isinstance(answer.result(), str) for answer in slow) and time.monotonic() - start < 6
 
 
 def test_a_bias_keeps_tokens_from_an_answer(server, demo_repo, examples):

@@ -1,5 +1,6 @@
 """make test ONLY=tests/test_limits.py: what untrusted files and addresses may cost, and whom a server may ask."""
 
+import base64
 import contextlib
 import io
 import ipaddress
@@ -462,3 +463,15 @@ def test_public_addresses():
     public = ["93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "::ffff:8.8.8.8"]
     others = [*IPV6, *(form for address in IPV4 for form in addresses_with(address))]
     assert [address for address in public + others if audio_download.is_public(ipaddress.ip_address(address))] == public
+
+
+def test_base64_in_lines_and_addresses_that_are_not_quoted(web):
+    """`base64` without -w0 writes lines; people copy addresses with spaces from browsers."""
+    content = (RECORDINGS / "english.wav").read_bytes()
+    expected = fetch_audio(content)
+    for source in (
+        f"data:audio/wav;base64,{base64.encodebytes(content).decode()}",
+        base64.encodebytes(content).decode(),
+    ):
+        assert torch.equal(fetch_audio(source), expected)
+    assert torch.equal(fetch_audio(f"{web}my clip é.wav"), expected)
