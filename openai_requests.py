@@ -66,7 +66,8 @@ def is_settings(value) -> bool:
 
 
 def is_tokens(value) -> bool:
-    return all(type(token) is int and 0 <= token < 2**31 for token in (value if isinstance(value, list) else [value]))
+    tokens = value if isinstance(value, list) else [value]
+    return bool(tokens) and all(type(token) is int and 0 <= token < 2**31 for token in tokens)
 
 
 TEXT = "a text", lambda value: isinstance(value, str)
@@ -124,8 +125,8 @@ SETTINGS = {
     "length_penalty": ("a number", is_number),
     "no_repeat_ngram_size": whole_from(0),
     "eos_token_id": TOKENS,
-    "pad_token_id": TOKENS,
-    "bos_token_id": TOKENS,
+    "pad_token_id": whole_from(0),
+    "bos_token_id": whole_from(0),
     "transformers_version": TEXT,
     "_from_model_config": one_of(True, False),
 }
