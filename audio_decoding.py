@@ -249,7 +249,8 @@ class DecodingWorker:
         """
         try:
             self.ask(file, name, max_seconds, time.monotonic() + START_SECONDS, seconds)
-            yield from self.receive_pieces(math.inf)
+            for rate, samples in self.receive_pieces(math.inf):
+                yield rate, samples.copy()  # torch warns of arrays that are read-only
         except (EOFError, OSError) as error:
             reason = "cannot be decoded: the process that decodes it ended"
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -283,7 +284,7 @@ class DecodingWorker:
             if not rate:
                 self.is_idle = True
                 raise AudioError(message[4:].decode())
-            yield rate, np.frombuffer(message, np.float32, offset=4).copy()  # torch warns of arrays that are read-only
+            yield rate, np.frombuffer(message, np.float32, offset=4)
         self.is_idle = True
 
     def stop(self):
@@ -381,7 +382,7 @@ def stream_in_worker(file, name: str, max_seconds: float) -> Iterator[tuple[int,
         yield from decode_pieces(file, name, max_seconds)
         return
     with give_descriptor(file, name) as file:
-        seconds = max(WORKER_SECONDS, WORKER_SHARE * min(max_seconds, LONGEST_STREAM))
+        seconds = POOLS[-1].limit(min(max_seconds, LONGEST_STREAM))
         yield from DecodingWorker().stream(file, name, max_seconds, seconds)
 
 

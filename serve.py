@@ -36,6 +36,7 @@ from transformers.utils.import_utils import is_multipart_available
 
 from audio_download import FETCH_LIMITS
 from configuration_qwen2_audio_vl import PIECE_SECONDS
+from handler import decode_image
 from openai_requests import Asked, check_bias, check_model, read_chat, read_fields
 from shipped_files import WHOLE_MODEL, find_folder
 from transcribe import Transcriber, find_aligner, join_batches, longest_piece, make_transcriber
@@ -144,10 +145,7 @@ class Chats:
             return item
         opened = processor.open_item(item, **self.limits)
         if item["type"] == "image":
-            try:
-                opened["image"].load()  # here, and not where all others would wait for it
-            except Exception as error:  # Pillow's decoders raise errors of many types for broken files
-                raise ValueError(f"A picture is broken or cut short: {error}") from error
+            opened["image"] = decode_image(opened["image"])  # here, and not where all others would wait for it
         return opened
 
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
+from audio_download import READ_LIMITS
 from audio_streaming import LEVEL, Piece, ahead, cut_pieces, find_duration, find_voice, halve, stream_audio
 from audio_utils import SAMPLING_RATE
 from configuration_qwen2_audio_vl import (
@@ -56,7 +57,7 @@ CHARACTERS_PER_SECOND, LEAST_VOICE = 9.0, 2.0
 LEAST_HALVED = 4.0  # seconds; models lose words of long pieces, and halves of short ones have too little context
 DENSE = 3  # characters that one of a script without spaces counts for
 REPETITIVE = 2.2  # the length of a text by that of its compression; a sentence said three times has 2.3
-LIMITS = ("sampling_rate", "max_bytes", "timeout", "public_only")
+LIMITS = ("sampling_rate", *READ_LIMITS)
 ROW = HOP_LENGTH * ENCODER_STRIDE / SAMPLING_RATE  # seconds of a row of the encoder
 
 

@@ -120,9 +120,8 @@ def test_untrusted_bombs_are_limited_in_memory_and_time(name, pools, clip):
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_untrusted_bombs_are_limited_where_recordings_are_streamed(name, clip, monkeypatch):
-    monkeypatch.setattr(audio_decoding, "WORKER_SECONDS", 2)
-    monkeypatch.setattr(audio_decoding, "WORKER_SHARE", 0)
+def test_untrusted_bombs_are_limited_where_recordings_are_streamed(name, pools, clip):
+    pools(2)
     before, start, samples = peak_memory(), time.monotonic(), 0
     try:
         for part in stream_audio(BOMBS[name](clip), max_seconds=600, public_only=True):
